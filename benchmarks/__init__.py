@@ -1,0 +1,1 @@
+"""Benchmarks: embedding (mteb), generation (lm-eval), retrieval, speed, and the report made from their results."""

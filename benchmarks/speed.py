@@ -1,0 +1,276 @@
+"""Speed and memory: `python -m benchmarks.speed --model models/ubmoe-135m --base ...`.
+
+Each system runs in a process of its own (so that its memory is its own), systems take turns, and every ratio is against
+a peer named in the same file. Encode throughput counts the tokens of the texts, without padding.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks import data as local
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+
+logger = logging.getLogger(__name__)
+
+ENCODE_SYSTEMS = {"ubmoe": "UBMoE.encode", "stock": "SentenceTransformer, same folder", "minilm": "all-MiniLM-L6-v2"}
+GENERATE_SYSTEMS = {"ubmoe": "UBMoE.generate", "router": "UBMoE.generate, router", "base": "the base model"}
+MEMORY_SYSTEMS = {
+    "ubmoe": "UBMoE, both views",
+    "low": "UBMoE, both views, low_memory",
+    "two": "encoder and generator as two models",
+    "base": "the base model alone",
+}
+PROMPT = "Explain in a few sentences why the sky is blue."
+
+
+def sample_texts(folder: Path, kind: str, count: int, seed: int) -> list[str]:
+    """A seeded sample of `short` texts (sentences) or `long` ones (documents of the Cranfield collection)."""
+    if kind == "short":
+        texts = local.sts_pairs(folder, "STSBenchmark", "validation")["sentence1"]
+    else:
+        texts = [t for t in local.read_collection(folder / "retrieval" / "cranfield").documents.values() if t.strip()]
+    rows = np.random.default_rng(seed).choice(len(texts), min(count, len(texts)), replace=False)
+    return [texts[row] for row in rows]
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process in bytes."""
+    import psutil
+
+    return int(psutil.Process(os.getpid()).memory_info().rss)
+
+
+def private_bytes() -> int:
+    """Memory of this process that is not a mapped file shared with others, in bytes (resident memory elsewhere)."""
+    import psutil
+
+    full = psutil.Process(os.getpid()).memory_full_info()
+    return int(getattr(full, "uss", full.rss))
+
+
+def worker(task: dict[str, Any]) -> dict[str, Any]:
+    """One measurement in this process.
+
+    Args:
+        task: `kind` (encode, generate, memory), `system`, `model`, `base`, `texts`, `repeats`, `new_tokens`, `threads`.
+
+    Returns:
+        `seconds` per repeat and `tokens`, or `weights`, `resident` and `private` in bytes.
+    """
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    return {"encode": _encode, "generate": _generate, "memory": _memory}[task["kind"]](task)
+
+
+def _open_encoder(task: dict[str, Any]) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    from benchmarks.peers import minilm_folder
+
+    if task["system"] == "minilm":
+        return SentenceTransformer(minilm_folder(), device="cpu")
+    if task["system"] == "stock":
+        return SentenceTransformer(task["model"], device="cpu")
+    from ubmoe_st import UBMoE
+
+    return UBMoE(task["model"], device="cpu")
+
+
+def _encode(task: dict[str, Any]) -> dict[str, Any]:
+    model, texts = _open_encoder(task), task["texts"]
+    lengths = [len(ids) for ids in model.tokenizer(texts)["input_ids"]]
+    tokens = int(sum(min(length, model.max_seq_length or length) for length in lengths))
+    model.encode(texts[:8], batch_size=task["batch_size"])
+    seconds = []
+    for _ in range(task["repeats"]):
+        start = time.perf_counter()
+        model.encode(texts, batch_size=task["batch_size"])
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "tokens": tokens, "texts": len(texts)}
+
+
+def _generate(task: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from benchmarks.peers import open_generator
+
+    routing = {"ubmoe": "uni", "router": "router", "base": "base"}[task["system"]]
+    lm, tokenizer = open_generator(task["base"] if routing == "base" else task["model"], routing=routing)
+    model: Any = lm
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    count = task["new_tokens"]
+    seconds = []
+    with torch.inference_mode():
+        for repeat in range(task["repeats"] + 1):
+            start = time.perf_counter()
+            output = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+            if repeat:
+                seconds.append(time.perf_counter() - start)
+    return {"seconds": seconds, "tokens": int(output.shape[1] - inputs["input_ids"].shape[1])}
+
+
+def _memory(task: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    system = task["system"]
+    before = resident_bytes()
+    if system in ("ubmoe", "low"):
+        from ubmoe_st import UBMoE
+
+        model = UBMoE(task["model"], device="cpu", **({"low_memory": True} if system == "low" else {}))
+        modules = [model, model.generator]
+    elif system == "two":
+        from sentence_transformers import SentenceTransformer
+
+        encoder = SentenceTransformer(task["model"], device="cpu")
+        modules = [encoder, AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.float32)]
+    else:
+        modules = [AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.float32)]
+    parameters = {p.data_ptr(): p.numel() * p.element_size() for module in modules for p in module.parameters()}
+    for module in modules:  # touch every weight, so that mapped files are in memory
+        for parameter in module.parameters():
+            parameter.sum()
+    return {"weights": sum(parameters.values()), "resident": resident_bytes() - before, "private": private_bytes()}
+
+
+def in_process(task: dict[str, Any]) -> dict[str, Any]:
+    """Run `worker` in a new process.
+
+    Raises:
+        RuntimeError: If it fails, with its last lines.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed", "worker"],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        tail = " / ".join(done.stderr.strip().splitlines()[-2:])
+        raise RuntimeError(f"Expected a measurement of {task['kind']} with {task['system']}, got: {tail}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def rates(runs: Sequence[dict[str, Any]], unit: str = "tokens") -> dict[str, float]:
+    """Median, smallest and largest rate per second over all repeats of all rounds."""
+    values = [run[unit] / seconds for run in runs for seconds in run["seconds"]]
+    return {"value": float(np.median(values)), "low": min(values), "high": max(values), "n": len(values)}
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(name="worker", hidden=True)
+def worker_command() -> None:
+    """Run one measurement read from the standard input."""
+    typer.echo(json.dumps(worker(json.loads(sys.stdin.read()))))
+
+
+@app.command(name="run")
+def main(
+    model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
+    base: Annotated[str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the Hub.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    rounds: Annotated[int, typer.Option(help="Turns each system takes.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Repeats in one turn.")] = 2,
+    short: Annotated[int, typer.Option(help="Short texts.")] = 256,
+    long: Annotated[int, typer.Option(help="Long texts.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="New tokens per generation.")] = 64,
+    batch_size: int = 32,
+    threads: int = 1,
+    seed: int = 0,
+    routers: Annotated[bool, typer.Option(help="Also measure generation with trained routers.")] = False,
+) -> None:
+    """Measure throughput and memory of a checkpoint beside its peers."""
+    from benchmarks.peers import base_folder
+
+    base_name = base_folder(base)
+    try:
+        folder = local.data_dir(data_dir)
+        mark = fingerprint(model)
+        record = run_record(
+            command_line("benchmarks.speed"),
+            seed=seed,
+            dtype="float32",
+            prompt="none",
+            pooling="of each model",
+            fingerprint=mark,
+        )
+        record["threads"] = threads
+        path = Path(out) / f"speed-{model.name}.json"
+        if path.exists():  # timings of another day do not belong beside new ones
+            path.unlink()
+        file = ResultFile(path, benchmark="speed", row=model.name, run=record, label=model.name)
+        common = {
+            "model": str(model),
+            "base": base_name,
+            "threads": threads,
+            "repeats": repeats,
+            "batch_size": batch_size,
+            "new_tokens": new_tokens,
+        }
+        for kind, count in (("short", short), ("long", long)):
+            texts = sample_texts(folder, kind, count, seed)
+            runs: dict[str, list[dict[str, Any]]] = {system: [] for system in ENCODE_SYSTEMS}
+            for _ in range(rounds):
+                for system in ENCODE_SYSTEMS:
+                    runs[system].append(in_process({**common, "kind": "encode", "system": system, "texts": texts}))
+            for system, label in ENCODE_SYSTEMS.items():
+                for unit in ("tokens", "texts"):
+                    score: dict[str, Any] = {"task": f"encode {kind}", "split": system, "metric": f"{unit}/s"}
+                    score["label"] = label
+                    score |= rates(runs[system], unit)
+                    peer = rates(runs["stock"], unit)["value"]
+                    file.add({**score, "ratio": score["value"] / peer, "ratio_to": ENCODE_SYSTEMS["stock"]})
+                typer.echo(f"encode {kind}, {label}: {rates(runs[system])['value']:.0f} tokens/s")
+        systems = [name for name in GENERATE_SYSTEMS if name != "router" or routers]
+        runs = {system: [] for system in systems}
+        for _ in range(rounds):
+            for system in systems:
+                runs[system].append(in_process({**common, "kind": "generate", "system": system}))
+        for system in systems:
+            label = GENERATE_SYSTEMS[system]
+            score = {"task": "generate", "split": system, "metric": "tokens/s", "label": label}
+            score |= rates(runs[system])
+            peer = rates(runs["base"])["value"]
+            file.add({**score, "ratio": score["value"] / peer, "ratio_to": GENERATE_SYSTEMS["base"]})
+            typer.echo(f"generate, {label}: {score['value']:.1f} tokens/s")
+        measured = {}
+        for system in MEMORY_SYSTEMS:
+            try:
+                measured[system] = in_process({**common, "kind": "memory", "system": system})
+            except RuntimeError as error:
+                if system != "low":
+                    raise
+                typer.echo(f"memory, {MEMORY_SYSTEMS[system]}: left out ({error})", err=True)
+        for system, found in measured.items():
+            label = MEMORY_SYSTEMS[system]
+            for metric in ("weights", "resident", "private"):
+                score = {"task": "memory", "split": system, "metric": f"{metric} MiB", "label": label}
+                ratio = found[metric] / measured["base"][metric]
+                facts = {"ratio": ratio, "ratio_to": MEMORY_SYSTEMS["base"], "n": 1}
+                file.add({**score, "value": found[metric] / 2**20, **facts})
+            typer.echo(f"memory, {label}: weights {found['weights'] / 2**20:.0f} MiB")
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,189 @@
+"""The report: every number from a result file, the same bytes twice, differences found."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import report
+from benchmarks.embedding import AVG7, SICK_TEST, averages
+from benchmarks.results import read_all
+
+RUN = {
+    "command": "python -m benchmarks.x",
+    "date": "2026-01-02T03:04:05Z",
+    "commit": "abc",
+    "cpu": "CPU",
+    "threads": 2,
+    "dtype": "float32",
+}
+CARD = "---\nlibrary_name: sentence-transformers\n# results:model-index\n# /results:model-index\n---\n# Card\n"
+
+
+def score(task: str, value: float, metric: str = "cosine_spearman", **facts) -> dict:
+    spread = {"low": value - 2, "high": value + 2, "sd": 1.0, "n": 10}
+    return {"task": task, "split": "test", "metric": metric, "value": value, **spread, **facts}
+
+
+def write(folder: Path, name: str, **content) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"schema": 1, "run": RUN, **content}))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    results = tmp_path / "results"
+    results.mkdir()
+    for row, label, shift in (("ubmoe-135m", "ubmoe-135m", 0.0), ("near", "near", 1.0), ("far", "far", -30.0)):
+        scores = [score(task, 70.0 + i + shift) for i, task in enumerate((*AVG7, SICK_TEST, "BIOSSES", "STS17"))]
+        scores.append(score("trec", 61.25 + shift, "accuracy"))
+        facts = {"row": row, "label": label, "supervision": "none"}
+        write(results, f"embedding-{row}", benchmark="embedding", **facts, averages=averages(scores), scores=scores)
+        scores = [score("toy", 33.5 + shift, metric) for metric in ("nDCG@10", "R@100")]
+        write(results, f"retrieval-{row}", benchmark="retrieval", **facts, scores=scores)
+    for row, digest, value in (("base", "x", 41.5), ("ubmoe-135m", "x", 41.5), ("ubmoe-135m-router", "y", 42.0)):
+        scores = [score("winogrande", value, "acc", answers_sha256=digest)]
+        write(results, f"generation-{row}", benchmark="generation", row=row, label=row, scores=scores)
+    facts = {
+        "split": "s",
+        "label": "UBMoE",
+        "value": 123.0,
+        "low": 120.0,
+        "high": 130.0,
+        "ratio": 1.25,
+        "ratio_to": "peer",
+    }
+    write(
+        results,
+        "speed-m",
+        benchmark="speed",
+        row="m",
+        label="m",
+        scores=[{"task": "encode short", "metric": "tokens/s", **facts}],
+    )
+    write(
+        results,
+        "ablation",
+        benchmark="ablation",
+        row="a",
+        tables={"ablation": {"columns": ["what", "x"], "rows": [["FFN", 1.5]]}},
+    )
+    regions = "\n\n".join(f"<!-- results:{n} -->\n<!-- /results:{n} -->" for n in [*report.TABLES, "ablation"])
+    (tmp_path / "README.md").write_text(f"# T\n\n{regions}\n\nend\n")
+    (tmp_path / "MODEL_CARD.md").write_text(CARD)
+    return tmp_path
+
+
+def call(root: Path, *arguments: str):
+    options = ["--results-dir", str(root / "results"), "--root", str(root), *arguments]
+    return CliRunner().invoke(report.app, options)
+
+
+def numbers_of(value) -> set[str]:
+    """Every number of a JSON value as the report may print it, and every number inside its strings."""
+    found: set[str] = set()
+    if isinstance(value, dict):
+        for part in value.values():
+            found |= numbers_of(part)
+    elif isinstance(value, list):
+        for part in value:
+            found |= numbers_of(part)
+    elif isinstance(value, str):
+        found |= set(re.findall(r"\d+(?:\.\d+)?", value))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = abs(value)
+        found |= {f"{number:.{digits}f}" for digits in range(4)} | {f"{number:.2f}".rstrip("0").rstrip(".")}
+    return found
+
+
+def printed_numbers(text: str) -> list[str]:
+    """Numbers in the cells of the tables of all regions; headers are words."""
+    found = []
+    for region in report.REGION.finditer(text):
+        rows = [line for line in region.group(0).splitlines() if line.startswith("|")]
+        for row in rows[2:]:
+            found += re.findall(r"\d+(?:\.\d+)?", row)
+    return found
+
+
+def test_a_second_report_changes_nothing_and_check_finds_an_edit(root):
+    assert call(root).exit_code == 0
+    text = (root / "README.md").read_text()
+    assert "*Not measured yet.*" in text  # nothing was measured on development splits or memory
+    assert "| FFN | 1.50 |" in text
+    assert text.endswith("end\n")
+    assert call(root, "--check").exit_code == 0
+    (root / "README.md").write_text(text.replace("41.5", "51.5", 1))
+    outcome = call(root, "--check")
+    assert outcome.exit_code == 1
+    assert "README.md" in outcome.output
+    assert call(root).exit_code == 0
+    assert (root / "README.md").read_text() == text
+
+
+def test_every_printed_number_is_from_a_result_file(root):
+    call(root)
+    text = (root / "README.md").read_text()
+    known = numbers_of(read_all(root / "results"))
+    printed = printed_numbers(text)
+    assert len(printed) > 100
+    assert set(printed) <= known
+    assert not set(printed_numbers(text.replace("41.5", "51.7"))) <= known
+
+
+def test_noise_is_marked_by_the_spread_of_both(root):
+    """70 against 71 with deviations of 1 each is noise (limit 2.77), 70 against 40 is not."""
+    assert report.inside_noise({"value": 70, "sd": 1}, {"value": 72.7, "sd": 1})
+    assert not report.inside_noise({"value": 70, "sd": 1}, {"value": 72.8, "sd": 1})
+    rows = report.sts(read_all(root / "results")).splitlines()
+    assert report.INSIDE in next(row for row in rows if row.startswith("| near"))
+    assert report.INSIDE not in next(row for row in rows if row.startswith("| far"))
+
+
+def test_equal_answers_are_marked_equal(root):
+    text = report.generation(read_all(root / "results"))
+    lines = {row: next(line for line in text.splitlines() if row in line) for row in ("**ubmoe-135m**", "router")}
+    assert "| = 41.5 |" in lines["**ubmoe-135m**"]
+    assert "=" not in lines["router"]
+
+
+def test_figures_are_the_same_bytes_twice(root):
+    results = read_all(root / "results")
+    first = report.figures(results)
+    assert set(first) == {"sts.svg", "generation.svg", "retrieval.svg"}
+    assert first == report.figures(results)
+    assert all("dc:date" not in text for text in first.values())
+    results[0]["averages"]["avg7"]["value"] += 1
+    assert report.figures(results)["sts.svg"] != first["sts.svg"]
+
+
+def test_the_model_index_is_read_back_by_the_hub_library(root):
+    from huggingface_hub import ModelCard
+
+    call(root)
+    card = ModelCard((root / "MODEL_CARD.md").read_text())
+    assert card.data.library_name == "sentence-transformers"
+    values = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    assert values["MTEB STS12"] == 70.0
+    assert values["toy"] == 33.5
+    assert values["Winogrande"] == 41.5
+    assert call(root, "--check").exit_code == 0
+
+
+def test_an_unknown_table_is_refused_with_the_nearest(root):
+    (root / "README.md").write_text("<!-- results:generatoin -->\n<!-- /results:generatoin -->\n")
+    outcome = call(root)
+    assert outcome.exit_code == 1
+    assert "nearest: generation" in outcome.output
+
+
+def test_the_documents_of_this_repository_are_up_to_date():
+    results = read_all()
+    for path, text in report.outputs(results).items():
+        assert path.exists(), f"{path.name} is missing; run python -m benchmarks.report"
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} differs; run python -m benchmarks.report"
+        if path.suffix == ".md":
+            assert set(printed_numbers(text)) <= numbers_of(results), path.name

@@ -1,0 +1,313 @@
+"""An index build survives being killed: at every commit point, at random moments, with a full disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_index_encoders import HashEncoder
+
+from ubmoe_st.index import CorpusError, EmbeddingIndex
+
+ROOT = Path(__file__).parents[1]
+
+# Imports the index alone (no torch), then forks one child per attempt, so that an attempt takes milliseconds.
+DRIVER = """
+import os, random, signal, sys, time, types
+from pathlib import Path
+root = Path(sys.argv[1])
+package = types.ModuleType("ubmoe_st")
+package.__path__ = [str(root / "ubmoe_st")]
+sys.modules["ubmoe_st"] = package
+sys.path.insert(0, str(root / "tests"))
+import numpy, pyarrow, faiss
+os.fsync = lambda descriptor: None  # what a killed process wrote stays with the system; only a power cut needs syncs
+from test_index_encoders import HashEncoder
+from ubmoe_st.index import EmbeddingIndex
+
+def build(corpus, out, delay=0.0):
+    encoder = HashEncoder(16, batch_noise=1e-3, delay=delay)
+    EmbeddingIndex.build(encoder, corpus, out, window_tokens=1000, batch_tokens=200, segment_rows=60,
+                         chunk_tokens=20, overlap_tokens=4, on_duplicate="upsert", on_bad_row="skip")
+
+# One build before forking loads every module once, not in each child.
+import tempfile
+with tempfile.TemporaryDirectory() as folder:
+    build(sys.argv[2], folder + "/i")
+
+def attempt(work):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+def finish(pid):
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        return "killed"
+    if os.WEXITSTATUS(status):
+        sys.exit("the build failed")
+    return "done"
+"""
+
+
+def drive(body: str, *arguments: str) -> str:
+    script = DRIVER + textwrap.dedent(body)
+    command = [sys.executable, "-c", script, str(ROOT), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def content(folder: Path):
+    """Everything an index says, without going through the library: vectors as bytes, entries, dead rows."""
+    import pyarrow as pa
+
+    info = json.loads((folder / "index_info.json").read_text())
+    vectors = b"".join(np.load(folder / s["folder"] / "vectors.npy").tobytes() for s in info["segments"])
+    entries = []
+    for segment in info["segments"]:
+        with pa.OSFile(str(folder / segment["folder"] / "entries.arrow")) as file:
+            entries += pa.ipc.open_file(file).read_all().to_pylist()
+    dead = np.load(folder / info["dead"]["file"]).tolist() if info["dead"] else []
+    return vectors, entries, dead, (folder / info["index"]["file"]).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    generator = np.random.default_rng(5)
+    path = tmp_path_factory.mktemp("corpus") / "c.jsonl"
+    with path.open("w") as file:
+        for number in range(110):
+            words = " ".join(f"w{generator.integers(500)}" for _ in range(int(generator.integers(1, 60))))
+            name = f"d{number - 20}" if number % 25 == 0 else f"d{number}"
+            file.write(json.dumps({"id": name, "text": words if number % 31 else ""}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "i"
+    drive("build(sys.argv[2], sys.argv[3])", str(corpus), str(folder))
+    found = content(folder)
+    assert len(found[1]) > 150
+    assert found[2], "no row was replaced, so this test would be vacuous"
+    assert len(json.loads((folder / "index_info.json").read_text())["segments"]) > 2
+    return found
+
+
+def test_a_kill_at_every_commit_point_loses_nothing(corpus, uninterrupted, tmp_path):
+    """Killed before and after each rename of the whole build, then run again: the same bytes."""
+    body = """
+    corpus, out = sys.argv[2], Path(sys.argv[3])
+    real = os.replace
+    def killing(at):
+        count = 0
+        def replace(a, b):
+            nonlocal count
+            count += 1
+            if 2 * count - 1 == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(a, b)
+            if 2 * count == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return replace
+    at = 0
+    while True:
+        at += 1
+        folder = out / f"{at:04d}"
+        def work():
+            os.replace = killing(at)
+            build(corpus, folder)
+        outcome = finish(attempt(work))
+        if outcome == "killed":
+            finish(attempt(lambda: build(corpus, folder)))
+        else:
+            break
+    print(at)
+    """
+    points = int(drive(body, str(corpus), str(tmp_path)))
+    assert points > 60
+    for number in range(1, points + 1):
+        folder = tmp_path / f"{number:04d}"
+        assert content(folder) == uninterrupted, number
+        assert not (folder / "build").exists()
+        assert not list(folder.rglob("*.tmp")), number
+    assert EmbeddingIndex.open(folder, verify=True).verify() == []
+
+
+def test_kills_at_random_moments_lose_nothing(corpus, uninterrupted, tmp_path):
+    """Killed again and again wherever it happens to be, until a run ends by itself: the same bytes."""
+    body = """
+    corpus, out, kills = sys.argv[2], Path(sys.argv[3]), 0
+    def wait(pid, seconds):
+        end = time.time() + seconds
+        while time.time() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.001)
+    for trial in range(6):
+        random.seed(trial)
+        while True:
+            pid = attempt(lambda: build(corpus, out / str(trial), delay=0.008))
+            wait(pid, random.uniform(0.05, 0.3))
+            os.kill(pid, signal.SIGKILL)
+            if finish(pid) == "done":
+                break
+            kills += 1
+    print(kills)
+    """
+    kills = int(drive(body, str(corpus), str(tmp_path)))
+    assert kills >= 6
+    for trial in range(6):
+        assert content(tmp_path / str(trial)) == uninterrupted
+
+
+def small(tmp_path: Path, count: int = 60) -> list[dict]:
+    return [{"id": f"d{number}", "text": f"some text number {number}"} for number in range(count)]
+
+
+class Stops(HashEncoder):
+    """Fails after some batches, as a machine would."""
+
+    def __init__(self, after: int, **options) -> None:
+        super().__init__(16, batch_noise=1e-3, **options)
+        self.after = after
+
+    def encode(self, inputs, **kwargs):
+        if len(self.batches) >= self.after:
+            raise KeyboardInterrupt
+        return super().encode(inputs, **kwargs)
+
+
+CUT = {"window_tokens": 60, "batch_tokens": 20, "segment_rows": 25}
+
+
+def stopped(tmp_path: Path, corpus: list[dict], **options) -> Path:
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddingIndex.build(Stops(9, **options), corpus, tmp_path / "i", **CUT)
+    assert json.loads((tmp_path / "i" / "build" / "journal.json").read_text())["rows"] > 0
+    return tmp_path / "i"
+
+
+def test_a_resumed_build_embeds_only_what_is_left(tmp_path):
+    corpus = small(tmp_path)
+    folder = stopped(tmp_path, corpus)
+    done = json.loads((folder / "build" / "journal.json").read_text())["rows"]
+    encoder = HashEncoder(16, batch_noise=1e-3)
+    EmbeddingIndex.build(encoder, corpus, folder, **CUT)
+    assert sum(encoder.batches) - 8 == 60 - done  # 8 probes
+    whole = EmbeddingIndex.build(HashEncoder(16, batch_noise=1e-3), corpus, tmp_path / "whole", **CUT)
+    assert content(folder) == content(whole.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": HashEncoder(16, salt="other")}, "the model changed"),
+        ({"encoder": HashEncoder(17)}, "dimension: was 16, is 17"),
+        ({"prompts": {"document": "passage: "}}, "prompts"),
+        ({"options": {"chunk_tokens": 5}}, "options"),
+        ({"options": {"dtype": "float16"}}, "dtype: was 'float32', is 'float16'"),
+        ({"options": {"text_field": "id"}}, "fields"),
+        ({"rows": lambda rows: [{**rows[0], "text": "changed"}, *rows[1:]]}, "not the one this build began with"),
+        ({"rows": lambda rows: rows[1:]}, "not the one this build began with"),
+        ({"rows": lambda rows: rows[:2]}, "not the one this build began with"),
+        ({"rows": lambda rows: []}, "not the one this build began with"),
+    ],
+)
+def test_a_changed_model_prompt_option_or_corpus_is_refused(tmp_path, change, message):
+    corpus = small(tmp_path)
+    folder = stopped(tmp_path, corpus)
+    encoder = change.get("encoder", HashEncoder(16, batch_noise=1e-3))
+    encoder.prompts = change.get("prompts", {})
+    corpus = change.get("rows", lambda rows: rows)(corpus)
+    with pytest.raises(ValueError, match=message):
+        EmbeddingIndex.build(encoder, corpus, folder, **{**CUT, **change.get("options", {})})
+    if corpus:
+        index = EmbeddingIndex.build(encoder, corpus, folder, **{**CUT, **change.get("options", {})}, overwrite=True)
+        assert len(index) == len(corpus)
+
+
+def test_rows_after_a_bad_one_can_be_indexed_once_it_is_mended(tmp_path):
+    corpus = small(tmp_path)
+    bad = [*corpus[:50], {"id": "d50"}, *corpus[51:]]
+    with pytest.raises(CorpusError, match="row 50"):
+        EmbeddingIndex.build(HashEncoder(16, batch_noise=1e-3), bad, tmp_path / "i", **CUT)
+    encoder = HashEncoder(16, batch_noise=1e-3)
+    index = EmbeddingIndex.build(encoder, corpus, tmp_path / "i", **CUT)
+    assert len(index) == 60
+    assert sum(encoder.batches) < 60
+    whole = EmbeddingIndex.build(HashEncoder(16, batch_noise=1e-3), corpus, tmp_path / "whole", **CUT)
+    assert content(index.path) == content(whole.path)
+
+
+def test_a_second_writer_is_refused_and_readers_are_not(tmp_path):
+    corpus = small(tmp_path)
+    index = EmbeddingIndex.build(HashEncoder(16), corpus, tmp_path / "i")
+    refused = []
+
+    class Nosy(HashEncoder):
+        def encode(self, inputs, **kwargs):
+            with pytest.raises(RuntimeError, match="another writer") as error:
+                EmbeddingIndex.build(HashEncoder(16), corpus, tmp_path / "i", overwrite=True)
+            refused.append(error)
+            assert EmbeddingIndex.open(tmp_path / "i", model=HashEncoder(16)).search("q", 3)[0].shape == (1, 3)
+            return super().encode(inputs, **kwargs)
+
+    EmbeddingIndex.build(Nosy(16, salt="new"), corpus[:9], tmp_path / "i", overwrite=True)
+    assert refused
+    assert len(index) == 60
+    assert len(EmbeddingIndex.open(tmp_path / "i")) == 9
+
+
+@pytest.mark.parametrize("at", range(1, 60, 4))
+def test_a_full_disk_leaves_what_was_committed(tmp_path, monkeypatch, at):
+    """The n-th sync finds no space: a clear error, the index from before still opens, a repeated build completes."""
+    corpus = small(tmp_path)
+    EmbeddingIndex.build(HashEncoder(16), corpus[:7], tmp_path / "i")
+    calls = 0
+    real = os.fsync
+
+    def full(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls >= at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="intact"):
+            EmbeddingIndex.build(HashEncoder(16, batch_noise=1e-3), corpus, tmp_path / "i", overwrite=True, **CUT)
+    before = EmbeddingIndex.open(tmp_path / "i", model=HashEncoder(16), verify=True)
+    assert len(before) == 7
+    assert before.search("q", 7)[0].shape == (1, 7)
+    index = EmbeddingIndex.build(HashEncoder(16, batch_noise=1e-3), corpus, tmp_path / "i", overwrite=True, **CUT)
+    assert len(index) == 60
+    whole = EmbeddingIndex.build(HashEncoder(16, batch_noise=1e-3), corpus, tmp_path / "whole", **CUT)
+    assert content(index.path) == content(whole.path)
+
+
+def test_a_truncated_part_of_an_unfinished_build_is_refused(tmp_path):
+    corpus = small(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddingIndex.build(Stops(9), corpus, tmp_path / "i", window_tokens=60, batch_tokens=20)
+    part = next((tmp_path / "i" / "build").glob("part-*.npy"))
+    part.write_bytes(part.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=rf"{part.name}.*truncated"):
+        EmbeddingIndex.build(
+            HashEncoder(16, batch_noise=1e-3), corpus, tmp_path / "i", window_tokens=60, batch_tokens=20
+        )

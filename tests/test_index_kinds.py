@@ -1,0 +1,264 @@
+"""Index kinds, tuning, filters and hybrid search, against numpy brute force and the rank_bm25 formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from ubmoe_st.index import EmbeddingIndex
+from ubmoe_st.index.kinds import KINDS, choose, subquantizers_for
+
+DIMENSION = 32
+ROWS = 3000
+
+
+def clustered(count: int, seed: int) -> np.ndarray:
+    """Vectors with neighbourhoods, as embeddings have."""
+    centres = np.random.default_rng(99).normal(size=(60, DIMENSION))
+    generator = np.random.default_rng(seed)
+    return centres[generator.integers(60, size=count)] + 0.5 * generator.normal(size=(count, DIMENSION))
+
+
+class TableEncoder:
+    """Looks vectors up: `row 17` has vector 17; other texts get one by their hash."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[str, str] = {}
+        self.table = clustered(ROWS + 500, 0)
+
+    def encode(self, inputs, **_):
+        return np.stack([self.table[int(t.split()[1])] if t.startswith("row ") else self.other(t) for t in inputs])
+
+    def other(self, text: str) -> np.ndarray:
+        return np.random.default_rng(sum(text.encode())).normal(size=DIMENSION)
+
+
+def corpus(count: int = ROWS, first: int = 0) -> list[dict]:
+    return [
+        {
+            "id": f"r{n}",
+            "text": f"row {n}",
+            "lang": ["en", "de", "fr"][n % 3],
+            "year": 1900 + n % 120,
+            "even": n % 2 == 0,
+        }
+        for n in range(first, first + count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return TableEncoder()
+
+
+@pytest.fixture(scope="module")
+def flat(encoder, tmp_path_factory):
+    return EmbeddingIndex.build(encoder, corpus(), tmp_path_factory.mktemp("flat") / "i", kind="flat")
+
+
+@pytest.fixture(scope="module")
+def queries():
+    return clustered(40, 7).astype(np.float32)
+
+
+def truth(encoder, queries, k, keep=None):
+    matrix = encoder.table[:ROWS] / np.linalg.norm(encoder.table[:ROWS], axis=1, keepdims=True)
+    scores = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ matrix.T
+    if keep is not None:
+        scores[:, ~keep] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), [[f"r{row}" for row in line] for line in order]
+
+
+def recall(found, expected):
+    return np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, expected)])
+
+
+@pytest.fixture(scope="module", params=[name for name in KINDS if name != "flat"] + ["faiss:IVF32,SQ8"])
+def approximate(request, encoder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kind") / "i"
+    EmbeddingIndex.build(encoder, corpus(), folder, kind=request.param)
+    return EmbeddingIndex.open(folder, model=encoder)
+
+
+def test_every_kind_returns_exact_cosines_and_finds_most(approximate, encoder, queries):
+    import faiss
+
+    expected, names = truth(encoder, queries, 10)
+    scores, ids = approximate.search(queries, 10)
+    assert recall(ids, names) >= 0.9
+    matrix = encoder.table / np.linalg.norm(encoder.table, axis=1, keepdims=True)
+    for line, values, query in zip(ids, scores, queries / np.linalg.norm(queries, axis=1, keepdims=True)):
+        np.testing.assert_allclose(values, [matrix[int(name[1:])] @ query for name in line], atol=2e-6)
+        assert (np.diff(values) <= 0).all()
+    exact, exact_ids = approximate.search(queries, 10, exact=True)
+    np.testing.assert_allclose(exact, expected, atol=2e-6)
+    assert exact_ids == names
+    assert faiss.read_index(str(approximate.path / approximate.info["index"]["file"])).ntotal == ROWS
+    assert approximate.verify() == []
+
+
+def test_filters_hold_in_every_kind_and_fill_the_list(approximate, encoder, queries, monkeypatch):
+    monkeypatch.setattr("ubmoe_st.index.search.FEW_ROWS", 50)
+    keep = np.array([row["lang"] == "de" and row["year"] >= 1950 for row in corpus()])
+    spec = {"lang": "de", "year": {">=": 1950}}
+    _, names = truth(encoder, queries, 10, keep)
+    _, ids = approximate.search(queries, 10, filter=spec)
+    assert all(len(line) == 10 for line in ids)
+    assert {keep[int(name[1:])] for line in ids for name in line} == {np.True_}
+    assert recall(ids, names) >= 0.85
+    rare = {"year": 1900, "lang": "en"}
+    few = [row["id"] for row in corpus() if row["year"] == 1900 and row["lang"] == "en"]
+    assert sorted(approximate.search(queries[:1], 100, filter=rare)[1][0]) == sorted(few)
+
+
+def test_rows_added_later_and_deleted_ones_are_right_in_every_kind(approximate, encoder, queries):
+    index = EmbeddingIndex.open(approximate.path, model=encoder)
+    before = approximate.search(queries, 5)[1]
+    assert index.add(corpus(300, first=ROWS)) == 300
+    for number in (ROWS, ROWS + 299):
+        assert index.search(encoder.table[number], 1)[1] == [[f"r{number}"]]
+    gone = {name for line in before[:3] for name in line[:2]}
+    assert index.delete(gone) == len(gone)
+    _, ids = index.search(queries, 5)
+    assert not gone & {name for line in ids for name in line}
+    assert approximate.search(queries, 5)[1] == before, "an open reader keeps its version"
+    index.delete([f"r{number}" for number in range(ROWS, ROWS + 300)])
+    index.upsert([row for row in corpus() if row["id"] in gone])
+    assert sorted(index) == sorted(row["id"] for row in corpus())
+    index.compact()
+    assert (len(index), index.info["stored_rows"]) == (ROWS, ROWS)
+    assert recall(index.search(queries, 5)[1], before) >= 0.9
+    assert index.verify() == []
+
+
+def test_tuning_reaches_its_recall_and_is_kept(encoder, tmp_path, queries):
+    index = EmbeddingIndex.build(encoder, corpus(), tmp_path / "i", kind="ivf-flat")
+    poor = index.search(queries, 10, parameters={"nprobe": 1, "rerank": 1})[1]
+    _, names = truth(encoder, queries, 10)
+    assert recall(poor, names) < 0.97, "one cell is enough, so this test would be vacuous"
+    report = index.tune(0.99, queries=queries)
+    assert report.reached
+    again = EmbeddingIndex.open(tmp_path / "i", model=encoder)
+    assert again.info["index"]["parameters"] == report.chosen.parameters
+    assert recall(again.search(queries, 10)[1], names) == pytest.approx(report.chosen.recall) >= 0.99
+    held = again.tune(0.9, held_back=50, save=False)
+    assert held.queries == 50
+    assert held.reached
+    with pytest.raises(ValueError, match="recall is above 0"):
+        index.tune(1.5)
+
+
+def test_a_flat_index_cannot_be_tuned_but_reindexed(encoder, tmp_path):
+    index = EmbeddingIndex.build(encoder, corpus(), tmp_path / "i")
+    assert index.kind == "flat"
+    with pytest.raises(ValueError, match="nothing to tune"):
+        index.tune()
+    index.reindex("int8")
+    assert index.kind == EmbeddingIndex.open(tmp_path / "i").kind == "int8"
+    assert len(list(tmp_path.glob("i/index*.faiss"))) == 1
+
+
+def test_auto_explains_its_choice_by_rows_and_memory():
+    assert choose("auto", 10_000, 576).kind == "flat"
+    roomy, tight, huge = (
+        choose("auto", 10**6, 576, 4000),
+        choose("auto", 10**6, 576, 400),
+        choose("auto", 10**8, 576, 9**9),
+    )
+    assert (roomy.kind, tight.kind, huge.kind) == ("hnsw-int8", "ivf-pq", "ivf-pq")
+    assert "1,000,000 rows of 576 dimensions" in roomy.why
+    assert "400 MiB" in tight.why
+    assert choose("ivf-pq", 10, 576).kind == "flat"
+    with pytest.raises(ValueError, match="kind is auto, flat"):
+        choose("best", 10, 576)
+    for dimension in (384, 576, 768, 1024, 33, 7):
+        assert dimension % subquantizers_for(dimension) == 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "keep"),
+    [
+        ({"lang": "en"}, lambda row: row["lang"] == "en"),
+        ({"lang": ["en", "fr"]}, lambda row: row["lang"] != "de"),
+        ({"lang": {"!=": "en"}}, lambda row: row["lang"] != "en"),
+        ({"lang": {"not in": ["en", "fr"]}}, lambda row: row["lang"] == "de"),
+        ({"year": {">=": 1950, "<": 1960}}, lambda row: 1950 <= row["year"] < 1960),
+        ({"year": {">": 1950}, "lang": "de"}, lambda row: row["year"] > 1950 and row["lang"] == "de"),
+        ({"even": True}, lambda row: row["even"]),
+        ({"even": 1}, lambda row: False),
+        ({"year": {">": "1950"}}, lambda row: False),
+        ({"absent": {"exists": False}}, lambda row: True),
+        ({"absent": "x"}, lambda row: False),
+        (lambda metadata: metadata["year"] % 7 == 0, lambda row: row["year"] % 7 == 0),
+    ],
+)
+def test_filters_mean_what_they_say(flat, encoder, queries, spec, keep):
+    mask = np.array([bool(keep(row)) for row in corpus()])
+    scores, ids = flat.search(queries[:2], 12, filter=spec)
+    expected, names = truth(encoder, queries[:2], 12, mask)
+    width = min(12, int(mask.sum()))
+    assert ids == [line[:width] for line in names]
+    np.testing.assert_allclose(scores, expected[:, :width], atol=2e-6)
+
+
+def test_an_unknown_operator_is_refused(flat, queries):
+    with pytest.raises(ValueError, match="no operator '~'"):
+        flat.search(queries, 3, filter={"year": {"~": 3}})
+    with pytest.raises(TypeError, match="a filter is a mapping"):
+        flat.search(queries, 3, filter="lang=en")
+
+
+def bm25(query: str, texts: list[str], k1: float = 1.5, b: float = 0.75) -> np.ndarray:
+    """Lucene's BM25, the default of bm25s, written out."""
+    documents = [text.split() for text in texts]
+    mean = np.mean([len(words) for words in documents])
+    scores = np.zeros(len(texts))
+    for word in query.split():
+        holding = sum(word in words for words in documents)
+        idf = math.log(1 + (len(texts) - holding + 0.5) / (holding + 0.5))
+        for number, words in enumerate(documents):
+            count = words.count(word)
+            scores[number] += idf * count / (count + k1 * (1 - b + b * len(words) / mean))
+    return scores
+
+
+def test_hybrid_is_reciprocal_rank_fusion_of_bm25_and_cosines(encoder, tmp_path):
+    pytest.importorskip("bm25s")
+    generator = np.random.default_rng(4)
+    texts = [" ".join(f"word{generator.zipf(1.5) % 60}" for _ in range(generator.integers(3, 30))) for _ in range(200)]
+    rows = [{"id": str(n), "text": text, "half": n % 2} for n, text in enumerate(texts)]
+    index = EmbeddingIndex.build(encoder, rows, tmp_path / "i")
+    query = "word7 word23 word41"
+    with pytest.raises(ValueError, match="build_bm25"):
+        index.search(query, mode="hybrid")
+    index.build_bm25()
+    index = EmbeddingIndex.open(tmp_path / "i", model=encoder)
+    expected = bm25(query, texts)
+    order = [n for n in np.lexsort((np.arange(200), -np.round(expected, 5))) if expected[n] > 0]
+    _, ids = index.search(query, 10, mode="bm25")
+    assert [round(float(expected[int(name)]), 4) for name in ids[0]] == [
+        round(float(expected[n]), 4) for n in order[:10]
+    ]
+    cosines = {name: score for name, score in zip(index.search(query, 200)[1][0], index.search(query, 200)[0][0])}
+    dense = list(cosines)[:100]
+    keywords = index.search(query, 100, mode="bm25")[1][0]
+    points = {
+        str(n): sum(1 / (61 + lst.index(str(n))) for lst in (dense, keywords) if str(n) in lst) for n in range(200)
+    }
+    scores, ids = index.search(query, 10, mode="hybrid")
+    assert ids[0] == sorted(points, key=lambda name: (-points[name], int(name)))[:10]
+    assert ids[0] != dense[:10]
+    np.testing.assert_allclose(scores[0], [cosines[name] for name in ids[0]], atol=1e-6)
+    assert all(int(name) % 2 for name in index.search(query, 10, mode="hybrid", filter={"half": 1})[1][0])
+    scores, ids = index.search("unheard", 5, mode="bm25")
+    assert ids == [[""] * 5]
+    assert np.isnan(scores).all()
+    assert index.search_entries("unheard", 5, mode="bm25") == [[]]
+    with pytest.raises(TypeError, match="as texts"):
+        index.search(encoder.table[0], mode="hybrid")
+    index.delete(index.search(query, 1, mode="bm25")[1][0])
+    assert index.search(query, 1, mode="bm25")[1][0][0] != keywords[0]
+    assert index.verify() == []

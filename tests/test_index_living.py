@@ -1,0 +1,254 @@
+"""An index that changes: additions, deletions and compaction against a plain dictionary, with readers and kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from test_index_crash import DRIVER, ROOT
+from test_index_encoders import HashEncoder
+
+from ubmoe_st.index import CorpusError, EmbeddingIndex
+
+CUT = {"window_tokens": 60, "batch_tokens": 20, "segment_rows": 25}
+
+
+def check(index: EmbeddingIndex, expected: dict[str, str], encoder: HashEncoder) -> None:
+    """The index holds exactly `expected` (id to text) and finds it like numpy does."""
+    assert len(index) == len(expected)
+    assert sorted(index) == sorted(expected)
+    order = list(index)
+    assert index.texts(order) == [expected[name] for name in order]
+    if not order:
+        return
+    matrix = np.stack([encoder.vector(expected[name]) for name in order])
+    scores, ids = index.search("a query", 5)
+    cosines = matrix @ encoder.vector("a query")
+    best = np.argsort(-cosines, kind="stable")[:5]
+    assert ids == [[order[n] for n in best]]
+    np.testing.assert_allclose(scores[0], cosines[best], atol=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_series_of_changes_ends_like_a_dictionary(tmp_path, seed):
+    encoder = HashEncoder(12)
+    generator = np.random.default_rng(seed)
+    expected = {f"d{n}": f"text {n}" for n in range(40)}
+    rows = [{"id": name, "text": text} for name, text in expected.items()]
+    index = EmbeddingIndex.build(encoder, rows, tmp_path / "i", **CUT)
+    for step in range(12):
+        action = generator.choice(["add", "upsert", "delete", "compact", "skip"])
+        names = [f"d{n}" for n in generator.choice(120, 15, replace=False)]
+        new = {name: f"text {name} of step {step}" for name in names}
+        if action == "add":
+            fresh = {name: text for name, text in new.items() if name not in expected}
+            if fresh:
+                assert index.add([{"id": n, "text": t} for n, t in fresh.items()]) == len(fresh)
+            expected |= fresh
+        elif action == "upsert":
+            index.upsert([{"id": n, "text": t} for n, t in new.items()])
+            expected |= new
+        elif action == "skip":
+            index.add([{"id": n, "text": t} for n, t in new.items()], on_duplicate="skip")
+            expected = new | expected
+        elif action == "delete":
+            known = [name for name in names if name in expected]
+            assert index.delete(names, missing_ok=True) == len(known)
+            expected = {name: text for name, text in expected.items() if name not in known}
+        else:
+            index.compact()
+            assert index.info["stored_rows"] == len(expected)
+        check(index, expected, encoder)
+    check(EmbeddingIndex.open(tmp_path / "i", model=encoder, verify=True), expected, encoder)
+    assert index.verify() == []
+
+
+def test_a_document_is_replaced_and_deleted_with_all_its_chunks(tmp_path):
+    encoder = HashEncoder(12)
+    rows = [{"id": f"d{n}", "text": " ".join(f"w{n}-{m}" for m in range(35))} for n in range(6)]
+    index = EmbeddingIndex.build(encoder, rows, tmp_path / "i", chunk_tokens=10, **CUT)
+    assert len(index) == 24
+    index.upsert([{"id": "d2", "text": "short now"}])
+    assert index.texts("d2") == ["short now"]
+    assert len(index) == 21
+    assert index.delete("d3") == 4
+    assert index.delete("d4#1") == 1
+    assert [entry.id for entry in index.entries("d4")] == ["d4#0", "d4#2", "d4#3"]
+    index.compact()
+    assert len(index) == index.info["stored_rows"] == 16
+    assert [entry.id for entry in index.entries("d4")] == ["d4#0", "d4#2", "d4#3"]
+    with pytest.raises(KeyError, match="'d3'"):
+        index.delete(["d1", "d3"])
+    assert len(index.entries("d1")) == 4
+
+
+def test_neighbouring_versions_of_one_id_are_told_apart(tmp_path):
+    rows = [{"id": "a", "text": "w " * 25}, {"id": "a", "text": "v " * 25}, {"id": "a", "text": "u " * 25}]
+    index = EmbeddingIndex.build(HashEncoder(12), rows, tmp_path / "i", chunk_tokens=10, on_duplicate="upsert")
+    assert len(index) == 3
+    assert {text[0] for text in index.texts("a")} == {"u"}
+
+
+def test_an_addition_that_was_stopped_goes_on_and_guards_the_index(tmp_path):
+    from test_index_crash import Stops
+
+    encoder = HashEncoder(16, batch_noise=1e-3)
+    first = [{"id": f"d{n}", "text": f"some text number {n}"} for n in range(20)]
+    more = [{"id": f"e{n}", "text": f"some more text number {n}"} for n in range(60)]
+    EmbeddingIndex.build(encoder, first, tmp_path / "i", **CUT)
+    index = EmbeddingIndex.open(tmp_path / "i", model=Stops(12))
+    with pytest.raises(KeyboardInterrupt):
+        index.add(more)
+    assert len(EmbeddingIndex.open(tmp_path / "i", verify=True)) == 20
+    index = EmbeddingIndex.open(tmp_path / "i", model=encoder)
+    for change in (lambda: index.delete("d1"), index.compact, lambda: index.reindex("flat")):
+        with pytest.raises(ValueError, match="has not finished"):
+            change()
+    with pytest.raises(CorpusError, match="not the one this build began with"):
+        index.add(more[1:])
+    assert index.add(more) == 60
+    whole = EmbeddingIndex.build(encoder, first, tmp_path / "whole", **CUT)
+    whole.add(more)
+    names = list(index)
+    assert names == list(whole)
+    assert index.vectors(names).tobytes() == whole.vectors(names).tobytes()
+    index.add([{"id": "z", "text": "last"}])
+    assert len(index) == 81
+
+
+def test_a_stopped_addition_can_be_thrown_away(tmp_path):
+    from test_index_crash import Stops
+
+    EmbeddingIndex.build(HashEncoder(16), [{"id": "a", "text": "b"}], tmp_path / "i", **CUT)
+    index = EmbeddingIndex.open(tmp_path / "i", model=Stops(6))
+    with pytest.raises(KeyboardInterrupt):
+        index.add([{"id": f"e{n}", "text": f"some more text number {n}"} for n in range(60)])
+    assert index.discard_unfinished()
+    assert not index.discard_unfinished()
+    assert index.delete("a") == 1
+    assert len(index) == 0
+    assert index.search(np.ones(16), 3)[0].shape == (1, 0)
+    with pytest.raises(ValueError, match="nothing to compact"):
+        index.compact()
+
+
+def test_an_addition_with_another_model_is_refused(tmp_path):
+    EmbeddingIndex.build(HashEncoder(16), [{"id": "a", "text": "b"}], tmp_path / "i")
+    with pytest.raises(ValueError, match="not the model"):
+        EmbeddingIndex.open(tmp_path / "i", model=HashEncoder(16, salt="x"))
+    with pytest.raises(ValueError, match="open it with model="):
+        EmbeddingIndex.open(tmp_path / "i").add([{"id": "c", "text": "d"}])
+
+
+def test_readers_see_one_version_while_a_writer_works(tmp_path):
+    """Rows always come in pairs of versions; a reader that opens at any time finds a whole version."""
+    encoder = HashEncoder(8)
+    rows = [{"id": f"d{n}", "text": f"version 0 of {n}"} for n in range(30)]
+    writer = EmbeddingIndex.build(encoder, rows, tmp_path / "i", **CUT)
+    stop, problems, seen = threading.Event(), [], set()
+
+    def read() -> None:
+        mine = HashEncoder(8)
+        while not stop.is_set():
+            try:
+                index = EmbeddingIndex.open(tmp_path / "i", model=mine)
+                for _ in range(3):
+                    texts = index.texts([f"d{n}" for n in range(30)])
+                    versions = {text.split()[1] for text in texts}
+                    assert len(versions) == 1, versions
+                    assert index.search("q", 50)[0].shape == (1, 30)
+                seen.update(versions)
+            except Exception as error:
+                problems.append(error)
+                return
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for version in range(1, 13):
+        writer.upsert([{"id": f"d{n}", "text": f"version {version} of {n}"} for n in range(30)])
+        if version % 4 == 0:
+            writer.compact()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not problems, problems[0]
+    assert len(seen) > 1
+
+
+def test_a_kill_during_any_change_leaves_the_old_or_the_new_version(tmp_path):
+    """Add, delete, compact, reindex and BM25 are killed at each of their renames; then a new writer takes over."""
+    body = """
+    import shutil
+    out = Path(sys.argv[3])
+    rows = [{"id": f"d{n}", "text": f"some text number {n}"} for n in range(40)]
+    encoder = HashEncoder(16)
+    whole = out / "whole"
+    EmbeddingIndex.build(encoder, rows, whole, window_tokens=60, batch_tokens=20, segment_rows=25)
+    more = [{"id": f"d{n}", "text": f"changed text number {n}"} for n in range(30, 50)]
+    changes = {
+        "add": lambda index: index.upsert(more),
+        "delete": lambda index: index.delete([f"d{n}" for n in range(5)]),
+        "compact": lambda index: index.compact(),
+        "reindex": lambda index: index.reindex("faiss:SQ8"),
+        "bm25": lambda index: index.build_bm25(),
+    }
+    first = EmbeddingIndex.open(whole, model=encoder)
+    first.delete("d39")
+    real, kills = os.replace, 0
+    for name, change in changes.items():
+        at = 0
+        outcome = "killed"
+        while outcome == "killed":
+            at += 1
+            folder = out / f"{name}-{at}"
+            shutil.copytree(whole, folder)
+            def work():
+                index = EmbeddingIndex.open(folder, model=encoder)
+                count = 0
+                def replace(a, b):
+                    nonlocal count
+                    count += 1
+                    if 2 * count - 1 == at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    real(a, b)
+                    if 2 * count == at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                os.replace = replace
+                change(index)
+            outcome = finish(attempt(work))
+            kills += outcome == "killed"
+            def again():
+                index = EmbeddingIndex.open(folder, model=encoder, verify=True)
+                before = [f"d{n}" for n in range(39)]
+                after = {"add": [f"d{n}" for n in range(50)], "delete": [f"d{n}" for n in range(5, 39)]}.get(name, before)
+                state = sorted(index)
+                if state not in (sorted(before), sorted(after)):
+                    raise ValueError(state)
+                if not (name == "delete" and state == sorted(after)):
+                    change(index)
+                if sorted(index) != sorted(after) or index.verify():
+                    raise ValueError(f"{sorted(index)} {index.verify()}")
+                index.compact()
+                scores, ids = index.search("some text number 9", 1)
+                if ids != [["d9"]] or index.verify() or list(folder.rglob("*.tmp")):
+                    raise ValueError(f"{ids} {index.verify()} {list(folder.rglob('*.tmp'))}")
+            finish(attempt(again))
+    print(kills)
+    """
+    from textwrap import dedent
+
+    script = DRIVER + dedent(body)
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "a", "text": "b"}))
+    command = [sys.executable, "-c", script, str(ROOT), str(tmp_path / "c.jsonl"), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 40
+    assert signal.SIGKILL

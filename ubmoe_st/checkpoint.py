@@ -1,0 +1,307 @@
+"""The checkpoint folder: names, structure check, checksums, atomic writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ubmoe_st.bases import file_sha256
+from ubmoe_st.configuration import UBMoEConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+SHARED_FILE = "model-shared.safetensors"
+BI_FILE = "model-bi.safetensors"
+GENERATOR_FOLDER = "generator"
+UNI_FILE = f"{GENERATOR_FOLDER}/model-uni.safetensors"
+DELTA_FILE = f"{GENERATOR_FOLDER}/bi_delta.safetensors"
+ROUTER_FILE = f"{GENERATOR_FOLDER}/router.safetensors"
+GENERATOR_CONFIG = f"{GENERATOR_FOLDER}/config.json"
+SUMS_FILE = "SHA256SUMS"
+CONFIG_KEY = "ubmoe"
+
+CACHE_LINE = 64
+"""Bytes; see `save_tensors`."""
+
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted: names the file and what is wrong with it."""
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder claims to be a UBMoE checkpoint."""
+    return (Path(path) / GENERATOR_CONFIG).is_file()
+
+
+def check_checkpoint(path: str | os.PathLike[str]) -> UBMoEConfig:
+    """Check the structure of a checkpoint from its JSON files and safetensors headers; reads no weights.
+
+    Args:
+        path: The checkpoint folder.
+
+    Returns:
+        The `ubmoe` section of `generator/config.json`.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or does not fit the others.
+    """
+    root = Path(path)
+    config = read_config(root)
+    index = _read_json(root, INDEX_FILE)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{INDEX_FILE}: expected a `weight_map` from tensor to file")
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for file in sorted({*weight_map.values()}):
+        if Path(file).name != file:
+            raise CheckpointError(f"{INDEX_FILE}: {file!r} is not a file beside it")
+        if not (root / file).is_file():
+            raise CheckpointError(f"{INDEX_FILE} names {file}, which is missing from {root}")
+        shards[file] = read_shapes(root, file)
+    for key, file in weight_map.items():
+        if key not in shards[file]:
+            raise CheckpointError(f"{file}: tensor {key} is missing, though {INDEX_FILE} places it there")
+    encoder = {key: shards[file][key] for key, file in weight_map.items()}
+    _check_against_config(root, encoder, weight_map)
+    uni = read_shapes(root, UNI_FILE)
+    from ubmoe_st.experts import is_ffn_key
+
+    for key in filter(is_ffn_key, encoder):
+        if uni.get(key) != encoder[key]:
+            found = f"has shape {uni[key]}" if key in uni else "is missing"
+            raise CheckpointError(f"{UNI_FILE}: {key} {found}, expected {encoder[key]} as in {weight_map[key]}")
+    if config.expert_rank is not None:
+        _check_delta(read_shapes(root, DELTA_FILE), uni)
+    if config.router is not None:
+        layers = {key.split(".mlp.")[0] for key in encoder if is_ffn_key(key)}
+        routed = {key.split(".router.")[0] for key in read_shapes(root, ROUTER_FILE)}
+        if layers != routed:
+            raise CheckpointError(f"{ROUTER_FILE}: routers of {len(routed)} layers, expected {len(layers)}")
+    return config
+
+
+def read_config(path: str | os.PathLike[str]) -> UBMoEConfig:
+    """Read the `ubmoe` section of `generator/config.json`.
+
+    Raises:
+        CheckpointError: If it is missing or not valid.
+    """
+    section = _read_json(Path(path), GENERATOR_CONFIG).get(CONFIG_KEY)
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{GENERATOR_CONFIG}: expected a section {CONFIG_KEY!r}")
+    try:
+        return UBMoEConfig.from_dict(section)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{GENERATOR_CONFIG}: {error}") from error
+
+
+def _read_json(root: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((root / name).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} is missing from {root}: not a complete UBMoE checkpoint") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_shapes(root: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by tensor of a safetensors file, from its header, with a check of the file's length.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, too long or not safetensors.
+    """
+    path = root / name
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{name} is truncated: {size:,} bytes do not hold its header")
+            header = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} is missing from {root}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{name} is not a safetensors file: its header is not JSON") from error
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        state = "truncated" if size < expected else "too long"
+        raise CheckpointError(f"{name} is {state}: {size:,} bytes, its header says {expected:,}")
+    return {key: tuple(entry["shape"]) for key, entry in header.items()}
+
+
+def data_start(path: Path) -> int:
+    """Offset in bytes of the first tensor of a safetensors file."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) -> None:
+    """Write a safetensors file whose tensors start at a given offset modulo 64 bytes.
+
+    transformers maps weights from the file, so their address modulo 64 is that of the file. MKL's matrix-vector
+    product rounds differently for addresses that are 8 and 0 modulo 16: logits are bit-identical to the base
+    only if the copy of a tensor is aligned like the original.
+
+    Args:
+        tensors: By name.
+        path: The file.
+        alignment: Offset modulo 64; a multiple of 8, as safetensors pads its header to.
+    """
+    from safetensors.torch import save_file
+
+    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(plain, path, {"format": "pt", "pad": ""})
+    missing = (alignment - data_start(path)) % CACHE_LINE
+    if missing:
+        # Eight more characters of metadata move the data by eight bytes.
+        save_file(plain, path, {"format": "pt", "pad": " " * missing})
+
+
+def _check_against_config(root: Path, encoder: dict[str, tuple[int, ...]], weight_map: dict[str, str]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        expected = AutoModel.from_config(AutoConfig.from_pretrained(root)).state_dict()
+    for key, tensor in expected.items():
+        if key not in encoder:
+            raise CheckpointError(f"{INDEX_FILE}: {key} is missing, though config.json asks for it")
+        if encoder[key] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{weight_map[key]}: {key} has shape {encoder[key]}, config.json asks for {tuple(tensor.shape)}"
+            )
+    unexpected = sorted(set(encoder) - set(expected))
+    if unexpected:
+        raise CheckpointError(f"{weight_map[unexpected[0]]}: {unexpected[0]} has no place in the model of config.json")
+
+
+def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ...]]) -> None:
+    for key, shape in delta.items():
+        layer, _, half = key.rpartition(".lora_")
+        weight = uni.get(f"{layer}.weight")
+        side = {"A": 1, "B": 0}.get(half)
+        if weight is None or side is None or len(shape) != 2 or shape[side] != weight[side]:
+            raise CheckpointError(f"{DELTA_FILE}: {key} of shape {shape} fits no FFN layer of {UNI_FILE}")
+
+
+def write_sums(path: Path) -> None:
+    """Write `SHA256SUMS` over every other file of a folder."""
+    lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
+    (path / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def verify_sums(path: str | os.PathLike[str]) -> list[str]:
+    """Check every byte of a checkpoint against its `SHA256SUMS`.
+
+    Args:
+        path: The checkpoint folder.
+
+    Returns:
+        The files that were checked.
+
+    Raises:
+        CheckpointError: If a file is missing or changed; names all of them.
+    """
+    root = Path(path)
+    try:
+        lines = (root / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{SUMS_FILE} is missing from {root}: nothing to verify against") from error
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    wrong = []
+    for name, digest in sums.items():
+        if not (root / name).is_file():
+            wrong.append(f"{name} is missing")
+        elif file_sha256(root / name) != digest:
+            wrong.append(f"{name} has changed")
+    wrong += [f"{name} is not listed" for name in _weights(root) if name not in sums]
+    if wrong:
+        raise CheckpointError(f"{root} does not match {SUMS_FILE}: {'; '.join(wrong)}")
+    return list(sums)
+
+
+def _weights(root: Path) -> list[str]:
+    return [file.relative_to(root).as_posix() for file in _files(root) if file.suffix == ".safetensors"]
+
+
+def _files(root: Path) -> Iterator[Path]:
+    return (
+        file
+        for file in sorted(root.rglob("*"))
+        if file.is_file() and file.name != SUMS_FILE and ".cache" not in file.relative_to(root).parts
+    )
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
+    """Write a folder all or nothing.
+
+    Yields a temporary sibling; when the block ends without error it is flushed to disk and takes the place of
+    `path`. Files of an old folder that the new one does not have are carried over. On any error, Ctrl-C
+    included, the temporary folder is removed and `path` is as it was.
+
+    Args:
+        path: The folder to write.
+        overwrite: Whether a non-empty folder may be replaced.
+
+    Raises:
+        FileExistsError: If the folder is not empty and `overwrite` is False.
+    """
+    target = Path(path)
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file; expected a folder")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; choose another folder, or overwrite it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for file in [*temporary.rglob("*"), temporary]:
+            _fsync(file)
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        _fsync(target.parent)
+        return
+    old = target.with_name(f".{target.name}.old-{temporary.name.rpartition('-')[2]}")
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    _fsync(target.parent)
+    ours = {"README.md", INDEX_FILE, SUMS_FILE, GENERATOR_FOLDER}
+    for entry in old.iterdir():
+        # Of an old checkpoint only what others put there is kept; its own weights are not.
+        if not (target / entry.name).exists() and entry.name not in ours and entry.suffix != ".safetensors":
+            os.replace(entry, target / entry.name)
+    shutil.rmtree(old)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

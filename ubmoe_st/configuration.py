@@ -1,0 +1,88 @@
+"""What a checkpoint says of itself beside the stock configs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Routing = Literal["uni", "bi", "router"]
+RouterKind = Literal["soft", "top1"]
+
+ROUTINGS: tuple[str, ...] = get_args(Routing)
+ROUTER_KINDS: tuple[str, ...] = get_args(RouterKind)
+LAYOUT_VERSION = 1
+
+
+@dataclass
+class UBMoEConfig:
+    """The `ubmoe` section of `generator/config.json`.
+
+    The rest of that file is the base model's own config, so stock transformers reads it too.
+    """
+
+    base_model: str
+    """Name of the base model: a Hub id, or the name of the folder or file it was read from."""
+
+    base_architecture: str
+    """Class of the base model in transformers, e.g. `LlamaForCausalLM`."""
+
+    base_origin: Literal["hub", "folder", "gguf"] = "folder"
+    """Where the base weights were read from."""
+
+    base_sha256: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each weight file of the base model, by file name."""
+
+    expert_rank: int | None = None
+    """Rank of the low-rank form of the `bi` experts. None: the experts are dense."""
+
+    routing: Routing = "uni"
+    """Routing that `generate()` takes when none is given."""
+
+    router: RouterKind | None = None
+    """How the token routers mix the experts. None: there are no routers."""
+
+    layout_version: int = LAYOUT_VERSION
+    """Version of the checkpoint layout."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the libraries that wrote the checkpoint."""
+
+    def __post_init__(self) -> None:
+        if self.layout_version > LAYOUT_VERSION:
+            raise ValueError(
+                f"the checkpoint has layout version {self.layout_version}, this ubmoe_st reads up to "
+                f"{LAYOUT_VERSION}: update with `pip install -U ubmoe-st`"
+            )
+        if self.routing not in ROUTINGS:
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {self.routing!r}")
+        if self.router is not None and self.router not in ROUTER_KINDS:
+            raise ValueError(f"router must be one of {', '.join(ROUTER_KINDS)} or null, got {self.router!r}")
+        if self.expert_rank is not None and self.expert_rank < 1:
+            raise ValueError(f"expert_rank must be at least 1 or null, got {self.expert_rank}")
+        if self.routing == "router" and self.router is None:
+            raise ValueError("routing is 'router', but the checkpoint names no router kind")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UBMoEConfig:
+        """Read the section.
+
+        Args:
+            values: What `to_dict` gave.
+
+        Raises:
+            ValueError: If a key is missing or unknown, or a value is out of range.
+        """
+        version = values.get("layout_version", LAYOUT_VERSION)
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown and version <= LAYOUT_VERSION:
+            raise ValueError(f"unknown keys {unknown}; known keys are {sorted(known)}")
+        missing = [key for key in ("base_model", "base_architecture") if key not in values]
+        if missing:
+            raise ValueError(f"missing keys {missing}")
+        return cls(**{key: value for key, value in values.items() if key in known})

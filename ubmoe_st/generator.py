@@ -1,0 +1,163 @@
+"""The generator view: the stock causal LM, made of the encoder's own tensors.
+
+Embedding, attention and norm parameters are the encoder's `Parameter` objects. Configs, buffers and module
+objects are separate, so nothing is switched between encoding and generating.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from ubmoe_st.configuration import RouterKind, Routing
+from ubmoe_st.experts import (
+    LowRankLinear,
+    RoutedFFN,
+    TokenRouter,
+    find_ffns,
+    is_ffn_key,
+    share_copy,
+    without_low_rank,
+)
+
+
+def causal_config(encoder_config: PretrainedConfig) -> PretrainedConfig:
+    """The base model's config from the encoder's: causal attention, with a KV cache."""
+    config = copy.deepcopy(encoder_config)
+    config.__dict__.pop("is_causal", None)
+    config.use_cache = True
+    return config
+
+
+def meta_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
+    """The stock causal LM of a config, without memory for its parameters.
+
+    Raises:
+        ValueError: If transformers has no causal LM for this config.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
+
+
+def uni_keys(lm: PreTrainedModel) -> dict[str, str]:
+    """Tensors that the generator has beside the shared ones.
+
+    Args:
+        lm: The stock causal LM.
+
+    Returns:
+        From the name in the uni file (`layers.0.mlp.up_proj.weight`, `lm_head.weight`) to the name in `lm`.
+    """
+    prefix = f"{lm.base_model_prefix}."
+    tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
+    keys = {}
+    for name in lm.state_dict():
+        short = name.removeprefix(prefix)
+        if (short != name and is_ffn_key(short)) or (short == name and name not in tied):
+            keys[short] = name
+    return keys
+
+
+def uni_ffns(encoder: PreTrainedModel, uni: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The original FFN of each layer.
+
+    Args:
+        encoder: The encoder view. Low-rank experts already stand on the uni weights, which are shared then.
+        uni: The original FFN tensors by backbone name; not read for low-rank experts.
+    """
+    ffns = {}
+    for prefix, ffn in find_ffns(encoder).items():
+        if any(isinstance(module, LowRankLinear) for module in ffn.modules()):
+            ffns[prefix] = without_low_rank(ffn)
+            continue
+        memo: dict[int, object] = {
+            id(parameter): nn.Parameter(uni[f"{prefix}.{name}"], requires_grad=False)
+            for name, parameter in ffn.named_parameters()
+        }
+        ffns[prefix] = share_copy(ffn, memo)
+    return ffns
+
+
+def build_generator(
+    encoder: PreTrainedModel,
+    uni: Mapping[str, Tensor],
+    *,
+    routing: Routing = "uni",
+    router: RouterKind | None = None,
+    router_state: Mapping[str, Tensor] | None = None,
+    generation_config: GenerationConfig | None = None,
+) -> PreTrainedModel:
+    """The stock causal LM over the encoder's shared tensors.
+
+    Args:
+        encoder: The encoder view.
+        uni: Original FFN tensors and, where it is not tied, the head; by the names of `uni_keys`.
+        routing: Which expert each layer runs: `uni` (the base model), `bi`, or both mixed by the `router`.
+        router: Kind of the routers, for routing `router`.
+        router_state: Trained routers, `layers.N.router.*`. None: newly initialised.
+        generation_config: The base model's defaults for `generate`.
+
+    Raises:
+        ValueError: If the head needs a tensor that nothing provides.
+    """
+    lm = meta_causal_lm(causal_config(encoder.config))
+    memo: dict[int, object] = {id(encoder.config): lm.config}
+    if routing == "bi":
+        memo |= {id(ffn): ffn for ffn in find_ffns(encoder).values()}
+    else:
+        for prefix, ffn in uni_ffns(encoder, uni).items():
+            bi = encoder.get_submodule(prefix)
+            memo[id(bi)] = _routed(encoder, prefix, ffn, bi, router, router_state) if routing == "router" else ffn
+    setattr(lm, lm.base_model_prefix, share_copy(encoder, memo))
+    _set_head(lm, uni)
+    if generation_config is not None:
+        lm.generation_config = copy.deepcopy(generation_config)
+    left = [name for name, tensor in lm.named_parameters() if tensor.is_meta]
+    left += [name for name, tensor in lm.named_buffers() if tensor.is_meta]
+    if left:
+        raise ValueError(f"{type(lm).__name__} needs {left[0]}, which is neither shared nor in the uni weights")
+    return lm.eval()
+
+
+def _routed(
+    encoder: PreTrainedModel,
+    prefix: str,
+    uni: nn.Module,
+    bi: nn.Module,
+    kind: RouterKind | None,
+    state: Mapping[str, Tensor] | None,
+) -> RoutedFFN:
+    if kind is None:
+        raise ValueError("routing 'router' needs the kind of the routers: 'soft' or 'top1'")
+    router = TokenRouter(encoder.config.hidden_size, kind).to(encoder.device, encoder.dtype)
+    if state is not None:
+        own = f"{prefix.rpartition('.')[0]}.router."
+        router.load_state_dict({k.removeprefix(own): v for k, v in state.items() if k.startswith(own)})
+    return RoutedFFN(uni, bi, router)
+
+
+def _set_head(lm: PreTrainedModel, uni: Mapping[str, Tensor]) -> None:
+    head = lm.get_output_embeddings()
+    if lm.config.tie_word_embeddings:
+        head.weight = lm.get_input_embeddings().weight
+    for key, name in uni_keys(lm).items():
+        if not is_ffn_key(key) and key in uni:
+            parent, _, leaf = name.rpartition(".")
+            setattr(lm.get_submodule(parent), leaf, nn.Parameter(uni[key], requires_grad=False))
+
+
+def router_state(lm: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors of all token routers of a generator, `layers.N.router.*`."""
+    state: dict[str, Tensor] = {}
+    backbone: Any = getattr(lm, lm.base_model_prefix)
+    for prefix, module in backbone.named_modules():
+        if isinstance(module, RoutedFFN):
+            layer = prefix.rpartition(".")[0]
+            for name, tensor in module.router.state_dict().items():
+                state[f"{layer}.router.{name}"] = tensor.detach()
+    return state

@@ -1,0 +1,9 @@
+"""Retrieval indexes at corpus scale: streaming, resumable, exact about what they hold."""
+
+from .core import EmbeddingIndex, Hit
+from .corpus import BadRow, Corpus, CorpusError
+from .pipeline import BuildProgress
+from .segments import Entry
+from .tuning import TuningReport
+
+__all__ = ["BadRow", "BuildProgress", "Corpus", "CorpusError", "EmbeddingIndex", "Entry", "Hit", "TuningReport"]

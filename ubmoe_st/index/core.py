@@ -1,0 +1,638 @@
+"""`EmbeddingIndex`: the public face of the package."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .builder import BuildWriter
+from .commit import (
+    OWN_PREFIXES,
+    commit_add,
+    commit_bm25,
+    commit_build,
+    commit_compact,
+    commit_delete,
+    commit_parameters,
+    commit_reindex,
+    discard_unfinished,
+    same_build,
+    writing,
+)
+from .corpus import Corpus, CorpusChangedError, CorpusFields
+from .embedder import Embedder, check_probes, find_model, normalized
+from .exact import pair_scores
+from .filters import Filter
+from .hybrid import KeywordSearch, fuse
+from .kinds import FEWEST_ROWS, choose
+from .pipeline import OnBadRow, OnDuplicate, PipelineOptions, ProgressCallback
+from .progress import show
+from .search import Searcher
+from .segments import Entry
+from .snapshot import INFO_FILE, Snapshot, read_info
+from .storage import WriterLock, map_npy, problems_of, remove
+from .tuning import TuningReport, tune
+
+DTYPES = ("float32", "float16")
+FUSION_DEPTH = 100
+"""Results of each search that reciprocal rank fusion looks at, at least."""
+
+Mode = Literal["dense", "bm25", "hybrid"]
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result."""
+
+    id: str
+    score: float
+    """Cosine of query and entry."""
+    text: str
+    title: str | None
+    parent: str | None
+    """Id of the document a chunk was cut from; None for a whole document."""
+    start: int
+    """First character of `text` in its document."""
+    end: int
+    """Character after the last one."""
+    metadata: dict[str, Any]
+    """Other fields of the corpus row."""
+    row: int
+    """Row number in this version of the index."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class EmbeddingIndex:
+    """A searchable folder of unit vectors, ids and texts, made by one embedding model.
+
+    Opening maps files into memory and reads none of them; an open index is a snapshot that later writes, by this or
+    another process, do not disturb (`refresh` moves on). Scores are cosines. Make one with `build` or `open`.
+    """
+
+    def __init__(self, snapshot: Snapshot, embedder: Embedder | None = None) -> None:
+        self._searcher = Searcher(snapshot)
+        self._keywords = KeywordSearch(snapshot)
+        self._embedder = embedder
+        self._lock = threading.Lock()
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        return self._searcher.snapshot
+
+    def _move_to(self, snapshot: Snapshot) -> None:
+        self._searcher, self._keywords = Searcher(snapshot), KeywordSearch(snapshot)
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        corpus: Any,
+        out: str | os.PathLike[str],
+        *,
+        id_field: str | None = "id",
+        text_field: str = "text",
+        title_field: str | None = "title",
+        metadata_fields: Sequence[str] | None = None,
+        max_row_bytes: int = 4 << 20,
+        chunk_tokens: int | None = None,
+        overlap_tokens: int = 0,
+        with_title: bool = True,
+        on_duplicate: OnDuplicate = "raise",
+        on_bad_row: OnBadRow = "raise",
+        kind: str = "auto",
+        memory_mb: int | None = None,
+        dtype: str = "float32",
+        truncate_dim: int | None = None,
+        batch_tokens: int = 4096,
+        window_tokens: int = 65536,
+        segment_rows: int = 1 << 17,
+        overwrite: bool = False,
+        progress: bool | ProgressCallback = False,
+        model_id: str | None = None,
+    ) -> EmbeddingIndex:
+        """The index of a corpus, built in a stream: memory does not grow with the corpus.
+
+        Killed at any moment and called again with the same arguments it goes on where it was, and the vectors are
+        byte for byte those of an uninterrupted run. Called again after it has finished it only opens the index.
+
+        Args:
+            model: A `SentenceTransformer` (or an object with its `encode`), or a folder or Hub id to load.
+            corpus: A .jsonl(.gz), .csv, .tsv or .parquet file, a folder of those or of text files, `hf:NAME#split`,
+                or an iterable of mappings (or strings). To resume, give the same rows in the same order.
+            out: The index folder.
+            id_field: Field with the id, a string or an integer. None numbers the rows.
+            text_field: Field with the text.
+            title_field: Field with the title, where a row has one.
+            metadata_fields: Fields kept for filters and results; None keeps all others.
+            max_row_bytes: A larger row is a bad row.
+            chunk_tokens: Cut documents into chunks of this many tokens; ids become `id#0`, `id#1`, ...
+            overlap_tokens: Tokens that neighbouring chunks share.
+            with_title: Let the model read the title on a line before the text.
+            on_duplicate: An id met again: `raise`, `skip` (the first stays) or `upsert` (the last wins).
+            on_bad_row: `raise`, or `skip` and report in `bad_rows.txt` and `info["sources"]`.
+            kind: `auto` (chosen by rows, dimension and memory; `info["index"]["why"]` tells), `flat`, `int8`, `hnsw`,
+                `hnsw-int8`, `ivf-flat`, `ivf-pq`, `binary`, or `faiss:FACTORY` with a faiss factory string.
+            memory_mb: Memory the index may take when searched, MiB, for `auto`. None: a quarter of the machine's.
+            dtype: Type of the stored vectors, float32 or float16.
+            truncate_dim: Keep only the first dimensions (Matryoshka).
+            batch_tokens: Tokens per batch, padding included.
+            window_tokens: Tokens between two commits; what a kill can cost, and what bounds the memory.
+            segment_rows: Rows per segment folder.
+            overwrite: Replace an index that is already there (only once the new one is whole), and throw away an
+                unfinished build that does not match.
+            progress: True draws a progress bar on standard error; a callable gets a `BuildProgress` per batch.
+            model_id: Folder or Hub id to remember for `open`; None asks the model.
+
+        Raises:
+            CorpusError: For a bad row with its line number, an empty corpus, or one that changed since the build began.
+            ValueError: For wrong arguments, a changed model, or an index that is already there.
+            RuntimeError: If another writer is at work in `out`.
+        """
+        folder = Path(out)
+        fields = CorpusFields(
+            id_field,
+            text_field,
+            title_field,
+            tuple(metadata_fields) if metadata_fields is not None else None,
+            max_row_bytes,
+        )
+        options = PipelineOptions(
+            chunk_tokens=chunk_tokens,
+            overlap_tokens=overlap_tokens,
+            with_title=with_title,
+            batch_tokens=batch_tokens,
+            window_tokens=window_tokens,
+            on_duplicate=on_duplicate,
+            on_bad_row=on_bad_row,
+        )
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+        if segment_rows < 1:
+            raise ValueError(f"segment_rows must be at least 1, got {segment_rows}")
+        choose(kind, FEWEST_ROWS, 64)  # refuses an unknown kind before hours of embedding
+        rows = Corpus(corpus, fields)
+        embedder = Embedder(model, model_id, truncate_dim)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(WriterLock(folder))
+            writer = BuildWriter(
+                folder, embedder, rows, options, dtype, None, show(stack, progress), segment_rows=segment_rows
+            )
+            if (folder / INFO_FILE).is_file():
+                if not overwrite:
+                    if same_build(folder, writer, kind):
+                        remove(folder / "build")
+                        return cls(Snapshot(folder), embedder)
+                    raise ValueError(
+                        f"{folder} already holds an index of something else: give another folder, or replace it with "
+                        "overwrite=True"
+                    )
+            elif strangers := strange_names(folder):
+                raise ValueError(f"{folder} holds {strangers[0]!r}, which is no part of an index: give another folder")
+            writer.begin(restart=overwrite)
+            try:
+                writer.run()
+            except CorpusChangedError:
+                if not overwrite:
+                    raise
+                writer.begin_anew()
+                writer.run()
+            snapshot = commit_build(writer, kind, memory_mb)
+        return cls(snapshot, embedder)
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], *, model: Any = None, verify: bool = False, truncate_dim: int | None = None
+    ) -> EmbeddingIndex:
+        """An index that was built before.
+
+        Args:
+            path: The index folder.
+            model: The model for text queries, an object or a folder or Hub id. None loads the remembered one with
+                stock sentence-transformers when the first text query comes.
+            verify: Check every file against its SHA-256 first.
+            truncate_dim: Not needed: the index knows its own. Refused when it differs.
+
+        Raises:
+            FileNotFoundError: If there is no finished index.
+            ValueError: If a file is missing, truncated or changed, or the model is another one.
+        """
+        snapshot = open_snapshot(Path(path))
+        own = snapshot.info["model"]["truncate_dim"]
+        if truncate_dim is not None and truncate_dim != own:
+            raise ValueError(f"the index was built with truncate_dim={own}, got {truncate_dim}")
+        index = cls(snapshot)
+        if verify and (problems := index.verify()):
+            raise ValueError(f"{path} is damaged: " + "; ".join(problems))
+        if model is not None:
+            index.use_model(model)
+        return index
+
+    def __len__(self) -> int:
+        return len(self._snapshot)
+
+    def __contains__(self, identity: object) -> bool:
+        return isinstance(identity, str) and bool(self._snapshot.rows_of(identity))
+
+    def __iter__(self) -> Iterator[str]:
+        snapshot = self._snapshot
+        return (name for row, name, *_ in snapshot.names() if snapshot.is_alive(row))
+
+    def __repr__(self) -> str:
+        return f"EmbeddingIndex({str(self.path)!r}, rows={len(self):,}, dimension={self.dimension}, kind={self.kind!r})"
+
+    @property
+    def path(self) -> Path:
+        """The index folder."""
+        return self._snapshot.folder
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The content of `index_info.json` for this snapshot."""
+        return self._snapshot.info
+
+    @property
+    def dimension(self) -> int:
+        """Dimensions of the stored vectors."""
+        return self._snapshot.dimension
+
+    @property
+    def kind(self) -> str:
+        """The index kind, `flat` for exact search."""
+        return self.info["index"]["kind"] if self.info["index"] is not None else "flat"
+
+    @property
+    def version(self) -> int:
+        """The committed version this object reads."""
+        return self._snapshot.version
+
+    @property
+    def model(self) -> Any:
+        """The embedding model; loaded from where it was when the index was built, if none was given."""
+        return self._model().model
+
+    def use_model(self, model: Any) -> None:
+        """Take `model` for text queries, after checking that it is the one the index was built with.
+
+        The same weights in another dtype or in low-memory form pass: probe texts embedded at build time must come out
+        at a cosine of at least 0.998.
+
+        Raises:
+            ValueError: If it is another model, or has another dimension.
+        """
+        embedder = Embedder(model, truncate_dim=self.info["model"]["truncate_dim"])
+        stored = self.info["model"]
+        limit = stored["max_tokens"]
+        if limit is not None and embedder.max_tokens is not None and embedder.max_tokens < limit:
+            raise ValueError(f"the model reads {embedder.max_tokens} tokens, the index was built with {limit}")
+        probes = np.array(map_npy(self.path / stored["probes"]["file"]))
+        check_probes(embedder.probes(), probes)
+        self._embedder = embedder
+
+    def _model(self) -> Embedder:
+        with self._lock:
+            if self._embedder is None:
+                self.use_model(find_model(self.info["model"], self.path))
+            if self._embedder is None:
+                raise ValueError("no model: open the index with model=...")
+            return self._embedder
+
+    def refresh(self) -> bool:
+        """Move to the newest committed version; True if there was a newer one."""
+        if read_info(self.path)["version"] == self.version:
+            return False
+        self._move_to(open_snapshot(self.path))
+        return True
+
+    def query_vectors(self, queries: Any) -> np.ndarray:
+        """Queries as unit vectors of this index, float32, (Q, D).
+
+        Args:
+            queries: A text, a list of texts, or vectors of shape (D,) or (Q, D).
+
+        Raises:
+            TypeError: If it is something else, naming the position.
+            ValueError: If the dimension is not the index's, or a vector is zero or not finite.
+        """
+        if isinstance(queries, str):
+            queries = [queries]
+        if isinstance(queries, (list, tuple)) and queries and any(isinstance(query, str) for query in queries):
+            for position, query in enumerate(queries):
+                if not isinstance(query, str):
+                    raise TypeError(f"query {position} is a {type(query).__name__}, expected a string")
+            vectors = self._model().queries(queries)
+        else:
+            if hasattr(queries, "detach"):
+                queries = queries.detach().float().cpu().numpy()
+            try:
+                array = np.asarray(queries, dtype=np.float32)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"queries are texts or vectors, got {type(queries).__name__}") from error
+            if array.size == 0:
+                return np.zeros((0, self.dimension), np.float32)
+            array = array[None] if array.ndim == 1 else array
+            if array.ndim != 2:
+                raise ValueError(f"query vectors have shape (Q, D), got {array.shape}")
+            if array.shape[1] != self.dimension:
+                raise ValueError(
+                    f"the query has {array.shape[1]} dimensions, the index {self.dimension}: "
+                    "embed it with the model of the index"
+                )
+            vectors = normalized(array)
+        for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
+            raise ValueError(f"query {position} has a vector that is zero, NaN or infinite: it has no cosine")
+        return vectors  # (Q, D)
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        filter: Filter | None = None,
+        mode: Mode = "dense",
+        exact: bool = False,
+        parameters: dict[str, int] | None = None,
+    ) -> tuple[np.ndarray, list[list[str]]]:
+        """Cosines and ids of the nearest entries of each query, best first; equal scores in corpus order.
+
+        Args:
+            queries: A text, a list of texts, or vectors (Q, D).
+            k: How many; where fewer entries can be found, all of them.
+            filter: Only entries whose metadata passes: `{"lang": "en"}`, `{"lang": ["en", "de"]}`,
+                `{"year": {">=": 1990, "<": 2000}}` (all conditions must hold), or a function of the metadata.
+            mode: `dense`, `bm25` (needs `build_bm25`), or `hybrid`: both, joined by reciprocal rank fusion. The order
+                is then that of BM25 or of the fusion; scores are cosines in every mode. `bm25` finds only entries that
+                share a word with the query; its shorter results end in NaN scores and empty ids.
+            exact: Compare with every entry, whatever the kind of index.
+            parameters: nprobe, efSearch, rerank instead of the stored ones.
+
+        Returns:
+            Scores, float32, (Q, K), and ids, Q lists of K.
+        """
+        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
+        snapshot = self._snapshot
+        ids = [snapshot.ids_at(line[line >= 0]) + [""] * int((line < 0).sum()) for line in rows]
+        return scores, ids
+
+    def search_entries(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        filter: Filter | None = None,
+        mode: Mode = "dense",
+        exact: bool = False,
+        parameters: dict[str, int] | None = None,
+    ) -> list[list[Hit]]:
+        """The nearest entries of each query with texts, spans and metadata, best first. Arguments as in `search`."""
+        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
+        return [
+            [self._hit(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
+            for line, values in zip(rows, scores)
+        ]
+
+    def _search_rows(
+        self,
+        queries: Any,
+        k: int,
+        spec: Filter | None,
+        mode: Mode,
+        exact: bool,
+        parameters: dict[str, int] | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (Q, K) and rows (Q, K); -1 is no row."""
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise ValueError(f"k is a whole number of at least 1, got {k!r}")
+        if mode not in ("dense", "bm25", "hybrid"):
+            raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
+        searcher, keywords = self._searcher, self._keywords
+        texts = [queries] if isinstance(queries, str) else queries
+        if mode != "dense" and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
+            raise TypeError(f"mode={mode!r} needs queries as texts, got {type(queries).__name__}")
+        vectors = self.query_vectors(queries)
+        allowed = searcher.allowed(spec)
+        if mode == "dense":
+            return searcher.search(vectors, int(k), allowed, exact, parameters)
+        depth = max(FUSION_DEPTH, 4 * int(k))
+        lists = [[rows] for rows in keywords.search(texts, depth, allowed)]
+        if mode == "hybrid":
+            _, dense = searcher.search(vectors, depth, allowed, exact, parameters)
+            lists = [[*found, rows] for found, rows in zip(lists, dense)]
+        count = len(searcher.snapshot) if allowed is None else int(np.count_nonzero(allowed))
+        width = min(int(k), count)
+        scores = np.full((len(vectors), width), np.nan, np.float32)
+        rows = np.full((len(vectors), width), -1, np.int64)
+        for number, found in enumerate(lists):
+            line = fuse(found, width)
+            rows[number, : len(line)] = line
+            scores[number, : len(line)] = pair_scores(vectors[number], searcher.snapshot.vectors_at(line))
+        return scores, rows
+
+    def _hit(self, row: int, score: float) -> Hit:
+        entry = self._snapshot.entry_at(row)
+        metadata = json.loads(entry.metadata) if entry.metadata else {}
+        return Hit(entry.id, score, entry.text, entry.title, entry.parent, entry.start, entry.end, metadata, row)
+
+    def _rows(self, ids: Iterable[str]) -> list[int]:
+        rows = []
+        for identity in ids:
+            found = self._snapshot.rows_of(identity)
+            if not found:
+                raise KeyError(f"no entry has the id {identity!r}")
+            rows.extend(found)
+        return rows
+
+    def entries(self, ids: str | Iterable[str]) -> list[Entry]:
+        """The entries with these ids, in their order; the id of a document gives all its chunks.
+
+        Raises:
+            KeyError: If an id is not in the index.
+        """
+        return [self._snapshot.entry_at(row) for row in self._rows([ids] if isinstance(ids, str) else ids)]
+
+    def texts(self, ids: str | Iterable[str]) -> list[str]:
+        """The texts of `entries(ids)`."""
+        return [entry.text for entry in self.entries(ids)]
+
+    def vectors(self, ids: str | Iterable[str]) -> np.ndarray:
+        """The stored vectors of `entries(ids)`, float32, (N, D)."""
+        return self._snapshot.vectors_at(self._rows([ids] if isinstance(ids, str) else ids))
+
+    def verify(self) -> list[str]:
+        """Everything that is wrong with the files of this version, as sentences; empty when all is well."""
+        return problems_of(self.path, self._snapshot.files())
+
+    def add(
+        self,
+        corpus: Any,
+        *,
+        on_duplicate: OnDuplicate = "raise",
+        on_bad_row: OnBadRow = "raise",
+        id_field: str | None = None,
+        text_field: str | None = None,
+        title_field: str | None = None,
+        progress: bool | ProgressCallback = False,
+    ) -> int:
+        """Index more rows with the model and the options of the build; the number of entries that are new.
+
+        Streams and resumes as `build` does: killed and called again with the same corpus it goes on. New entries are
+        found at once, by exact comparison, until `reindex` or `compact` takes them into an approximate index. Readers
+        that are open keep their version.
+
+        Args:
+            corpus: As in `build`.
+            on_duplicate: An id that is there already: `raise`, `skip` or `upsert` (replaces the old entry).
+            on_bad_row: As in `build`.
+            id_field: Field with the id, where it is another than in the build.
+            text_field: The same for the text.
+            title_field: The same for the title.
+            progress: As in `build`.
+
+        Raises:
+            CorpusError: As in `build`.
+            RuntimeError: If another writer is at work.
+        """
+        embedder = self._model()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(WriterLock(self.path))
+            base = Snapshot(self.path)
+            stored = base.info["fields"]
+            fields = CorpusFields(
+                id_field or stored["id"],
+                text_field or stored["text"],
+                title_field or stored["title"],
+                tuple(stored["metadata"]) if stored["metadata"] is not None else None,
+                stored["max_row_bytes"],
+            )
+            options = PipelineOptions(
+                **{**base.info["options"], "on_duplicate": on_duplicate, "on_bad_row": on_bad_row}
+            )
+            writer = BuildWriter(
+                self.path,
+                embedder,
+                Corpus(corpus, fields),
+                options,
+                base.info["dtype"],
+                base,
+                show(stack, progress),
+                segment_rows=base.info["segment_rows"],
+            )
+            writer.begin(restart=False)
+            writer.run()
+            self._move_to(commit_add(writer, base))
+            return int(writer.journal["rows"])
+
+    def upsert(self, corpus: Any, **options: Any) -> int:
+        """`add(corpus, on_duplicate="upsert")`: rows with a known id replace what was there."""
+        return self.add(corpus, on_duplicate="upsert", **options)
+
+    def delete(self, ids: str | Iterable[str], *, missing_ok: bool = False) -> int:
+        """Take entries out of the index; the number of entries gone. The id of a document takes all its chunks.
+
+        The rows stay on disk until `compact`, but nothing finds them.
+
+        Raises:
+            KeyError: If an id is not there and `missing_ok` is false; nothing is deleted then.
+        """
+        with writing(self.path) as base:
+            rows: list[int] = []
+            for identity in [ids] if isinstance(ids, str) else ids:
+                found = base.rows_of(identity)
+                if not found and not missing_ok:
+                    raise KeyError(f"no entry has the id {identity!r}: nothing was deleted")
+                rows.extend(found)
+            self._move_to(commit_delete(base, rows) if rows else base)
+            return len(set(rows))
+
+    def compact(self) -> None:
+        """Write the index anew without deleted and replaced rows, in full segments, and make its index again."""
+        with writing(self.path) as base:
+            self._move_to(commit_compact(base))
+
+    def reindex(self, kind: str = "auto", *, memory_mb: int | None = None) -> str:
+        """Make another kind of index over the same vectors; the sentence that explains the choice.
+
+        Args:
+            kind: As in `build`.
+            memory_mb: As in `build`.
+        """
+        with writing(self.path) as base:
+            self._move_to(commit_reindex(base, kind, memory_mb))
+        return str(self.info["index"]["why"])
+
+    def build_bm25(self) -> None:
+        """Add a BM25 part over all entries, for `mode="bm25"` and `mode="hybrid"`; needs bm25s.
+
+        Entries added later are found by their vectors only, until this is called again or `compact` is.
+        """
+        with writing(self.path) as base:
+            self._move_to(commit_bm25(base))
+
+    def tune(
+        self,
+        recall: float = 0.95,
+        *,
+        k: int = 10,
+        queries: Any = None,
+        held_back: int = 200,
+        seed: int = 0,
+        save: bool = True,
+    ) -> TuningReport:
+        """Find the fastest search parameters that reach a recall against brute force, and keep them in the index.
+
+        Args:
+            recall: Wanted recall@k.
+            k: Results per query.
+            queries: Texts or vectors that are like the real queries. None holds back rows of the index.
+            held_back: How many rows to hold back.
+            seed: Of their choice.
+            save: Store the parameters, if the recall is reached.
+
+        Raises:
+            ValueError: If the index is flat.
+        """
+        vectors = None if queries is None else self.query_vectors(queries)
+        report = tune(self._searcher, recall, k, vectors, held_back, seed)
+        if save and report.reached:
+            summary = {name: value for name, value in report.as_dict().items() if name != "trials"}
+            with writing(self.path) as base:
+                if base.info["index"]["file"] != self.info["index"]["file"]:
+                    raise ValueError("the index was made anew meanwhile: tune it again")
+                self._move_to(commit_parameters(base, dict(report.chosen.parameters), summary))
+        return report
+
+    def discard_unfinished(self) -> bool:
+        """Throw away an addition that was stopped; True if there was one. What is committed stays."""
+        return discard_unfinished(self.path)
+
+
+def strange_names(folder: Path) -> list[str]:
+    """What in a folder without an index is not left there by an unfinished build."""
+    building = (folder / "build" / "journal.json").is_file() or (folder / "build" / "journal.json.tmp").is_file()
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in (".lock", "build", "segments") and not (building and path.name.startswith(OWN_PREFIXES))
+    ]
+
+
+def open_snapshot(folder: Path) -> Snapshot:
+    """The newest version; tries again when a writer removed the files of the one just read about."""
+    for _ in range(5):
+        info = read_info(folder)
+        try:
+            return Snapshot(folder, info)
+        except ValueError:
+            if read_info(folder)["version"] == info["version"]:
+                raise
+    return Snapshot(folder)

@@ -1,0 +1,344 @@
+"""Corpora: jsonl(.gz), csv, tsv, parquet, text folders, datasets and iterators become a stream of documents.
+
+Every reader is lazy and remembers where each row stood, so that a bad row is reported with its line number. What is
+read never depends on how much memory there is: a row larger than `max_row_bytes` is skipped over, not loaded.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
+
+
+class CorpusError(ValueError):
+    """A corpus, or a row of it, that cannot be indexed."""
+
+
+class CorpusChangedError(CorpusError):
+    """A corpus that is not the one an unfinished build began with."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be indexed."""
+
+    place: str
+    """Where it is: `corpus.jsonl line 17`, `row 3`."""
+    reason: str
+    """What is wrong with it and what was expected."""
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One good row of a corpus."""
+
+    place: str
+    id: str
+    text: str
+    title: str | None
+    metadata: str | None
+    """The other fields of the row, as JSON with sorted keys."""
+
+    def digest_bytes(self) -> bytes:
+        """What makes this row this row: used to notice that a corpus changed."""
+        return json.dumps([self.id, self.title, self.text, self.metadata], ensure_ascii=True).encode()
+
+
+@dataclass(frozen=True)
+class CorpusFields:
+    """Where in a row the parts of a document are, and what is refused."""
+
+    id: str | None = "id"
+    """Field that holds the id. None: rows are numbered from 0."""
+    text: str = "text"
+    """Field that holds the text."""
+    title: str | None = "title"
+    """Field that holds the title, absent or null in rows that have none."""
+    metadata: tuple[str, ...] | None = None
+    """Fields kept for filters and results. None: every other field of the row."""
+    max_row_bytes: int = 4 << 20
+    """A larger row is a bad row, in bytes of the file."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "id": self.id,
+            "text": self.text,
+            "title": self.title,
+            "metadata": list(self.metadata) if self.metadata is not None else None,
+            "max_row_bytes": self.max_row_bytes,
+        }
+
+
+@dataclass
+class Corpus:
+    """A corpus that can be read from its start: iterating yields `Document` and `BadRow` in a fixed order."""
+
+    source: Any
+    fields: CorpusFields = field(default_factory=CorpusFields)
+
+    def __post_init__(self) -> None:
+        self._read = 0
+        self._total: int | None = None
+        self._counted: Any = None
+        if isinstance(self.source, os.PathLike):
+            self.source = os.fspath(self.source)
+        if isinstance(self.source, str) and not self.source.startswith("hf:") and not Path(self.source).exists():
+            raise FileNotFoundError(f"corpus {self.source} does not exist: give a file, a folder, hf:NAME or rows")
+        if isinstance(self.source, (bytes, Mapping)) or not (
+            isinstance(self.source, str) or isinstance(self.source, Iterable)
+        ):
+            raise TypeError(f"a corpus is a path or an iterable of rows, got {type(self.source).__name__}")
+
+    @property
+    def name(self) -> str:
+        """The file or folder name, or the type of the rows' container."""
+        return Path(self.source).name if isinstance(self.source, str) else type(self.source).__name__
+
+    @property
+    def fraction(self) -> float | None:
+        """How much of the corpus has been read, 0 to 1; None where that is unknown."""
+        if not self._total:
+            return None
+        read = self._counted.tell() if self._counted is not None and not self._counted.closed else 0
+        return min(1.0, (self._read + read) / self._total)
+
+    def __iter__(self) -> Iterator[Document | BadRow]:
+        self._read, self._counted = 0, None
+        for number, (place, row) in enumerate(self._rows()):
+            yield row if isinstance(row, BadRow) else self._document(place, row, number)
+
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """Pairs of a place and a mapping, a string or a `BadRow`."""
+        if not isinstance(self.source, str):
+            self._total = len(self.source) if hasattr(self.source, "__len__") else None
+            for number, row in enumerate(self.source):
+                self._read = number + 1
+                yield f"row {number}", row
+        elif self.source.startswith("hf:"):
+            name, _, split = self.source[3:].partition("#")
+            import datasets
+
+            self._total = None
+            for number, row in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True)):
+                yield f"{name} row {number}", row
+        else:
+            yield from self._files(Path(self.source))
+
+    def _files(self, path: Path) -> Iterator[tuple[str, Any]]:
+        if path.is_dir():
+            if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+                import datasets
+
+                dataset = datasets.load_from_disk(str(path))
+                self._total = len(dataset)
+                for number, row in enumerate(dataset):
+                    self._read = number + 1
+                    yield f"{path.name} row {number}", row
+                return
+            files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(ROW_SUFFIXES + TEXT_SUFFIXES))
+            if not files:
+                raise CorpusError(f"folder {path} holds no {', '.join(ROW_SUFFIXES + TEXT_SUFFIXES)} file")
+        else:
+            files = [path]
+        self._total = sum(file.stat().st_size for file in files)
+        for file in files:
+            name = file.name if file == path else file.relative_to(path).as_posix()
+            if file.name.endswith(ROW_SUFFIXES):
+                yield from self._row_file(file, name)
+            elif file.name.endswith(TEXT_SUFFIXES):
+                yield name, self._text_file(file, name)
+            else:
+                raise CorpusError(
+                    f"{file} is of no known kind: expected {', '.join(ROW_SUFFIXES)}, or a folder with "
+                    f"{', '.join(TEXT_SUFFIXES)} files"
+                )
+            self._counted = None
+            self._read += file.stat().st_size
+
+    def _text_file(self, file: Path, name: str) -> Any:
+        if file.stat().st_size > self.fields.max_row_bytes:
+            return BadRow(name, self._too_large(file.stat().st_size))
+        try:
+            text = file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return BadRow(name, f"is not valid UTF-8 ({error.reason} at byte {error.start})")
+        row = {self.fields.text: text}
+        if self.fields.id is not None:
+            row[self.fields.id] = name
+        return row
+
+    def _row_file(self, file: Path, name: str) -> Iterator[tuple[str, Any]]:
+        if file.name.endswith(".parquet"):
+            yield from self._parquet(file, name)
+            return
+        with file.open("rb") as raw:
+            self._counted = raw
+            stream: Any = gzip.open(raw, "rb") if file.name.endswith(".gz") else raw
+            stem = file.name.removesuffix(".gz")
+            try:
+                if stem.endswith((".csv", ".tsv")):
+                    yield from self._csv(stream, name, "\t" if stem.endswith(".tsv") else ",")
+                else:
+                    yield from self._jsonl(stream, name)
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise CorpusError(f"{name} cannot be decompressed to its end ({error}): it is truncated") from error
+
+    def _lines(self, stream: BinaryIO, name: str) -> Iterator[tuple[str, str | BadRow]]:
+        """Lines with their place; blank ones are left out, a huge one is passed over without loading it."""
+        limit = self.fields.max_row_bytes
+        number = 0
+        while line := stream.readline(limit + 1):
+            number += 1
+            place = f"{name} line {number}"
+            if len(line) > limit and not line.endswith(b"\n"):
+                size = len(line)
+                while not line.endswith(b"\n") and (line := stream.readline(1 << 20)):
+                    size += len(line)
+                yield place, BadRow(place, self._too_large(size))
+                continue
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                yield place, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                reason = f"is not valid UTF-8 ({error.reason} at byte {error.start} of the line)"
+                yield place, BadRow(place, reason)
+
+    def _too_large(self, size: int) -> str:
+        return (
+            f"has {size:,} bytes, more than max_row_bytes={self.fields.max_row_bytes:,}: split it, or raise the limit "
+            "and cut it into chunks with chunk_tokens"
+        )
+
+    def _jsonl(self, stream: BinaryIO, name: str) -> Iterator[tuple[str, Any]]:
+        for place, line in self._lines(stream, name):
+            if isinstance(line, BadRow):
+                yield place, line
+                continue
+            try:
+                yield place, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield place, BadRow(place, f"is not JSON ({error})")
+
+    def _csv(self, stream: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+        csv.field_size_limit(max(csv.field_size_limit(), self.fields.max_row_bytes))
+        decoded = (
+            line.decode("utf-8-sig" if number == 0 else "utf-8", errors="surrogateescape")
+            for number, line in enumerate(stream)
+        )
+        reader = csv.reader(decoded, delimiter=delimiter)
+        header = next(reader, None)
+        if header is None:
+            return
+        if self.fields.text not in header:
+            raise CorpusError(
+                f"{name} has no column {self.fields.text!r}, its header is {header}: name the text column"
+            )
+        end = reader.line_num
+        while True:
+            place = f"{name} line {end + 1}"
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                end = reader.line_num
+                yield place, BadRow(place, f"is not a {name.rsplit('.', 1)[-1]} row ({error})")
+                continue
+            end = reader.line_num
+            if not values:
+                continue
+            if len(values) != len(header):
+                yield place, BadRow(place, f"has {len(values)} columns where the header has {len(header)}")
+                continue
+            yield place, {key: value for key, value in zip(header, values) if value != "" or key == self.fields.text}
+
+    def _parquet(self, file: Path, name: str) -> Iterator[tuple[str, Any]]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            parquet = pyarrow.parquet.ParquetFile(file, memory_map=True)
+        except pyarrow.ArrowInvalid as error:
+            raise CorpusError(f"{name} is not a readable parquet file ({error})") from error
+        if self.fields.text not in parquet.schema_arrow.names:
+            raise CorpusError(
+                f"{name} has no column {self.fields.text!r}, only {parquet.schema_arrow.names}: name the text column"
+            )
+        number = 0
+        with parquet:
+            for batch in parquet.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    yield f"{name} row {number}", row
+                    number += 1
+
+    def _document(self, place: str, row: Any, number: int) -> Document | BadRow:
+        """One row as a document, or what is wrong with it."""
+        fields = self.fields
+        if isinstance(row, str) and not isinstance(self.source, str):
+            row = {fields.text: row} if fields.id is None else {fields.text: row, fields.id: number}
+        if not isinstance(row, Mapping):
+            return BadRow(place, f"is a {type(row).__name__}, expected an object with {fields.text!r}")
+        text = row.get(fields.text)
+        if not isinstance(text, str):
+            got = f"is a {type(text).__name__}" if fields.text in row else "is absent"
+            return BadRow(place, f"needs a string in {fields.text!r}, which {got}")
+        if not text.strip():
+            return BadRow(place, f"has an empty {fields.text!r}")
+        if fields.id is None:
+            identity: Any = str(number)
+        else:
+            identity = row.get(fields.id)
+            if isinstance(identity, int) and not isinstance(identity, bool):
+                identity = str(identity)
+        if not isinstance(identity, str) or not identity:
+            return BadRow(place, f"needs a non-empty string or integer in {fields.id!r}, got {identity!r}")
+        title = row.get(fields.title) if fields.title is not None else None
+        if title is not None and not isinstance(title, str):
+            return BadRow(place, f"needs a string in {fields.title!r}, got {type(title).__name__}")
+        own = (fields.id, fields.text, fields.title)
+        kept = [key for key in row if key not in own] if fields.metadata is None else fields.metadata
+        values = {str(key): row[key] for key in kept if row.get(key) is not None}
+        try:
+            metadata = json.dumps(values, sort_keys=True, ensure_ascii=False, default=_plain) if values else None
+            size = sum(len(part.encode()) for part in (identity, text, title, metadata) if part)
+        except UnicodeEncodeError:
+            return BadRow(place, "is not valid UTF-8 (it holds bytes or surrogates that are no character)")
+        except (TypeError, ValueError) as error:
+            return BadRow(place, f"has metadata that JSON cannot hold ({error})")
+        if size > fields.max_row_bytes:
+            return BadRow(place, self._too_large(size))
+        return Document(place, identity, text, title or None, metadata)
+
+
+def _plain(value: Any) -> Any:
+    """Dates and numpy scalars as JSON values."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def key_of(identity: str) -> tuple[int, int]:
+    """The 128-bit key of an id, as two unsigned 64-bit halves."""
+    digest = hashlib.blake2b(identity.encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")

@@ -1,0 +1,273 @@
+"""Any SentenceTransformer as the model of an index: what it is, how long its inputs are, unit vectors out."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "How do I read a file line by line?",
+    "Interest rates were left unchanged by the central bank.",
+    "def add(a, b):\n    return a + b",
+)
+"""Texts embedded when an index is built, and again by whoever opens it, to see that the model is the same."""
+
+SAME_MODEL_COSINE = 0.998
+"""Smallest cosine between the stored and the new vector of a probe: above what bf16 against fp32 changes."""
+
+UNLIMITED_TOKENS = 1 << 30
+"""`max_seq_length` of a model that has none; tokenizers also say it with a huge number."""
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Rows at unit length in float32; a row that is zero or not finite becomes NaN.
+
+    Args:
+        vectors: Any float type, (N, D).
+    """
+    wide = np.asarray(vectors, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        norms = np.sqrt((wide * wide).sum(axis=1, keepdims=True))
+        result = (wide / norms).astype(np.float32)
+    result[~np.isfinite(result).all(axis=1)] = np.nan
+    return result  # (N, D)
+
+
+def weights_fingerprint(model: Any) -> str | None:
+    """A hash of every weight, or None for a model that shows no `state_dict`.
+
+    Per tensor: name, shape, type, the exact integer sum of its bits (any one changed value changes it) and a strided
+    sample (order matters). Reading is all it costs, so it is many times faster than SHA-256 over the bytes. The same
+    weights in another dtype have another fingerprint.
+    """
+    if not hasattr(model, "state_dict"):
+        return None
+    import torch
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        flat = tensor.detach().reshape(-1)
+        if flat.is_complex() or flat.element_size() not in bits or flat.is_quantized:
+            flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.int_repr().reshape(-1)
+        whole = flat.view(bits[flat.element_size()])
+        sample = whole[:: max(1, whole.numel() // 256)]
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{whole.sum(dtype=torch.int64).item()}".encode())
+        digest.update(sample.to(torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def identity_of(model: Any) -> str | None:
+    """Where the model came from, folder or Hub id, as far as it says so itself."""
+    card = getattr(model, "model_card_data", None)
+    transformers_model = getattr(model, "transformers_model", None)
+    candidates = (
+        getattr(model, "name_or_path", None),
+        getattr(getattr(transformers_model, "config", None), "_name_or_path", None),
+        getattr(card, "base_model", None),
+    )
+    for candidate in candidates:
+        if isinstance(candidate, (str, os.PathLike)) and os.fspath(candidate):
+            return os.fspath(candidate)
+    return None
+
+
+def load_model(identity: str) -> Any:
+    """A stock `SentenceTransformer` from a folder or Hub id."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(identity)
+
+
+class Embedder:
+    """A model with what an index needs of it.
+
+    Args:
+        model: A `SentenceTransformer`, anything with its `encode` (and, where present, `encode_document`,
+            `encode_query`, `tokenizer`, `max_seq_length`, `prompts`), or a folder or Hub id to load.
+        identity: The folder or Hub id to remember; None asks the model.
+        truncate_dim: Keep only the first dimensions (Matryoshka); the rest is cut before normalising.
+
+    Raises:
+        TypeError: If `model` has no `encode`.
+    """
+
+    def __init__(self, model: Any, identity: str | None = None, truncate_dim: int | None = None) -> None:
+        if isinstance(model, (str, os.PathLike)):
+            identity = identity or os.fspath(model)
+            model = load_model(os.fspath(model))
+        if not callable(getattr(model, "encode", None)):
+            raise TypeError(
+                f"expected a SentenceTransformer, or an object with its encode(), got {type(model).__name__}"
+            )
+        if truncate_dim is not None and truncate_dim < 1:
+            raise ValueError(f"truncate_dim must be at least 1, got {truncate_dim}")
+        self.model = model
+        self.identity = identity or identity_of(model)
+        self.truncate_dim = truncate_dim
+        limit = getattr(model, "max_seq_length", None)
+        self.max_tokens = limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
+        self._tokenizer: Any = None
+
+    def documents(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of documents, float32, (N, D). A row without direction or with NaN is NaN all over."""
+        return self._encode(getattr(self.model, "encode_document", self.model.encode), texts)
+
+    def queries(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """Unit vectors of queries, float32, (Q, D)."""
+        encode = getattr(self.model, "encode_query", self.model.encode)
+        parts = [self._encode(encode, texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+    def _encode(self, encode: Any, texts: Sequence[str]) -> np.ndarray:
+        vectors = encode(list(texts), batch_size=max(1, len(texts)), show_progress_bar=False)
+        if hasattr(vectors, "detach"):
+            vectors = vectors.detach().float().cpu().numpy()
+        vectors = np.asarray(vectors)
+        if vectors.ndim != 2 or len(vectors) != len(texts):
+            raise ValueError(f"the model returned shape {vectors.shape} for {len(texts)} texts, expected (N, D)")
+        if self.truncate_dim is not None:
+            if vectors.shape[1] < self.truncate_dim:
+                raise ValueError(
+                    f"truncate_dim={self.truncate_dim} is more than the model's {vectors.shape[1]} dimensions"
+                )
+            vectors = vectors[:, : self.truncate_dim]
+        return normalized(vectors)
+
+    def probes(self) -> np.ndarray:
+        """Vectors of the probe texts as documents and as queries, (2, P, D)."""
+        return np.stack([self.documents(PROBES), self.queries(PROBES)])
+
+    def prompts(self) -> dict[str, str]:
+        """The prompts of the model, by name."""
+        return dict(getattr(self.model, "prompts", None) or {})
+
+    def copy_tokenizer(self) -> Any:
+        """The model's tokenizer for use in another thread, or None. A copy: tokenizers are not shared safely."""
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if tokenizer is None or not callable(tokenizer):
+            return None
+        if not getattr(tokenizer, "is_fast", False):
+            return tokenizer
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        return tokenizer
+
+    def as_dict(self, out: Path) -> dict[str, Any]:
+        """Where the model is, for `index_info.json`; a folder is also remembered relative to the index."""
+        place: dict[str, Any] = {"id": self.identity}
+        if self.identity and Path(self.identity).is_dir():
+            place["folder"] = str(Path(self.identity).resolve())
+            place["relative_folder"] = os.path.relpath(Path(self.identity).resolve(), out.resolve())
+        return place
+
+
+def check_probes(mine: np.ndarray, stored: np.ndarray, smallest_cosine: float = SAME_MODEL_COSINE) -> None:
+    """Refuse when the model with probes `mine` is not the one that made `stored`, both (2, P, D).
+
+    Raises:
+        ValueError: If the dimension differs or a probe's cosine is below `smallest_cosine`.
+    """
+    if mine.shape != stored.shape:
+        raise ValueError(
+            f"this index holds vectors of {stored.shape[-1]} dimensions, the model gives {mine.shape[-1]}: "
+            "search it with the model it was built with"
+        )
+    cosines = (mine.astype(np.float64) * stored.astype(np.float64)).sum(axis=-1)
+    worst = float(cosines.min())
+    if not worst >= smallest_cosine:
+        raise ValueError(
+            f"this is not the model (or not the prompts) the index was built with: a probe text gives a vector at "
+            f"cosine {worst:.6f} to the stored one, expected at least {smallest_cosine}"
+        )
+
+
+def find_model(place: dict[str, Any], index_folder: Path) -> str:
+    """The folder or Hub id written by `Embedder.as_dict`.
+
+    Raises:
+        ValueError: If the index does not know its model.
+    """
+    if "folder" in place:
+        relative = (index_folder / place["relative_folder"]).resolve()
+        for folder in (relative, Path(place["folder"])):
+            if folder.is_dir():
+                return str(folder)
+        raise ValueError(
+            f"the model of this index was in {place['folder']}, which is gone: open the index with model=..."
+        )
+    if not place.get("id"):
+        raise ValueError("this index does not know where its model came from: open it with model=...")
+    return str(place["id"])
+
+
+class TokenCounter:
+    """Token counts and token offsets, in the calling thread, without touching the model's own tokenizer.
+
+    Args:
+        tokenizer: From `Embedder.copy_tokenizer`; None counts four characters as a token.
+        max_tokens: No count is above this, because the model sees no more.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens or UNLIMITED_TOKENS
+        self._fast = bool(getattr(tokenizer, "is_fast", False))
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens the model will see of each text."""
+        if self._tokenizer is None:
+            counts = [len(text) // 4 + 1 for text in texts]
+        elif self._fast:
+            counts = [len(encoding.ids) for encoding in self._tokenizer.backend_tokenizer.encode_batch(list(texts))]
+        else:
+            counts = [len(ids) for ids in self._tokenizer(list(texts), truncation=False)["input_ids"]]
+        return [min(count, self._max_tokens) for count in counts]
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Start and end of each token in `text`, in characters; words where there is no fast tokenizer."""
+        if self._fast:
+            encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            return [(start, end) for start, end in encoding.offsets if end > start]
+        import re
+
+        return [match.span() for match in re.finditer(r"\S+", text)]
+
+
+BLOCK_CHARACTERS = 1 << 16
+"""A long text is tokenised in blocks of about this many characters, so memory does not grow with it."""
+
+
+def chunk_spans(text: str, counter: TokenCounter, chunk_tokens: int, overlap_tokens: int) -> list[tuple[int, int]]:
+    """Character spans of at most `chunk_tokens` tokens each, with `overlap_tokens` shared by neighbours.
+
+    Spans begin and end at token borders and together cover every token of the text. Blank chunks are left out.
+    """
+    spans: list[tuple[int, int]] = []
+    window: list[tuple[int, int]] = []
+    position, end_of_last = 0, 0
+    while position < len(text):
+        stop = min(len(text), position + BLOCK_CHARACTERS)
+        if stop < len(text):
+            space = max(text.rfind(" ", position + 1, stop), text.rfind("\n", position + 1, stop))
+            stop = space if space > position else stop
+        window.extend((position + start, position + end) for start, end in counter.offsets(text[position:stop]))
+        position = stop
+        while len(window) > chunk_tokens or (position >= len(text) and window and window[-1][1] > end_of_last):
+            piece = window[:chunk_tokens]
+            start, end = piece[0][0], piece[-1][1]
+            if text[start:end].strip():
+                spans.append((start, end))
+            end_of_last = end
+            window = window[chunk_tokens - overlap_tokens :]
+    return spans

@@ -1,0 +1,114 @@
+"""Hybrid search: BM25 over the texts, joined with the vectors by reciprocal rank fusion."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .snapshot import Snapshot
+from .storage import record_of, remove, sync_directory
+
+RRF_CONSTANT = 60
+"""k of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): a list adds 1 / (k + rank)."""
+
+
+def import_bm25s() -> Any:
+    """The bm25s package.
+
+    Raises:
+        ImportError: Saying what to install.
+    """
+    try:
+        import bm25s
+    except ImportError as error:
+        raise ImportError("keyword search needs bm25s: pip install bm25s") from error
+    return bm25s
+
+
+def write_bm25(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    """Index title and text of every stored row and return its part of the manifest.
+
+    All token ids are held in memory while this runs.
+    """
+    bm25s = import_bm25s()
+    texts: list[str] = []
+    for segment in snapshot.segments:
+        for batch in segment.entries.batches():
+            titles, bodies = batch.column("title").to_pylist(), batch.column("text").to_pylist()
+            texts.extend(f"{title}\n{body}" if title else body for title, body in zip(titles, bodies))
+    tokens = bm25s.tokenize(texts, stopwords=None, show_progress=False)
+    engine = bm25s.BM25()
+    engine.index(tokens, show_progress=False)
+    folder = snapshot.folder / name
+    temporary = folder.with_name(name + ".tmp")
+    remove(temporary)
+    engine.save(str(temporary), show_progress=False)
+    files = {path.name: record_of(path) for path in sorted(temporary.iterdir())}
+    os.replace(temporary, folder)
+    sync_directory(snapshot.folder)
+    return {"folder": name, "rows": snapshot.stored_rows, "files": files}
+
+
+class KeywordSearch:
+    """BM25 over one snapshot, opened on first use.
+
+    Args:
+        snapshot: Its rows.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._engine: Any = None
+        self._lock = threading.Lock()
+
+    def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None) -> list[np.ndarray]:
+        """Rows by falling BM25 score, at most K and only such that share a word with the query, per query.
+
+        Raises:
+            ValueError: If the index has no BM25 part.
+        """
+        record = self._snapshot.info["bm25"]
+        if record is None:
+            raise ValueError("this index has no BM25 part: call build_bm25() once, then search with mode='hybrid'")
+        bm25s = import_bm25s()
+        with self._lock:
+            if self._engine is None:
+                self._engine = bm25s.BM25.load(str(self._snapshot.folder / record["folder"]), mmap=True)
+        covered = record["rows"]
+        weight = None if allowed is None else allowed[:covered].astype(np.float32)
+        tokens = bm25s.tokenize(list(queries), stopwords=None, show_progress=False, return_ids=False)
+        found = []
+        for words in tokens:
+            scores = self._scores(words, covered)
+            if weight is not None:
+                scores = scores * weight
+            rows = np.flatnonzero(scores > 0)
+            order = np.lexsort((rows, -scores[rows]))[:k]
+            found.append(rows[order].astype(np.int64))
+        return found
+
+    def _scores(self, words: list[str], rows: int) -> np.ndarray:
+        known = [word for word in words if word in self._engine.vocab_dict]
+        if not known:
+            return np.zeros(rows, np.float32)
+        return np.asarray(self._engine.get_scores(known), np.float32)
+
+
+def fuse(lists: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """Rows by falling sum of 1 / (60 + rank) over the lists, ties by row, at most K."""
+    points: dict[int, float] = {}
+    for rows in lists:
+        for rank, row in enumerate(rows.tolist(), start=1):
+            points[row] = points.get(row, 0.0) + 1.0 / (RRF_CONSTANT + rank)
+    ordered = sorted(points, key=lambda row: (-points[row], row))
+    return np.array(ordered[:k], np.int64)
+
+
+def bm25_folder(folder: Path, version: int) -> str:
+    """The name of the BM25 part of a version."""
+    return f"bm25-{version:06d}" if not (folder / f"bm25-{version:06d}").exists() else f"bm25-{version:06d}b"

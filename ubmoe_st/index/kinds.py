@@ -1,0 +1,318 @@
+"""Index kinds: what each costs, which one `auto` takes, how it is made, searched and tuned.
+
+Every kind but `flat` only proposes candidates: the scores that come back are exact cosines from the stored vectors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .storage import disk_full_explained, record_of, remove, replacing, sync_directory
+
+FLAT_ROWS = 50_000
+"""Up to this many rows `auto` keeps to exact search."""
+HNSW_ROWS = 5_000_000
+"""Beyond this many rows `auto` takes IVF-PQ: a graph takes hours to build."""
+FEWEST_ROWS = 1_000
+"""Below this, kinds that need training are replaced by `flat`."""
+TRAINING_BYTES = 256 << 20
+"""Largest training sample, in bytes of float32."""
+HNSW_LINKS = 32
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of index."""
+
+    name: str
+    factory: Callable[[int, int], str]
+    """The faiss factory string for (rows, dimension)."""
+    bytes_per_row: Callable[[int], float]
+    """Memory of the searchable structure, by dimension."""
+    parameters: dict[str, int]
+    """Search parameters to begin with; `rerank` is the number of candidates per result."""
+    trained: bool = True
+
+
+def lists_for(rows: int) -> int:
+    """Number of IVF cells: 4 sqrt(N) as a power of two, with at least 39 rows each to train on."""
+    return max(1, 2 ** int(math.log2(max(1, min(4 * math.sqrt(rows), rows / 39)))))
+
+
+def subquantizers_for(dimension: int) -> int:
+    """Parts of a vector that are quantised apart: the largest divisor of D that is at most D / 4, in 4 bits each."""
+    return max(m for m in range(1, max(1, dimension // 4) + 1) if dimension % m == 0)
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("flat", lambda n, d: "Flat", lambda d: 4 * d, {}, trained=False),
+        Kind("int8", lambda n, d: "SQ8", lambda d: d, {"rerank": 4}),
+        Kind(
+            "hnsw",
+            lambda n, d: f"HNSW{HNSW_LINKS},Flat",
+            lambda d: 4 * d + 8 * HNSW_LINKS + 12,
+            {"efSearch": 64, "rerank": 2},
+            trained=False,
+        ),
+        Kind(
+            "hnsw-int8",
+            lambda n, d: f"HNSW{HNSW_LINKS},SQ8",
+            lambda d: d + 8 * HNSW_LINKS + 12,
+            {"efSearch": 64, "rerank": 4},
+        ),
+        Kind("ivf-flat", lambda n, d: f"IVF{lists_for(n)},Flat", lambda d: 4 * d + 8, {"nprobe": 16, "rerank": 2}),
+        Kind(
+            "ivf-pq",
+            lambda n, d: f"OPQ{subquantizers_for(d)},IVF{lists_for(n)},PQ{subquantizers_for(d)}x4fs",
+            lambda d: subquantizers_for(d) / 2 + 8,
+            {"nprobe": 32, "rerank": 16},
+        ),
+        Kind("binary", lambda n, d: "LSHrt", lambda d: d / 8, {"rerank": 32}),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kind that was chosen, and why."""
+
+    kind: str
+    factory: str
+    why: str
+    parameters: dict[str, int]
+
+
+def physical_memory_mb() -> int:
+    """Memory of the machine, MiB; 4096 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    except (AttributeError, ValueError, OSError):
+        return 4096
+
+
+def choose(kind: str, rows: int, dimension: int, memory_mb: int | None = None) -> Choice:
+    """The kind to build, with a sentence that explains it.
+
+    Args:
+        kind: A name in `KINDS`, `auto`, or `faiss:FACTORY` for a faiss factory string of one's own.
+        rows: N.
+        dimension: D.
+        memory_mb: Memory the index may take when it is searched, MiB. None: a quarter of the machine's.
+
+    Raises:
+        ValueError: If there is no such kind.
+    """
+    if kind.startswith("faiss:"):
+        return Choice(kind, kind.removeprefix("faiss:"), "asked for", {"rerank": 4})
+    if kind != "auto":
+        if kind not in KINDS:
+            raise ValueError(f"kind is auto, {', '.join(KINDS)} or faiss:FACTORY, got {kind!r}")
+        if kind != "flat" and rows < FEWEST_ROWS:
+            return _choice("flat", rows, dimension, f"{kind} was asked for, but {rows:,} rows are too few to train it")
+        return _choice(kind, rows, dimension, "asked for")
+    budget = memory_mb if memory_mb is not None else physical_memory_mb() // 4
+
+    def size(name: str) -> float:
+        return rows * KINDS[name].bytes_per_row(dimension) / (1 << 20)
+
+    shape = f"{rows:,} rows of {dimension} dimensions"
+    if rows <= FLAT_ROWS:
+        return _choice("flat", rows, dimension, f"{shape}: up to {FLAT_ROWS:,} rows exact search is quick enough")
+    if rows <= HNSW_ROWS and size("hnsw-int8") <= budget:
+        why = (
+            f"{shape}: a graph over int8 vectors takes about {size('hnsw-int8'):,.0f} MiB of the {budget:,} MiB there "
+            f"are (flat would take {size('flat'):,.0f})"
+        )
+        return _choice("hnsw-int8", rows, dimension, why)
+    cause = (
+        f"a graph takes too long to build beyond {HNSW_ROWS:,} rows"
+        if rows > HNSW_ROWS
+        else f"hnsw-int8 would take {size('hnsw-int8'):,.0f} MiB, more than the {budget:,} MiB there are"
+    )
+    why = f"{shape}: {cause}; 4-bit codes take about {size('ivf-pq'):,.0f} MiB"
+    return _choice("ivf-pq", rows, dimension, why)
+
+
+def _choice(kind: str, rows: int, dimension: int, why: str) -> Choice:
+    return Choice(kind, KINDS[kind].factory(rows, dimension), why, dict(KINDS[kind].parameters))
+
+
+def make(
+    choice: Choice,
+    dimension: int,
+    rows: int,
+    sample: Callable[[np.ndarray], np.ndarray],
+    blocks: Iterator[np.ndarray],
+    seed: int = 0,
+) -> Any:
+    """A faiss index of `choice`, trained on a sample and filled block by block.
+
+    Args:
+        choice: From `choose`.
+        dimension: D.
+        rows: N.
+        sample: Gives the vectors of some sorted rows, float32.
+        blocks: All vectors in order, (n, D) each.
+        seed: Of the sample.
+    """
+    import faiss as untyped
+
+    faiss: Any = untyped
+    metric = faiss.METRIC_L2 if choice.factory.startswith("LSH") else faiss.METRIC_INNER_PRODUCT
+    index = faiss.index_factory(dimension, choice.factory, metric)
+    quantizer = None
+    if isinstance(index, faiss.IndexPreTransform):
+        transform = faiss.downcast_VectorTransform(index.chain.at(0))
+        if isinstance(transform, faiss.OPQMatrix):
+            # The quantizer the rotation is fitted to is the one used after it: 4 bits. Few rounds are enough.
+            quantizer = faiss.ProductQuantizer(transform.d_out, transform.M, 4)
+            quantizer.cp.min_points_per_centroid = 1
+            transform.pq = quantizer
+            transform.niter, transform.niter_pq, transform.niter_pq_0 = 10, 4, 10
+            transform.max_train_points = 20_000
+    if not index.is_trained:
+        count = min(rows, max(FEWEST_ROWS, TRAINING_BYTES // (4 * dimension)), max(65_536, 64 * lists_for(rows)))
+        chosen = np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
+        index.train(sample(chosen))
+    for block in blocks:
+        index.add(np.ascontiguousarray(block, np.float32))
+    return index
+
+
+def write_flat(path: Path, dimension: int, rows: int, blocks: Iterator[np.ndarray]) -> dict[str, Any]:
+    """Write a faiss `IndexFlatIP` without holding it in memory; `faiss.read_index` opens it.
+
+    The header is the one faiss itself writes for two small indexes, with the row count put in; should a faiss release
+    write another layout, the index is made in memory instead.
+
+    Args:
+        path: The file.
+        dimension: D.
+        rows: N.
+        blocks: Unit vectors, float32, adding up to (N, D).
+    """
+    import faiss
+
+    def serialised(count: int) -> bytes:
+        index = faiss.IndexFlatIP(dimension)
+        index.add(np.zeros((count, dimension), np.float32))
+        return faiss.serialize_index(index).tobytes()
+
+    def header(count: int, template: bytes) -> bytes:
+        head = bytearray(template[: len(template) - 4 * dimension])
+        head[8:16] = struct.pack("<q", count)
+        head[-8:] = struct.pack("<Q", count * dimension)
+        return bytes(head)
+
+    one, three = serialised(1), serialised(3)
+    if header(3, one) == three[: len(three) - 12 * dimension] and header(1, one) == one[: len(one) - 4 * dimension]:
+        with replacing(path) as file:
+            file.write(header(rows, one))
+            for block in blocks:
+                file.write(np.ascontiguousarray(block, np.float32))
+            return file.record()
+    index = faiss.IndexFlatIP(dimension)
+    for block in blocks:
+        index.add(np.ascontiguousarray(block, np.float32))
+    return write_index(path, index)
+
+
+def write_index(path: Path, index: Any) -> dict[str, Any]:
+    """Write a faiss index, atomically, and return its size and SHA-256."""
+    import faiss
+
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with disk_full_explained(path):
+            faiss.write_index(index, str(temporary))
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            record = record_of(temporary)
+            os.replace(temporary, path)
+            sync_directory(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        raise
+    return record
+
+
+def read_index(path: Path) -> Any:
+    """Open a faiss file, mapped into memory where faiss can."""
+    import faiss
+
+    for flags in (faiss.IO_FLAG_MMAP_IFC, 0):
+        try:
+            return faiss.read_index(str(path), flags)
+        except RuntimeError:
+            if flags == 0:
+                raise
+    raise ValueError(f"{path} cannot be read by faiss")
+
+
+def can_select(index: Any) -> bool:
+    """Whether the index searches among chosen rows only."""
+    import faiss
+
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    return isinstance(inner, (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat, faiss.IndexScalarQuantizer))
+
+
+def candidates(
+    index: Any, queries: np.ndarray, count: int, parameters: dict[str, int], allowed: np.ndarray | None
+) -> np.ndarray:
+    """Rows that may be among the nearest, (Q, count); -1 where there are no more.
+
+    No state of `index` is changed, so threads may search with different parameters.
+
+    Args:
+        index: A faiss index.
+        queries: Unit vectors, (Q, D).
+        count: Candidates per query.
+        parameters: nprobe, efSearch.
+        allowed: Rows that may be found, bool (N,); None: all. Needs `can_select`.
+    """
+    import faiss as untyped
+
+    faiss: Any = untyped
+    options: dict[str, Any] = {}
+    if allowed is not None:
+        options["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+    inner, settings = index, None  # type: Any, Any
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(index.index)
+    if isinstance(inner, faiss.IndexIVF):
+        settings = faiss.SearchParametersIVF(nprobe=min(parameters.get("nprobe", 1), inner.nlist), **options)
+    elif isinstance(inner, faiss.IndexHNSW):
+        settings = faiss.SearchParametersHNSW(efSearch=max(parameters.get("efSearch", 16), count), **options)
+    elif options:
+        settings = faiss.SearchParameters(**options)
+    if inner is not index and settings is not None:
+        settings = faiss.SearchParametersPreTransform(index_params=settings)
+    _, rows = index.search(np.ascontiguousarray(queries, np.float32), count, params=settings)
+    return rows
+
+
+def parameter_grid(index: Any, rows: int) -> list[dict[str, int]]:
+    """Search parameters worth trying, for `tune`."""
+    import faiss
+
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    reranks = [1, 2, 4, 8, 16, 32, 64, 128]
+    if isinstance(inner, faiss.IndexIVF):
+        probes = [2**power for power in range(int(math.log2(inner.nlist)) + 1)]
+        return [{"nprobe": probe, "rerank": rerank} for probe in probes for rerank in reranks]
+    if isinstance(inner, faiss.IndexHNSW):
+        return [{"efSearch": 2**power, "rerank": rerank} for power in range(4, 11) for rerank in reranks[:5]]
+    return [{"rerank": rerank} for rerank in [*reranks, 256, 512] if rerank * 10 <= rows]

@@ -1,0 +1,407 @@
+"""From a corpus to windows of rows, in a worker thread: read, refuse, cut, tokenise, number, look for duplicates.
+
+A window is what the model embeds between two commits. Where windows begin and end, and which rows share a batch,
+follows from the corpus and the options alone, never from time or from where an earlier run stopped. That is what makes
+a resumed build give the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of
+from .embedder import TokenCounter, chunk_spans
+from .segments import Entry
+from .storage import map_npy, write_npy
+
+OnDuplicate = Literal["raise", "skip", "upsert"]
+OnBadRow = Literal["raise", "skip"]
+
+SPILL_KEYS = 1 << 17
+"""Ids remembered in memory before they move to a sorted file."""
+TOKENISE_ROWS = 128
+"""Rows tokenised in one call of the tokenizer."""
+TOKENISE_CHARACTERS = 1 << 20
+"""Characters tokenised in one call of the tokenizer, at most (one row may have more)."""
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What decides which rows an index gets and which of them share a batch."""
+
+    chunk_tokens: int | None = None
+    """Cut documents into chunks of this many tokens. None: a document is a row."""
+    overlap_tokens: int = 0
+    """Tokens that neighbouring chunks share."""
+    with_title: bool = True
+    """Put the title on a line before the text the model reads."""
+    batch_tokens: int = 4096
+    """Tokens per batch, padding included."""
+    batch_rows: int = 256
+    """Rows per batch, at most."""
+    window_tokens: int = 65536
+    """Tokens after which a window closes: it is sorted by length, embedded and committed."""
+    window_rows: int = 8192
+    """Rows after which a window closes."""
+    window_bytes: int = 16 << 20
+    """Bytes of text after which a window closes."""
+    on_duplicate: OnDuplicate = "raise"
+    """An id that is already there: refuse the corpus, keep the first row, or let the last one win."""
+    on_bad_row: OnBadRow = "raise"
+    """A row that cannot be indexed: refuse the corpus, or leave it out and report it."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "batch_rows", "window_tokens", "window_rows", "window_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
+        if self.overlap_tokens < 0 or (self.overlap_tokens and self.overlap_tokens >= (self.chunk_tokens or 0)):
+            raise ValueError(
+                f"overlap_tokens must be at least 0 and below chunk_tokens={self.chunk_tokens}, "
+                f"got {self.overlap_tokens}"
+            )
+        if self.on_duplicate not in ("raise", "skip", "upsert"):
+            raise ValueError(f"on_duplicate is raise, skip or upsert, got {self.on_duplicate!r}")
+        if self.on_bad_row not in ("raise", "skip"):
+            raise ValueError(f"on_bad_row is raise or skip, got {self.on_bad_row!r}")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a corpus has been turned into rows."""
+
+    row: int = 0
+    """Source rows that are done with."""
+    chunk: int = 0
+    """Chunks of the next source row that are done with."""
+    digest: str = ""
+    """SHA-256 over the source rows before `row`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"row": self.row, "chunk": self.chunk, "digest": self.digest}
+
+
+@dataclass
+class Window:
+    """Rows that are embedded and committed together."""
+
+    number: int
+    first_row: int
+    """Row number in the index of the first entry."""
+    entries: list[Entry] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each entry as the model reads it."""
+    dead: list[int] = field(default_factory=list)
+    """Rows of the index, first of their document, that this window replaces."""
+    bad: list[str] = field(default_factory=list)
+    """Reports of the bad rows met since the last window."""
+    duplicates: int = 0
+    """Rows left out because their id was there already."""
+    position: Position = field(default_factory=Position)
+    """Where the corpus stands after this window."""
+    fraction: float | None = None
+    """How much of the corpus has been read."""
+    last: bool = False
+    """Whether the corpus ends with this window."""
+
+    def batches(self, options: PipelineOptions) -> Iterator[list[int]]:
+        """Positions of entries per batch: longest first, at most `batch_tokens` with padding."""
+        return token_batches(self.lengths, options.batch_tokens, options.batch_rows)
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int, batch_rows: int) -> Iterator[list[int]]:
+    """Groups of positions, sorted by falling length, whose padded size stays within `batch_tokens`."""
+    batch: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0]] if batch else 0
+        if batch and (len(batch) == batch_rows or (len(batch) + 1) * longest > batch_tokens):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+class SeenIds:
+    """Every document id met so far and the row it begins at; memory stays bounded, the rest is in sorted files.
+
+    Ids are compared by 128 bits of their hash.
+
+    Args:
+        folder: Where the sorted files go; nothing in it needs to survive.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._recent: dict[tuple[int, int], int] = {}
+        self._runs: list[np.ndarray] = []
+
+    def add(self, identity: str, row: int) -> int | None:
+        """Remember that `identity` begins at `row`; the row it began at before, or None."""
+        key = key_of(identity)
+        before = self._recent.get(key)
+        if before is None:
+            before = self._spilled(key)
+        self._recent[key] = row
+        if len(self._recent) >= SPILL_KEYS:
+            self._spill()
+        return before
+
+    def __contains__(self, identity: str) -> bool:
+        key = key_of(identity)
+        return key in self._recent or self._spilled(key) is not None
+
+    def _spilled(self, key: tuple[int, int]) -> int | None:
+        for run in reversed(self._runs):
+            position = int(np.searchsorted(run[0], np.uint64(key[0])))
+            while position < run.shape[1] and int(run[0, position]) == key[0]:
+                if int(run[1, position]) == key[1]:
+                    return int(run[2, position])
+                position += 1
+        return None
+
+    def _spill(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        run = np.array([(*key, row) for key, row in self._recent.items()], dtype=np.uint64).T
+        path = self._folder / f"{len(self._runs):06d}.npy"
+        write_npy(path, run[:, np.argsort(run[0], kind="stable")])
+        self._runs.append(map_npy(path))  # (3, N)
+        self._recent = {}
+
+
+class WindowMaker:
+    """Turns a corpus into windows. Runs in the worker thread.
+
+    Args:
+        corpus: Read from its start; the rows before `position` are only hashed.
+        options: See `PipelineOptions`.
+        counter: Tokenizer copy of this thread.
+        seen: Ids that are already in the index.
+        position: Where an earlier run stopped.
+        first_row: Row number the next entry gets.
+        number: Number of the next window.
+
+    Raises:
+        CorpusError: If the rows before `position` are not the ones that were read then.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        options: PipelineOptions,
+        counter: TokenCounter,
+        seen: SeenIds,
+        position: Position,
+        first_row: int,
+        number: int,
+    ) -> None:
+        self._corpus, self._options, self._counter, self._seen = corpus, options, counter, seen
+        self._start, self._row, self._number = position, first_row, number
+
+    def __iter__(self) -> Iterator[Window]:
+        window = Window(self._number, self._row, position=self._start)
+        tokens = size = 0
+        for item in self._measured():
+            if isinstance(item, Position):
+                window.position = item
+                continue
+            if isinstance(item, BadRow):
+                window.bad.append(str(item))
+                continue
+            if item is None:
+                window.duplicates += 1
+                continue
+            entry, length, replaced, position, width = item
+            if replaced is not None:
+                window.dead.append(replaced)
+            window.entries.append(entry)
+            window.lengths.append(length)
+            window.position = position
+            tokens, size = tokens + length, size + width
+            if (
+                tokens >= self._options.window_tokens
+                or len(window.entries) >= self._options.window_rows
+                or size >= self._options.window_bytes
+            ):
+                window.fraction = self._corpus.fraction
+                yield window
+                window = Window(window.number + 1, window.first_row + len(window.entries), position=position)
+                tokens = size = 0
+        window.last, window.fraction = True, 1.0
+        yield window
+
+    def _measured(self) -> Iterator[Any]:
+        """Items of `_rows` with the token count of each entry; tokenises many rows at once."""
+        pending: list[Any] = []
+        characters = 0
+
+        def flush() -> Iterator[Any]:
+            entries = [item for item in pending if isinstance(item, tuple)]
+            counts = iter(self._counter.lengths([text for _, text, _, _ in entries]))
+            for item in pending:
+                if isinstance(item, tuple):
+                    entry, text, replaced, position = item
+                    yield entry, next(counts), replaced, position, len(text.encode())
+                else:
+                    yield item
+            pending.clear()
+
+        try:
+            for item in self._rows():
+                pending.append(item)
+                if isinstance(item, tuple):
+                    characters += len(item[1])
+                if len(pending) >= TOKENISE_ROWS or characters >= TOKENISE_CHARACTERS:
+                    yield from flush()
+                    characters = 0
+        except CorpusError:
+            yield from flush()  # full windows before a bad row are committed
+            raise
+        yield from flush()
+
+    def _rows(self) -> Iterator[Any]:
+        """(entry, model input, replaced row, position) or `BadRow`, or None for a skipped duplicate, or `Position`."""
+        options = self._options
+        digest = hashlib.sha256()
+        number = -1
+        for number, item in enumerate(self._corpus):
+            if number == self._start.row:
+                self._compare(digest.hexdigest() if number else "", number)
+            before = digest.hexdigest() if number else ""
+            digest.update(item.digest_bytes() if isinstance(item, Document) else b"bad row")
+            digest.update(b"\n")
+            if number < self._start.row:
+                continue
+            after = Position(number + 1, 0, digest.hexdigest())
+            if isinstance(item, BadRow):
+                if options.on_bad_row == "raise":
+                    raise CorpusError(f"{item} (leave such rows out with on_bad_row='skip')")
+                yield item
+                yield after
+                continue
+            skip = self._start.chunk if number == self._start.row else 0
+            replaced = None
+            if not skip:
+                if options.on_duplicate != "upsert" and item.id in self._seen:
+                    if options.on_duplicate == "raise":
+                        raise CorpusError(
+                            f"{item.place}: id {item.id!r} is already there; keep the first row with "
+                            "on_duplicate='skip' or the last one with on_duplicate='upsert'"
+                        )
+                    yield None
+                    yield after
+                    continue
+                replaced = self._seen.add(item.id, self._row)
+            entries = list(self._entries(item))
+            for chunk, entry in enumerate(entries):
+                if chunk < skip:
+                    continue
+                done = after if chunk == len(entries) - 1 else Position(number, chunk + 1, before)
+                yield entry, entry.model_input(options.with_title), replaced, done
+                replaced = None
+                self._row += 1
+            if not entries:
+                yield after
+        if number + 1 <= self._start.row:
+            self._compare(digest.hexdigest() if number >= 0 else "", number + 1)
+
+    def _compare(self, digest: str, number: int) -> None:
+        if digest != self._start.digest or number != self._start.row:
+            raise CorpusChangedError(
+                f"the corpus is not the one this build began with: among its first {self._start.row:,} rows something "
+                "changed; give the same corpus, or begin again with overwrite=True"
+            )
+
+    def _entries(self, document: Document) -> Iterator[Entry]:
+        text = document.text
+        if self._options.chunk_tokens is None:
+            yield Entry(document.id, text, document.title, None, 0, 0, len(text), document.metadata)
+            return
+        spans = chunk_spans(text, self._counter, self._options.chunk_tokens, self._options.overlap_tokens)
+        for chunk, (start, end) in enumerate(spans):
+            yield Entry(
+                f"{document.id}#{chunk}",
+                text[start:end],
+                document.title,
+                document.id,
+                chunk,
+                start,
+                end,
+                document.metadata,
+            )
+
+
+def ahead(items: Iterable[Any], size: int = 1) -> Iterator[Any]:
+    """The same items, made in a worker thread while the caller works; at most `size` wait.
+
+    An exception of the worker is raised here. The thread ends when the caller stops early.
+    """
+    waiting: queue.Queue[Any] = queue.Queue(maxsize=size)
+    stop = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stop.is_set():
+            try:
+                waiting.put((kind, value), timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:
+            put("error", error)
+
+    thread = threading.Thread(target=work, name="ubmoe-index-reader", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = waiting.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is; what a progress callback gets."""
+
+    stage: str
+    """`embed`, `merge` or `index`."""
+    rows: int
+    """Rows done in this index, earlier runs included."""
+    tokens: int
+    """Tokens embedded by this run."""
+    seconds: float
+    """Time since this run began."""
+    rows_per_second: float
+    """Rows this run embeds per second."""
+    tokens_per_second: float
+    """Tokens this run embeds per second."""
+    fraction: float | None
+    """Part of the corpus done, 0 to 1, where it can be known."""
+    eta_seconds: float | None
+    """Time left, where it can be estimated."""
+
+
+ProgressCallback = Callable[[BuildProgress], None]

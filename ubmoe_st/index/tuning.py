@@ -1,0 +1,120 @@
+"""Tuning: the fastest search parameters that reach a recall, measured against brute force."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .kinds import parameter_grid
+from .search import Searcher
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting, measured."""
+
+    parameters: dict[str, int]
+    recall: float
+    """Part of the true K nearest that were found."""
+    queries_per_second: float
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What `EmbeddingIndex.tune` found."""
+
+    kind: str
+    k: int
+    queries: int
+    source: str
+    """Where the queries came from."""
+    target: float
+    reached: bool
+    chosen: Trial
+    flat_queries_per_second: float
+    """Exact search of the same queries."""
+    trials: list[Trial]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def recall_of(found: np.ndarray, truth: np.ndarray) -> float:
+    """Mean part of the true rows, (Q, K), that are among the found rows, (Q, K)."""
+    hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth)]
+    return float(np.mean(hits)) / truth.shape[1] if truth.size else 1.0
+
+
+def held_back_queries(searcher: Searcher, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stored vectors of random live rows as queries, and those rows, which are then left out of the search.
+
+    Returns:
+        Vectors, (Q, D), and rows, (Q,).
+    """
+    snapshot = searcher.snapshot
+    rows = np.random.default_rng(seed).choice(snapshot.stored_rows, min(count, snapshot.stored_rows), replace=False)
+    rows = np.array([row for row in np.sort(rows).tolist() if snapshot.is_alive(row)], np.int64)
+    return snapshot.vectors_at(rows), rows
+
+
+def tune(
+    searcher: Searcher, recall: float, k: int, queries: np.ndarray | None, count: int, seed: int = 0
+) -> TuningReport:
+    """Try settings from cheap to dear and take the fastest that reaches `recall`.
+
+    Without queries of one's own, random rows are held back: searched for among all other rows.
+
+    Args:
+        searcher: The index.
+        recall: Wanted recall@K, above 0 and at most 1.
+        k: K.
+        queries: Unit vectors, (Q, D), or None.
+        count: How many rows to hold back.
+        seed: Of the choice of rows.
+
+    Raises:
+        ValueError: If the index is flat (its recall is 1) or `recall` is out of range.
+    """
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall is above 0 and at most 1, got {recall}")
+    index = searcher.faiss_index
+    if index is None:
+        raise ValueError("this index is flat: every search is exact, there is nothing to tune")
+    snapshot = searcher.snapshot
+    own: np.ndarray | None = None
+    source = "given"
+    if queries is None:
+        queries, own = held_back_queries(searcher, count, seed)
+        source = f"{len(own):,} rows of the index, each left out of its own results (seed {seed})"
+
+    def run(exact: bool, parameters: dict[str, int] | None) -> tuple[np.ndarray, float]:
+        began = time.perf_counter()
+        wanted = k if own is None else k + 1
+        _, rows = searcher.search(queries, wanted, snapshot.alive, exact=exact, parameters=parameters)
+        seconds = time.perf_counter() - began
+        if own is not None:
+            rows = np.stack([line[line != row][:k] for line, row in zip(rows, own)])
+        return rows, len(queries) / seconds
+
+    truth, flat_speed = run(True, None)
+    trials: list[Trial] = []
+    floor: dict[str, int] = {}
+    for parameters in parameter_grid(index, snapshot.stored_rows):
+        main = next((value for name, value in parameters.items() if name != "rerank"), 0)
+        best = max((t.queries_per_second for t in trials if t.recall >= recall), default=0.0)
+        if best and main > 4 * floor.get("main", main):
+            break
+        found, speed = run(False, parameters)
+        trials.append(Trial(parameters, recall_of(found, truth), speed))
+        if trials[-1].recall >= recall and "main" not in floor:
+            floor["main"] = main
+    good = [trial for trial in trials if trial.recall >= recall]
+    chosen = (
+        max(good, key=lambda trial: trial.queries_per_second) if good else max(trials, key=lambda trial: trial.recall)
+    )
+    kind = snapshot.info["index"]["kind"]
+    return TuningReport(kind, k, len(queries), source, recall, bool(good), chosen, flat_speed, trials)

@@ -1,0 +1,245 @@
+"""Upcycling: a base decoder, and trained `bi` experts, become one UBMoE checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sentence_transformers.base.modules import Module
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ubmoe_st import checkpoint as layout
+from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.configuration import RouterKind
+from ubmoe_st.experts import LowRank, is_ffn_key, load_low_rank, save_low_rank
+from ubmoe_st.generator import uni_keys
+from ubmoe_st.model import UBMoE, UBMoETransformer
+
+_PROJECTION = "projection.safetensors"
+
+
+def upcycle(
+    base: str | os.PathLike[str],
+    bi_experts: str | os.PathLike[str] | None = None,
+    *,
+    out: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    modules: Sequence[Module] | None = None,
+    prompts: Mapping[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    max_seq_length: int | None = None,
+    routers: str | os.PathLike[str] | None = None,
+    router_kind: RouterKind = "soft",
+    allow_base_mismatch: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Turn a decoder into a UBMoE checkpoint.
+
+    Args:
+        base: A local folder, a `.gguf` file, a Hub id, or the short name `smollm2-135m`.
+        bi_experts: One of: a folder or file of low-rank experts (`save_low_rank`); a PEFT LoRA adapter on the FFN
+            projections; a folder of the same base with a fine-tuned FFN and nothing else changed; or None, for
+            copies of the originals, the starting point of training.
+        out: Folder to write, all or nothing.
+        dtype: Of all weights. None: as the base has them.
+        modules: sentence-transformers modules behind the encoder. None: what comes with the experts, else mean
+            pooling and normalisation.
+        prompts: Prompts by name, e.g. `{"query": "..."}`. None: what comes with the experts.
+        default_prompt_name: Prompt of plain `encode`.
+        max_seq_length: Longest input of `encode` in tokens. None: what comes with the experts, else the base's.
+        routers: File of trained token routers.
+        router_kind: How they mix; a kind recorded in the file wins.
+        allow_base_mismatch: Take experts that were trained on other weights of the same shape.
+        overwrite: Replace a folder that is not empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If `out` is not empty and `overwrite` is False.
+        FileNotFoundError: If the base or the experts are not found.
+        ValueError: If the base cannot be split, or the experts do not belong to it.
+    """
+    target = Path(out)
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True (--overwrite)")
+    found = resolve_base(base)
+    module = UBMoETransformer.from_base(found, dtype=dtype)
+    recipe: dict[str, Any] = {}
+    if bi_experts is not None:
+        recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
+    length = max_seq_length or recipe.get("max_seq_length")
+    if length is not None:
+        module.max_seq_length = int(length)
+    if routers is not None:
+        module.set_routers(load_file(Path(routers)), router_kind)
+    behind = list(modules) if modules is not None else _default_modules(module, recipe)
+    model = UBMoE(
+        modules=[module, *behind],
+        prompts=dict(prompts if prompts is not None else recipe.get("prompts") or {}),
+        default_prompt_name=default_prompt_name or recipe.get("default_prompt_name"),
+        device="cpu",
+    )
+    model.save(str(target))
+    return target
+
+
+def export_experts(
+    model: UBMoETransformer,
+    out: str | os.PathLike[str],
+    *,
+    projection: Dense | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write the low-rank `bi` experts of a trained module as a small folder that `upcycle` takes.
+
+    Args:
+        model: A module with a PEFT LoRA adapter on its FFN, or with low-rank experts.
+        out: The folder.
+        projection: A trained linear layer behind the pooling.
+        recipe: `pooling`, `prompts`, `max_seq_length`: what encoding needs beside the experts.
+        dtype: Of the stored experts.
+    """
+    low_rank = adapter_experts(model) if model.has_adapter else model.low_rank
+    if not low_rank:
+        raise ValueError("the module has neither a PEFT adapter nor low-rank experts")
+    sha256 = model.base.sha256 if model.base else {}
+    with layout.atomic_folder(out) as temporary:
+        halves = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in low_rank.items()}
+        save_low_rank(halves, temporary / Path(layout.DELTA_FILE).name, {"base_sha256": sha256})
+        if projection is not None:
+            layout_tensors = {key: tensor.detach().to(dtype) for key, tensor in projection.linear.state_dict().items()}
+            from safetensors.torch import save_file
+
+            save_file(layout_tensors, temporary / _PROJECTION)
+        (temporary / "recipe.json").write_text(json.dumps(dict(recipe or {}), indent=2) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def adapter_experts(module: UBMoETransformer) -> LowRank:
+    """The LoRA adapter of a module in training as low-rank experts, with its scaling folded into B.
+
+    Raises:
+        ValueError: If the adapter does more than add low-rank deltas to the FFN.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    low_rank: LowRank = {}
+    for name, layer in module.model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if not is_ffn_key(f"{name}."):
+            raise ValueError(f"the adapter changes {name}, which is shared with the generator; only FFN layers may")
+        for adapter in layer.lora_A:
+            if layer.use_dora.get(adapter) or (layer.lora_bias or {}).get(adapter):
+                raise ValueError(f"the adapter on {name} uses DoRA or a bias; expected plain LoRA")
+            if name in low_rank:
+                raise ValueError(f"{name} carries more than one adapter; merge them into one first")
+            scaled = layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter]
+            low_rank[name] = (layer.lora_A[adapter].weight.detach().float(), scaled)
+    if not low_rank:
+        raise ValueError("the adapter has no LoRA layers on the FFN (gate_proj, up_proj, down_proj, ...)")
+    return low_rank
+
+
+def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatch: bool) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"bi experts {path} do not exist; expected a folder or a .safetensors file")
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        module.set_low_rank_experts(_read_adapter(base, path))
+        return {}
+    delta_name = Path(layout.DELTA_FILE).name
+    file = path if path.is_file() else path / delta_name
+    if not file.is_file() and layout.is_checkpoint(path):
+        file = path / layout.DELTA_FILE
+    if file.is_file():
+        low_rank, metadata = load_low_rank(file)
+        _check_base(base, metadata.get("base_sha256"), file.name, allow_mismatch)
+        module.set_low_rank_experts(low_rank)
+        recipe_file = file.with_name("recipe.json")
+        recipe = json.loads(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
+        return {**recipe, "folder": file.parent}
+    if (path / "config.json").is_file():
+        module.set_dense_experts(_read_dense(base, path, module))
+        return {}
+    raise ValueError(
+        f"{path} holds no bi experts: expected {delta_name}, a PEFT adapter (adapter_config.json) or a model folder "
+        "(config.json)"
+    )
+
+
+def _check_base(base: Base, recorded: object, file: str, allow_mismatch: bool) -> None:
+    if not isinstance(recorded, Mapping) or not recorded or allow_mismatch:
+        return
+    if set(recorded.values()) != set(base.sha256.values()):
+        raise ValueError(
+            f"{file} was trained on other base weights: expected sha256 {sorted(recorded.values())[0][:16]}..., "
+            f"got {sorted(base.sha256.values())[0][:16]}... from {base.name}; give that base, or pass "
+            "allow_base_mismatch=True (--allow-base-mismatch) and measure what it does"
+        )
+
+
+def _read_adapter(base: Base, path: Path) -> LowRank:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError("reading a PEFT adapter needs peft: pip install 'ubmoe-st[train]'") from error
+    scratch = UBMoETransformer.from_base(base)
+    # A causal LM adapter names its layers `model.layers...`, an encoder adapter `layers...`.
+    keys = load_file(path / "adapter_model.safetensors")
+    prefix = f"{scratch.model.base_model_prefix}."
+    short = {key.replace("base_model.model.", "", 1).removeprefix(prefix): tensor for key, tensor in keys.items()}
+    outside = sorted(key for key in short if not is_ffn_key(key))
+    if outside:
+        raise ValueError(f"the adapter changes {outside[0]}, which is shared with the generator; only FFN layers may")
+    scratch.model.load_adapter(peft_config=_peft_config(path), adapter_state_dict=short)
+    return adapter_experts(scratch)
+
+
+def _peft_config(path: Path) -> Any:
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(path))
+    config.inference_mode = True
+    return config
+
+
+def _read_dense(base: Base, path: Path, module: UBMoETransformer) -> dict[str, Tensor]:
+    tuned = AutoModelForCausalLM.from_pretrained(path, dtype=module.model.dtype)
+    original = AutoModelForCausalLM.from_pretrained(base.path, dtype=module.model.dtype)
+    keys = uni_keys(tuned)
+    ffn_names = {name for key, name in keys.items() if is_ffn_key(key)}
+    state, reference = tuned.state_dict(), original.state_dict()
+    if set(state) != set(reference):
+        raise ValueError(f"{path} is not the same model as {base.name}: {sorted(set(state) ^ set(reference))[0]}")
+    for name, tensor in reference.items():
+        if name not in ffn_names and not torch.equal(tensor, state[name]):
+            raise ValueError(
+                f"{path}: {name} differs from the base {base.name}; only FFN weights may be trained, since all "
+                "others are shared with the generator"
+            )
+    return {key: state[name] for key, name in keys.items() if is_ffn_key(key)}
+
+
+def _default_modules(module: UBMoETransformer, recipe: Mapping[str, Any]) -> list[Module]:
+    dimension = module.get_embedding_dimension()
+    pooling = recipe.get("pooling") or {}
+    modules: list[Module] = [
+        Pooling(dimension, pooling.get("mode", "mean"), include_prompt=pooling.get("include_prompt", True))
+    ]
+    folder = recipe.get("folder")
+    if folder is not None and (folder / _PROJECTION).is_file():
+        state = load_file(folder / _PROJECTION)
+        out_features, in_features = state["weight"].shape
+        dense = Dense(in_features, out_features, bias="bias" in state, activation_function=torch.nn.Identity())
+        dense.linear.load_state_dict(state)
+        modules.append(dense.to(module.model.dtype))
+    return [*modules, Normalize()]
