@@ -88,7 +88,6 @@ def make_data(folder: Path, rows: int = 24) -> Path:
     write_jsonl(
         lm / "hellaswag_validation.jsonl.gz", [{**row, "query": f"Topic: {row['query']}: more"} for row in choices]
     )
-    options = {"option1": "cat", "option2": "dog"}
     write_jsonl(
         lm / "winogrande_validation.jsonl",
         [

@@ -156,7 +156,7 @@ def test_figures_are_the_same_bytes_twice(root):
     assert set(first) == {"sts.svg", "generation.svg", "retrieval.svg"}
     assert first == report.figures(results)
     assert all("dc:date" not in text for text in first.values())
-    results[0]["averages"]["avg7"]["value"] += 1
+    next(r for r in results if r["row"] == "near")["averages"]["avg7"]["value"] += 0.5
     assert report.figures(results)["sts.svg"] != first["sts.svg"]
 
 

@@ -56,5 +56,5 @@ def test_memory_counts_each_tensor_once(base):
 
 
 def test_a_failing_worker_is_named():
-    with pytest.raises(RuntimeError, match="memory with base"):
-        speed.in_process({"kind": "memory", "system": "base", "base": "no/such", "model": "", "threads": 1})
+    with pytest.raises(RuntimeError, match="nothing with base"):
+        speed.in_process({"kind": "nothing", "system": "base", "threads": 1})

@@ -1,0 +1,219 @@
+"""The index with real sentence-transformers modules, and how much memory and time it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ubmoe_st.index import EmbeddingIndex
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny random bidirectional BERT with a word tokenizer, saved and loaded as a stock checkpoint."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "query", ":"] + [f"w{n}" for n in range(200)]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder = tmp_path_factory.mktemp("bert")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    import torch
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    transformer = Transformer(str(folder), max_seq_length=40)
+    sentence_model = SentenceTransformer(
+        modules=[transformer, Pooling(32), Normalize()], prompts={"query": "query: ", "document": ""}, device="cpu"
+    )
+    checkpoint = tmp_path_factory.mktemp("model") / "tiny"
+    sentence_model.save_pretrained(str(checkpoint))
+    return SentenceTransformer(str(checkpoint), device="cpu")
+
+
+def rows(count: int) -> list[dict]:
+    generator = np.random.default_rng(1)
+    return [
+        {"id": str(n), "text": " ".join(f"w{w}" for w in generator.integers(200, size=generator.integers(1, 60)))}
+        for n in range(count)
+    ]
+
+
+def test_vectors_are_those_of_encode_document(model, tmp_path):
+    corpus = rows(120)
+    index = EmbeddingIndex.build(model, corpus, tmp_path / "i", batch_tokens=200, window_tokens=900)
+    expected = model.encode_document([row["text"] for row in corpus])
+    stored = index.vectors([row["id"] for row in corpus])
+    np.testing.assert_allclose(stored, expected, atol=1e-5)
+    scores, _ = index.search("w3 w4 w5", 10)
+    cosines = expected @ model.encode_query("w3 w4 w5")
+    assert not np.allclose(model.encode_query("w3 w4"), model.encode_document("w3 w4"), atol=1e-3), "no query prompt"
+    np.testing.assert_allclose(scores[0], np.sort(cosines)[::-1][:10], atol=1e-5)
+
+
+def test_the_index_remembers_its_model(model, tmp_path):
+    EmbeddingIndex.build(model, rows(10), tmp_path / "i")
+    index = EmbeddingIndex.open(tmp_path / "i")
+    assert index.search("w1 w2", 3)[0].shape == (1, 3)
+    assert type(index.model).__name__ == "SentenceTransformer"
+    assert index.info["model"]["prompts"]["query"] == "query: "
+
+
+def test_the_same_weights_in_half_precision_pass_and_others_do_not(model, tmp_path):
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    EmbeddingIndex.build(model, rows(10), tmp_path / "i")
+    folder = EmbeddingIndex.open(tmp_path / "i").info["model"]["folder"]
+    half = SentenceTransformer(folder, device="cpu", model_kwargs={"torch_dtype": torch.bfloat16})
+    assert next(half.parameters()).dtype == torch.bfloat16
+    EmbeddingIndex.open(tmp_path / "i", model=half)
+    other = SentenceTransformer(folder, device="cpu")
+    other.prompts = {**other.prompts, "query": "w9 w9 w9 w9 w9 w9"}
+    with pytest.raises(ValueError, match="prompts"):
+        EmbeddingIndex.open(tmp_path / "i", model=other)
+    other = SentenceTransformer(folder, device="cpu")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    with pytest.raises(ValueError, match="not the model"):
+        EmbeddingIndex.open(tmp_path / "i", model=other)
+
+
+def test_one_changed_weight_or_prompt_stops_a_resumed_build(model, tmp_path):
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    from ubmoe_st.index.embedder import weights_fingerprint
+
+    EmbeddingIndex.build(model, rows(3), tmp_path / "i")
+    folder = EmbeddingIndex.open(tmp_path / "i").info["model"]["folder"]
+    other = SentenceTransformer(folder, device="cpu")
+    assert weights_fingerprint(other) == weights_fingerprint(model)
+    with torch.no_grad():
+        next(other.parameters())[1, 2] += 1e-3
+    assert weights_fingerprint(other) != weights_fingerprint(model)
+
+
+def test_chunks_follow_the_tokenizer_and_fit_the_model(model, tmp_path):
+    corpus = rows(30)
+    index = EmbeddingIndex.build(model, corpus, tmp_path / "i", chunk_tokens=12, overlap_tokens=2)
+    for row in corpus:
+        chunks = index.entries(row["id"])
+        assert all(len(model.tokenizer.tokenize(chunk.text)) <= 12 for chunk in chunks)
+        assert " ".join(row["text"].split()[:12]) == chunks[0].text
+        assert chunks[-1].end == len(row["text"])
+    assert len(index) > 60
+
+
+def test_tokenizing_ahead_does_not_disturb_other_threads(model, tmp_path):
+    """Threads that encode while an index is built get the serial vectors, and so does the index."""
+    texts = [row["text"] for row in rows(50)]
+    serial = model.encode_document(texts)
+    stop, problems = threading.Event(), []
+
+    def work() -> None:
+        while not stop.is_set():
+            if not np.allclose(model.encode_document(texts), serial, atol=1e-5):
+                problems.append("changed")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        index = EmbeddingIndex.build(model, rows(400), tmp_path / "i", batch_tokens=400, window_tokens=2000)
+    finally:
+        stop.set()
+        thread.join()
+    assert not problems
+    expected = model.encode_document([row["text"] for row in rows(400)])
+    np.testing.assert_allclose(index.vectors([str(n) for n in range(400)]), expected, atol=1e-5)
+
+
+def test_torch_and_faiss_live_in_one_process():
+    """Both bring an OpenMP runtime: each is imported first once, then both compute."""
+    body = """
+import numpy as np
+x = np.random.default_rng(0).normal(size=(2000, 64)).astype("float32")
+{imports}
+index = faiss.index_factory(64, "IVF16,SQ8", faiss.METRIC_INNER_PRODUCT)
+index.train(x); index.add(x)
+for _ in range(3):
+    torch.from_numpy(x) @ torch.from_numpy(x).T
+    index.search(x[:100], 5)
+print("fine")
+"""
+    for imports in ("import torch, faiss", "import faiss, torch"):
+        done = subprocess.run(
+            [sys.executable, "-c", body.format(imports=imports)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.stdout.strip() == "fine", done.stderr[-2000:]
+
+
+MEASURE = """
+import json, os, resource, sys, types
+from pathlib import Path
+root = Path(sys.argv[1])
+package = types.ModuleType("ubmoe_st")
+package.__path__ = [str(root / "ubmoe_st")]
+sys.modules["ubmoe_st"] = package
+os.fsync = lambda descriptor: None
+import numpy as np
+from ubmoe_st.index import EmbeddingIndex
+
+class Encoder:
+    prompts = {}
+    def encode(self, inputs, **_):
+        return np.array([np.frombuffer((text * 4)[:512].encode().ljust(512), np.uint8) for text in inputs], "float32")
+
+def corpus(count):
+    for number in range(count):
+        yield {"id": f"document-{number}", "text": f"{number * 2654435761 % 2**32:x} " * 40}
+
+count = int(sys.argv[2])
+index = EmbeddingIndex.build(Encoder(), corpus(count), sys.argv[3], segment_rows=1000, window_tokens=16384, kind="flat")
+print(json.dumps({"rows": len(index), "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+"""
+
+
+def measure(count: int, folder: Path) -> dict:
+    command = [sys.executable, "-c", MEASURE, str(ROOT), str(count), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_a_corpus_twenty_times_larger_takes_no_more_memory(tmp_path):
+    small, large = measure(1000, tmp_path / "small"), measure(20_000, tmp_path / "large")
+    assert large["rows"] == 20 * small["rows"]
+    assert large["peak_kib"] < 1.1 * small["peak_kib"], (small, large)

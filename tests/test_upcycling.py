@@ -1,0 +1,213 @@
+"""Every accepted form of base and experts gives a checkpoint; every other is refused with the reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import SIZES, TEXTS, make_base, make_tokenizer, random_experts
+from peft import LoraConfig, get_peft_model
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
+from transformers import AutoModelForCausalLM
+
+from ubmoe_st import UBMoE, UBMoETransformer, upcycle
+from ubmoe_st.bases import resolve_base
+from ubmoe_st.upcycling import export_experts
+
+FFN = ["gate_proj", "up_proj", "down_proj"]
+
+
+def bidirectional(lm):
+    """Reference: the stock model with full attention, mean of the last hidden states, normalised."""
+    lm.config.is_causal = False
+    backbone = lm.get_base_model().model if hasattr(lm, "get_base_model") else lm.model
+    rows = []
+    for text in TEXTS:
+        ids = make_tokenizer()(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            rows.append(torch.nn.functional.normalize(backbone(ids).last_hidden_state[0].mean(0), dim=0).numpy())
+    return np.stack(rows)
+
+
+def test_without_experts_the_encoder_is_the_base_made_bidirectional(base, tmp_path):
+    out = upcycle(base, out=tmp_path / "out")
+    expected = bidirectional(AutoModelForCausalLM.from_pretrained(base))
+    assert np.abs(UBMoE(str(out)).encode(TEXTS) - expected).max() < 1e-5
+    with pytest.raises(ValueError, match="low_memory=False"):
+        UBMoE(str(out), low_memory=True)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("on", ["causal-lm", "encoder"])
+def test_a_peft_adapter_gives_the_vectors_peft_gives(base, tmp_path, rslora, on):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=7, use_rslora=rslora, target_modules=FFN, init_lora_weights=False)
+    if on == "causal-lm":
+        tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        tuned.save_pretrained(tmp_path / "adapter")
+        expected = bidirectional(tuned.eval())
+    else:
+        module = UBMoETransformer.from_base(base)
+        module.model.add_adapter(config)
+        module.model.save_pretrained(tmp_path / "adapter")
+        module.eval()
+        with torch.inference_mode():
+            expected = np.stack(
+                [
+                    torch.nn.functional.normalize(
+                        module.model(make_tokenizer()(t, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0),
+                        dim=0,
+                    ).numpy()
+                    for t in TEXTS
+                ]
+            )
+    out = upcycle(base, tmp_path / "adapter", out=tmp_path / "out")
+    plain = bidirectional(AutoModelForCausalLM.from_pretrained(base))
+    found = UBMoE(str(out)).encode(TEXTS)
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.abs(found - plain).max() > 1e-2
+    assert np.abs(UBMoE(str(out), low_memory=True).encode(TEXTS) - expected).max() < 1e-4
+
+
+def test_an_adapter_on_attention_is_refused(base, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"self_attn\.q_proj.*shared with the generator"):
+        upcycle(base, tmp_path / "adapter", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_checkpoint_with_a_tuned_ffn(base, tmp_path):
+    tuned = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".mlp." in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    out = upcycle(base, tmp_path / "tuned", out=tmp_path / "out")
+    model = UBMoE(str(out))
+    assert np.abs(model.encode(TEXTS) - bidirectional(tuned)).max() < 1e-5
+    ids = torch.arange(4, 10)[None]
+    assert torch.equal(model.generator(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits)
+    with torch.no_grad():
+        tuned.model.layers[1].self_attn.k_proj.weight.add_(1e-6)
+    tuned.save_pretrained(tmp_path / "worse")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj\.weight differs"):
+        upcycle(base, tmp_path / "worse", out=tmp_path / "other")
+
+
+def test_saved_experts_with_a_projection_and_a_recipe(base, tmp_path):
+    module = UBMoETransformer.from_base(base)
+    module.set_low_rank_experts(random_experts(module))
+    projection = Dense(32, 8, activation_function=torch.nn.Identity())
+    recipe = {"prompts": {"query": "the "}, "max_seq_length": 64, "pooling": {"mode": "lasttoken"}}
+    experts = export_experts(module, tmp_path / "experts", projection=projection, recipe=recipe, dtype=torch.float32)
+    out = upcycle(base, experts, out=tmp_path / "out")
+    for model in (UBMoE(str(out)), SentenceTransformer(str(out))):
+        assert model.prompts["query"] == "the "
+        assert model.max_seq_length == 64
+        assert model.get_embedding_dimension() == 8
+        assert model[1].pooling_mode == "lasttoken"
+    assert np.abs(UBMoE(str(out)).encode(TEXTS) - SentenceTransformer(str(out)).encode(TEXTS)).max() < 1e-6
+
+
+def test_experts_of_another_base_are_refused(base, tmp_path):
+    module = UBMoETransformer.from_base(base)
+    module.set_low_rank_experts(random_experts(module))
+    experts = export_experts(module, tmp_path / "experts")
+    other = make_base(tmp_path / "other", "llama", rope_theta=5000.0)
+    weights = transformers.AutoModelForCausalLM.from_pretrained(other)
+    weights.model.norm.weight.data.mul_(1.5)
+    weights.save_pretrained(other)
+    with pytest.raises(ValueError, match="trained on other base weights"):
+        upcycle(other, experts, out=tmp_path / "out")
+    upcycle(other, experts, out=tmp_path / "out", allow_base_mismatch=True)
+
+
+def test_dtype_of_the_checkpoint(base, tmp_path):
+    out = upcycle(base, out=tmp_path / "out", dtype=torch.bfloat16)
+    model = UBMoE(str(out))
+    assert model[0].model.dtype == torch.bfloat16
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    ids = torch.arange(4, 10)[None]
+    assert torch.equal(model.generator(ids).logits, reference(ids).logits)
+
+
+def test_origin_and_hash_are_recorded(base, tmp_path):
+    import hashlib
+
+    config = UBMoE(str(upcycle(base, out=tmp_path / "out"))).ubmoe_config
+    digest = hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()
+    assert config.base_sha256 == {"model.safetensors": digest}
+    assert config.base_origin == "folder"
+
+
+def test_a_folder_that_is_not_empty_is_kept(base, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        upcycle(base, out=tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    upcycle(base, out=tmp_path / "out", overwrite=True)
+    UBMoE(str(tmp_path / "out"))
+
+
+def save_refused(tmp_path, config, cls):
+    torch.manual_seed(0)
+    folder = tmp_path / "refused"
+    cls.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_bases_that_cannot_be_split_say_why(tmp_path):
+    small = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    cases = [
+        (transformers.BertConfig(**small), transformers.AutoModelForMaskedLM, "not a decoder language model"),
+        (
+            transformers.MixtralConfig(**SIZES, num_local_experts=2),
+            transformers.AutoModelForCausalLM,
+            "mixture of experts",
+        ),
+        (
+            transformers.T5Config(vocab_size=48, d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=8),
+            transformers.AutoModelForSeq2SeqLM,
+            "encoder-decoder",
+        ),
+        (
+            transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=2),
+            transformers.AutoModelForCausalLM,
+            "cannot be split",
+        ),
+    ]
+    for index, (config, cls, message) in enumerate(cases):
+        folder = save_refused(tmp_path / str(index), config, cls)
+        with pytest.raises(ValueError, match=message):
+            upcycle(folder, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_vision_model_is_refused(tmp_path, base):
+    import json
+
+    folder = make_base(tmp_path / "vision")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"], "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="reads images or sound"):
+        upcycle(folder, out=tmp_path / "out")
+
+
+def test_bases_that_are_not_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.bin").write_bytes(b"x")
+    for base, message in (
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "empty", "no config.json"),
+        (tmp_path / "file.bin", "is a file"),
+        ("model.gguf", "does not exist"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            resolve_base(base)
