@@ -226,9 +226,9 @@ def _base_encoder(name: str, base: str, row: str, device: str) -> Encoder:
             max_seq_length=MAX_TOKENS,
             model_kwargs={"dtype": torch.float32},
         )
-        decoder: Any = transformer.model
+        backbone: Any = transformer.model
         if not causal:
-            decoder.config.is_causal = False  # as a config_kwarg it would be dropped without a word
+            backbone.config.is_causal = False  # as a config_kwarg it would be dropped without a word
         if transformer.tokenizer.pad_token is None:
             transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
         model = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean")])

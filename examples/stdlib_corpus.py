@@ -42,7 +42,9 @@ def entries(library: Path | None = None) -> Iterator[dict[str, str]]:
     root = library or Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).parts
-        if SKIPPED.intersection(parts) or any(part.startswith(("_", "config-")) and part != "__init__.py" for part in parts):
+        if SKIPPED.intersection(parts) or any(
+            part.startswith(("_", "config-")) and part != "__init__.py" for part in parts
+        ):
             continue
         module = ".".join(parts).removesuffix(".py").removesuffix(".__init__")
         try:

@@ -15,7 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from ubmoe_st.experts import LowRank, find_ffns
 from ubmoe_st.model import UBMoE, UBMoETransformer
 
-WORDS = "a the cat dog bird train sits runs sleeps on in under mat house tree red blue old and with user assistant".split()
+WORDS = (
+    "a the cat dog bird train sits runs sleeps on in under mat house tree red blue old and with user assistant".split()
+)
 SIZES = {
     "vocab_size": 48,
     "hidden_size": 32,
@@ -116,9 +118,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(
-    base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def checkpoint_of(base_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def get(architecture: str = "llama") -> Path:

@@ -439,3 +439,17 @@ def test_batches_stay_within_the_token_budget():
         assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= 1000
         assert len(batch) <= 64
     assert list(token_batches([5000, 1], 1000, 64)) == [[0], [1]]
+
+
+def test_ids_seen_are_remembered_like_a_dictionary_would(tmp_path, monkeypatch):
+    from ubmoe_st.index.pipeline import SeenIds
+
+    monkeypatch.setattr("ubmoe_st.index.pipeline.SPILL_KEYS", 10)
+    monkeypatch.setattr("ubmoe_st.index.pipeline.SPILL_RUNS", 3)
+    seen, expected = SeenIds(tmp_path), {}
+    for row, number in enumerate(np.random.default_rng(0).integers(300, size=1000).tolist()):
+        name = f"id {number}"
+        assert (name in seen) == (name in expected)
+        assert seen.add(name, row) == expected.get(name)
+        expected[name] = row
+    assert len(list(tmp_path.iterdir())) > 20

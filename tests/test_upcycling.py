@@ -22,7 +22,10 @@ FFN = ["gate_proj", "up_proj", "down_proj"]
 def bidirectional(lm):
     """Reference: the stock model with full attention, mean of the last hidden states, normalised."""
     lm.config.is_causal = False
-    backbone = lm.get_base_model().model if hasattr(lm, "get_base_model") else lm.model
+    return vectors_of(lm.get_base_model().model if hasattr(lm, "get_base_model") else lm.model)
+
+
+def vectors_of(backbone):
     rows = []
     for text in TEXTS:
         ids = make_tokenizer()(text, return_tensors="pt")["input_ids"]
@@ -53,16 +56,7 @@ def test_a_peft_adapter_gives_the_vectors_peft_gives(base, tmp_path, rslora, on)
         module.model.add_adapter(config)
         module.model.save_pretrained(tmp_path / "adapter")
         module.eval()
-        with torch.inference_mode():
-            expected = np.stack(
-                [
-                    torch.nn.functional.normalize(
-                        module.model(make_tokenizer()(t, return_tensors="pt")["input_ids"]).last_hidden_state[0].mean(0),
-                        dim=0,
-                    ).numpy()
-                    for t in TEXTS
-                ]
-            )
+        expected = vectors_of(module.model)
     out = upcycle(base, tmp_path / "adapter", out=tmp_path / "out")
     plain = bidirectional(AutoModelForCausalLM.from_pretrained(base))
     found = UBMoE(str(out)).encode(TEXTS)

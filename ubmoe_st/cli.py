@@ -157,8 +157,8 @@ def encode(
     if not texts:
         raise ValueError(f"{source} holds no texts")
     model = _load(path)
-    vectors = model.encode(
-        texts,
+    vectors: Any = model.encode(
+        list(texts),
         prompt_name=prompt_name,
         batch_size=batch_size,
         truncate_dim=truncate_dim,
@@ -361,7 +361,9 @@ def hit_table(hits: Sequence[Hit], title: str | None = None) -> Table:
 
 def answer_prompt(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:
     """A chat that asks for an answer from search results."""
-    entries = "\n".join(f"[{n}] {hit.title or hit.id}: {' '.join(hit.text.split())[:600]}" for n, hit in enumerate(hits, 1))
+    entries = "\n".join(
+        f"[{n}] {hit.title or hit.id}: {' '.join(hit.text.split())[:600]}" for n, hit in enumerate(hits, 1)
+    )
     return [{"role": "user", "content": ANSWER_PROMPT.format(entries=entries, question=question)}]
 
 
@@ -510,7 +512,9 @@ def _chat(model: UBMoE, options: dict[str, Any]) -> None:
         if not text:
             break
         messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": _print_stream(model.generate(messages, stream=True, **options))})
+        messages.append(
+            {"role": "assistant", "content": _print_stream(model.generate(messages, stream=True, **options))}
+        )
 
 
 def _print_stream(pieces: Any) -> str:
@@ -538,3 +542,7 @@ def _print_json(value: object) -> None:
 
 def _mb(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    app()

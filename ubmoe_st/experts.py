@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -46,7 +47,9 @@ def find_ffns(model: PreTrainedModel) -> dict[str, nn.Module]:
         ffn = getattr(layer, FFN_NAME, None)
         if not isinstance(ffn, nn.Module):
             raise ValueError(f"{name} cannot be split: layer {index} has no FFN under `{FFN_NAME}`")
-        loose = [key for key, _ in ffn.named_parameters() if not isinstance(_owner(ffn, key), nn.Linear | LowRankLinear)]
+        loose = [
+            key for key, _ in ffn.named_parameters() if not isinstance(_owner(ffn, key), nn.Linear | LowRankLinear)
+        ]
         if loose or hasattr(ffn, "experts"):
             raise ValueError(
                 f"{name} cannot be split: the FFN of layer {index} ({type(ffn).__name__}) is not made of linear "
@@ -217,7 +220,7 @@ class RoutedFFN(nn.Module):
         self.uni = uni
         self.bi = bi
         self.router = router
-        self._one_pass = _gated_parts(bi)
+        self._one_pass: Callable[[Tensor], tuple[Tensor, Tensor]] | None = _gated_parts(bi)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -226,7 +229,7 @@ class RoutedFFN(nn.Module):
             uni = self.uni(x)
             return uni + weight * (self.bi(x) - uni)
         uni_hidden, bi_hidden = self._one_pass(x)  # (B, T, F) each
-        down = self.bi.get_submodule("down_proj")
+        down: Any = self.bi.get_submodule("down_proj")
         mixed = uni_hidden + weight * (bi_hidden - uni_hidden)
         return down.base(mixed) + weight * down.delta(bi_hidden)
 
@@ -236,7 +239,7 @@ class RoutedFFN(nn.Module):
         return (1 - weight) * self.uni(x) + weight * self.bi(x)
 
 
-def _gated_parts(ffn: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
+def _gated_parts(ffn: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]] | None:
     """Function from x to the hidden activations of (uni, bi), where the FFN is gated and all low-rank."""
     names = {name for name, _ in ffn.named_children()}
     act = getattr(ffn, "act_fn", None) or getattr(ffn, "activation_fn", None)
@@ -292,7 +295,7 @@ def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, obje
     halves: dict[str, dict[str, Tensor]] = {}
     with safe_open(file, framework="pt") as tensors:
         header = tensors.metadata() or {}
-        for key in tensors.keys():  # noqa: SIM118 - not a dict
+        for key in tensors.keys():
             match = _LOW_RANK_KEY.match(key)
             if match is None:
                 raise ValueError(

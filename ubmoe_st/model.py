@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -135,7 +135,7 @@ class UBMoETransformer(Transformer):
         """Whether the `bi` experts are held in low-rank form on the shared `uni` weights."""
         return any(isinstance(module, LowRankLinear) for module in self.model.modules())
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+    def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Tokenise a batch; a text without any token gets one end token, so that its vector is defined.
 
         Args:
@@ -147,18 +147,22 @@ class UBMoETransformer(Transformer):
             `input_ids` and `attention_mask`, (B, T), and what the stock module adds.
         """
         texts = list(inputs)
-        if all(isinstance(text, str) for text in texts) and not (prompt or "").strip():
-            filler = self._filler_token()
-            texts = [text if text and self._has_tokens(text) else filler for text in texts]
+        if all(isinstance(text, str) for text in texts):
+            # Lone surrogates, as broken JSON escapes give them, are no text a tokenizer takes.
+            texts = [text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+            if not (prompt or "").strip():
+                filler = self._filler_token()
+                texts = [text if text and self._has_tokens(text) else filler for text in texts]
         return super().preprocess(texts, prompt=prompt, **kwargs)
 
     def _has_tokens(self, text: str) -> bool:
         # Only short texts can be empty after tokenisation; longer ones are not tokenised twice.
-        return len(text) > 8 or bool(self.tokenizer(text)["input_ids"])
+        tokenizer: Any = self.tokenizer
+        return len(text) > 8 or bool(tokenizer(text)["input_ids"])
 
     def _filler_token(self) -> str:
-        token = self.tokenizer.eos_token or self.tokenizer.pad_token or self.tokenizer.unk_token
-        return token if token is not None else self.tokenizer.decode([0])
+        tokenizer: Any = self.tokenizer
+        return tokenizer.eos_token or tokenizer.pad_token or tokenizer.unk_token or tokenizer.decode([0])
 
     # --- experts ---------------------------------------------------------------------------------------------
 
@@ -487,24 +491,18 @@ class UBMoE(SentenceTransformer):
 
     @property
     def _views(self) -> UBMoETransformer:
-        return self[0]
+        return cast("UBMoETransformer", self[0])
 
     def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> type:
         found = super()._load_module_class_from_ref(class_ref, *args, **kwargs)
         return UBMoETransformer if found is Transformer else found
 
-    @wraps(SentenceTransformer.encode)
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = args[0] if args else kwargs.get("inputs", kwargs.get("sentences"))
-        if not isinstance(inputs, str) and isinstance(inputs, Sequence):
-            for position, text in enumerate(inputs):
-                if not isinstance(text, str):
-                    raise TypeError(
-                        f"encode takes texts, but the entry at position {position} is of type {type(text).__name__}"
-                    )
-        elif not isinstance(inputs, str) and not hasattr(inputs, "__iter__"):
-            raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}")
-        return super().encode(*args, **kwargs)
+    if not TYPE_CHECKING:  # the overloads of the stock method stay in force for type checkers
+
+        @wraps(SentenceTransformer.encode)
+        def encode(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
+            _check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
+            return super().encode(*args, **kwargs)
 
     # --- generating ------------------------------------------------------------------------------------------
 
@@ -552,7 +550,7 @@ class UBMoE(SentenceTransformer):
         if not batch:
             return []
         config = self._views.ubmoe_config
-        lm = self._views.generator(routing or (config.routing if config else "uni"))
+        lm: Any = self._views.generator(routing or (config.routing if config else "uni"))
         inputs = self._generation_inputs(batch, lm.device)
         arguments = {**inputs, "max_new_tokens": max_new_tokens, **generation_kwargs}
         if self.tokenizer.pad_token_id is not None:
@@ -667,6 +665,19 @@ class UBMoE(SentenceTransformer):
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
 
 
+def _check_texts(inputs: object) -> None:
+    if isinstance(inputs, str):
+        return
+    if not hasattr(inputs, "__iter__") or isinstance(inputs, bytes):
+        raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}")
+    if isinstance(inputs, Sequence):
+        for position, text in enumerate(inputs):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"encode takes texts, but the entry at position {position} is of type {type(text).__name__}"
+                )
+
+
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
@@ -715,14 +726,13 @@ def _check_decoder(base: Base) -> None:
     experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, k, 0)), None)
     if experts:
         raise ValueError(
-            f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); "
-            "expected a dense decoder"
+            f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); expected a dense decoder"
         )
 
 
 def _check_bidirectional(encoder: PreTrainedModel) -> None:
-    """Refuse an architecture whose first token does not see the last one."""
-    vocabulary = encoder.get_input_embeddings().weight.shape[0]
+    """Refuse an architecture whose first token does not see later ones."""
+    vocabulary = encoder.config.vocab_size
     ids = torch.arange(8, device=encoder.device)[None] % vocabulary
     other = ids.clone()
     other[0, 3] = (ids[0, 3] + vocabulary // 2 + 1) % vocabulary
@@ -754,7 +764,7 @@ def _is_chat(prompt: object) -> bool:
     )
 
 
-def _stream(lm: PreTrainedModel, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]:
+def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]:
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
     stopped = threading.Event()

@@ -26,7 +26,7 @@ _PROJECTION = "projection.safetensors"
 
 
 def upcycle(
-    base: str | os.PathLike[str],
+    base: str | os.PathLike[str] | Base,
     bi_experts: str | os.PathLike[str] | None = None,
     *,
     out: str | os.PathLike[str],
@@ -70,7 +70,7 @@ def upcycle(
     target = Path(out)
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True (--overwrite)")
-    found = resolve_base(base)
+    found = base if isinstance(base, Base) else resolve_base(base)
     module = UBMoETransformer.from_base(found, dtype=dtype)
     recipe: dict[str, Any] = {}
     if bi_experts is not None:
@@ -116,10 +116,8 @@ def export_experts(
         halves = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in low_rank.items()}
         save_low_rank(halves, temporary / Path(layout.DELTA_FILE).name, {"base_sha256": sha256})
         if projection is not None:
-            layout_tensors = {key: tensor.detach().to(dtype) for key, tensor in projection.linear.state_dict().items()}
-            from safetensors.torch import save_file
-
-            save_file(layout_tensors, temporary / _PROJECTION)
+            state = {key: tensor.to(dtype) for key, tensor in projection.linear.state_dict().items()}
+            layout.save_tensors(state, temporary / _PROJECTION)
         (temporary / "recipe.json").write_text(json.dumps(dict(recipe or {}), indent=2) + "\n", encoding="utf-8")
     return Path(out)
 
@@ -138,13 +136,14 @@ def adapter_experts(module: UBMoETransformer) -> LowRank:
             continue
         if not is_ffn_key(f"{name}."):
             raise ValueError(f"the adapter changes {name}, which is shared with the generator; only FFN layers may")
+        halves: Any = layer
         for adapter in layer.lora_A:
             if layer.use_dora.get(adapter) or (layer.lora_bias or {}).get(adapter):
                 raise ValueError(f"the adapter on {name} uses DoRA or a bias; expected plain LoRA")
             if name in low_rank:
                 raise ValueError(f"{name} carries more than one adapter; merge them into one first")
-            scaled = layer.lora_B[adapter].weight.detach().float() * layer.scaling[adapter]
-            low_rank[name] = (layer.lora_A[adapter].weight.detach().float(), scaled)
+            scaled = halves.lora_B[adapter].weight.detach().float() * layer.scaling[adapter]
+            low_rank[name] = (halves.lora_A[adapter].weight.detach().float(), scaled)
     if not low_rank:
         raise ValueError("the adapter has no LoRA layers on the FFN (gate_proj, up_proj, down_proj, ...)")
     return low_rank

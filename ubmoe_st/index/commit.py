@@ -155,7 +155,7 @@ def write_faiss(snapshot: Snapshot, version: int, kind: str, memory_mb: int | No
     name = free_name(snapshot.folder, "index", ".faiss", version)
     rows, dimension = snapshot.stored_rows, snapshot.dimension
     choice = choose(kind, rows, dimension, memory_mb)
-    blocks = (block for _, block in snapshot.blocks())
+    blocks = snapshot.read_blocks()
     path = snapshot.folder / name
     if choice.kind == "flat":
         record = write_flat(path, dimension, rows, blocks)

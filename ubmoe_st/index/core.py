@@ -30,6 +30,7 @@ from .commit import (
 from .corpus import Corpus, CorpusChangedError, CorpusFields
 from .embedder import Embedder, check_probes, find_model, normalized
 from .exact import pair_scores
+from .export import export_parquet
 from .filters import Filter
 from .hybrid import KeywordSearch, fuse
 from .kinds import FEWEST_ROWS, choose
@@ -610,6 +611,10 @@ class EmbeddingIndex:
                     raise ValueError("the index was made anew meanwhile: tune it again")
                 self._move_to(commit_parameters(base, dict(report.chosen.parameters), summary))
         return report
+
+    def export_parquet(self, path: str | os.PathLike[str]) -> int:
+        """Write every entry with its vector as one Parquet file (for Qdrant, Milvus, LanceDB); the number of rows."""
+        return export_parquet(self._snapshot, Path(path))
 
     def discard_unfinished(self) -> bool:
         """Throw away an addition that was stopped; True if there was one. What is committed stays."""

@@ -25,8 +25,10 @@ from .storage import map_npy, write_npy
 OnDuplicate = Literal["raise", "skip", "upsert"]
 OnBadRow = Literal["raise", "skip"]
 
-SPILL_KEYS = 1 << 17
+SPILL_KEYS = 1 << 15
 """Ids remembered in memory before they move to a sorted file."""
+SPILL_RUNS = 8
+"""Sorted files of that size that are made into one, so that few have to be looked through."""
 TOKENISE_ROWS = 128
 """Rows tokenised in one call of the tokenizer."""
 TOKENISE_CHARACTERS = 1 << 20
@@ -145,6 +147,7 @@ class SeenIds:
         self._folder = folder
         self._recent: dict[tuple[int, int], int] = {}
         self._runs: list[np.ndarray] = []
+        self._small = self._written = 0
 
     def add(self, identity: str, row: int) -> int | None:
         """Remember that `identity` begins at `row`; the row it began at before, or None."""
@@ -171,12 +174,23 @@ class SeenIds:
         return None
 
     def _spill(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         run = np.array([(*key, row) for key, row in self._recent.items()], dtype=np.uint64).T
-        path = self._folder / f"{len(self._runs):06d}.npy"
-        write_npy(path, run[:, np.argsort(run[0], kind="stable")])
-        self._runs.append(map_npy(path))  # (3, N)
         self._recent = {}
+        self._small += 1
+        if self._small == SPILL_RUNS:
+            earlier = self._runs[-(SPILL_RUNS - 1) :]
+            del self._runs[-(SPILL_RUNS - 1) :]
+            run = np.concatenate([*earlier, run], axis=1)
+            self._small = 0
+        age = np.arange(run.shape[1])
+        run = run[:, np.lexsort((age, run[1], run[0]))]
+        newest = np.ones(run.shape[1], bool)
+        newest[:-1] = (run[0, :-1] != run[0, 1:]) | (run[1, :-1] != run[1, 1:])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{self._written:06d}.npy"
+        self._written += 1
+        write_npy(path, run[:, newest])
+        self._runs.append(map_npy(path))  # (3, N)
 
 
 class WindowMaker:

@@ -21,6 +21,8 @@ FORMAT = "ubmoe-embedding-index"
 FORMAT_VERSION = 1
 BLOCK_BYTES = 64 << 20
 """Vectors handled at a time, in bytes of float32."""
+READ_BYTES = 4 << 20
+"""Vectors read at a time when an index is made, in bytes of float32."""
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -103,6 +105,19 @@ class Snapshot:
         for start, segment in zip(self.starts.tolist(), self.segments):
             for local in range(max(0, first_row - start), segment.rows, step):
                 yield start + local, segment.vectors[local : local + step]
+
+    def read_blocks(self) -> Iterator[np.ndarray]:
+        """All vectors in order, (n, D) at a time, read and not mapped: pages once mapped count as memory in use."""
+        step = max(1, READ_BYTES // (4 * self.dimension))
+        for segment in self.segments:
+            if not segment.rows:
+                continue
+            offset, dtype = getattr(segment.vectors, "offset", 0), segment.vectors.dtype
+            with (self.folder / segment.record["folder"] / "vectors.npy").open("rb") as file:
+                file.seek(offset)
+                for local in range(0, segment.rows, step):
+                    count = min(step, segment.rows - local)
+                    yield np.fromfile(file, dtype, count * self.dimension).reshape(count, self.dimension)
 
     def _by_segment(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Segment, int, np.ndarray]]:
         """(segment, its first row, positions within `rows`)."""

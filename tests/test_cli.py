@@ -1,0 +1,167 @@
+"""The command line: names and formats that scripts rely on, and one line for every expected error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import TEXTS
+from typer.testing import CliRunner
+
+from ubmoe_st import UBMoE
+from ubmoe_st.cli import app
+
+
+def run(*args, code=0, **kwargs):
+    result = CliRunner().invoke(app, [str(arg) for arg in args], **kwargs)
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    rows = [{"id": f"t{n}", "text": text, "title": "the"} for n, text in enumerate(TEXTS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def index(checkpoint, corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("index") / "index"
+    facts = json.loads(run("index", corpus, "--model", checkpoint, "--out", out, "--json").stdout)
+    assert facts["rows"] == len(TEXTS)
+    return out
+
+
+def test_help_names_the_commands():
+    start = time.perf_counter()
+    text = subprocess.run([sys.executable, "-m", "ubmoe_st.cli", "--help"], capture_output=True, text=True).stdout
+    assert time.perf_counter() - start < 10
+    for name in ("build", "info", "encode", "generate", "index", "search", "ask", "tune", "verify"):
+        assert name in text
+
+
+def test_build_and_info(base, tmp_path):
+    out = tmp_path / "out"
+    run("build", base, "--out", out)
+    facts = json.loads(run("info", out, "--json").stdout)
+    assert (facts["layers"], facts["dimension"], facts["routing"], facts["expert_rank"]) == (3, 32, "uni", None)
+    assert facts["base"]["sha256"].keys() == {"model.safetensors"}
+    model = UBMoE(str(out))
+    assert facts["parameters"]["base"] == sum(p.numel() for p in model.generator.parameters())
+    assert facts["parameters"]["active_encoding"] == sum(p.numel() for p in model[0].model.parameters())
+    assert str(facts["layers"]) in run("info", out).stdout
+    assert "not empty" in run("build", base, "--out", out, code=1).stderr
+    run("build", base, "--out", out, "--overwrite")
+
+
+def test_info_counts_the_low_rank_parameters(checkpoint):
+    parameters = json.loads(run("info", checkpoint, "--json").stdout)["parameters"]
+    low_rank = UBMoE(str(checkpoint), low_memory=True)[0].low_rank
+    assert parameters["added"] == sum(a.numel() + b.numel() for a, b in low_rank.values())
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_encode(checkpoint, tmp_path, suffix, kind):
+    source = tmp_path / f"in{kind}"
+    lines = TEXTS if kind == ".txt" else [json.dumps({"text": text}) for text in TEXTS]
+    source.write_text("\n".join(lines) + "\n")
+    out = tmp_path / f"out{suffix}"
+    run("encode", checkpoint, source, "--out", out)
+    if suffix == ".npy":
+        found = np.load(out)
+    else:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(out)
+        assert table["text"].to_pylist() == TEXTS
+        found = np.array(table["embedding"].to_pylist(), dtype=np.float32)
+    assert np.abs(found - UBMoE(str(checkpoint)).encode(TEXTS)).max() < 1e-6
+
+
+def test_generate(checkpoint):
+    expected = UBMoE(str(checkpoint)).generate("the cat", max_new_tokens=6)
+    arguments = ("generate", checkpoint, "the cat", "--max-new-tokens", 6, "--routing", "uni")
+    assert run(*arguments).stdout.split() == expected.split()
+    assert json.loads(run(*arguments, "--json").stdout)["text"] == expected
+
+
+def test_chat_until_an_empty_line(checkpoint):
+    result = run("generate", checkpoint, "--max-new-tokens", 3, input="the cat\n\n")
+    expected = UBMoE(str(checkpoint)).generate([{"role": "user", "content": "the cat"}], max_new_tokens=3)
+    assert expected.split()[0] in result.stdout
+
+
+def test_search_is_a_json_list_of_id_score_text(index, checkpoint):
+    hits = json.loads(run("search", index, TEXTS[1], "-k", 3, "--json").stdout)
+    assert [set(hit) for hit in hits] == [{"id", "score", "text"}] * 3
+    model = UBMoE(str(checkpoint))
+    query, documents = model.encode_query([TEXTS[1]]), model.encode_document([f"the\n{text}" for text in TEXTS])
+    scores = (query @ documents.T)[0]
+    order = np.argsort(-scores)[:3]
+    assert [hit["id"] for hit in hits] == [f"t{n}" for n in order]
+    assert np.allclose([hit["score"] for hit in hits], scores[order], atol=1e-5)
+    assert hits[0]["id"] in run("search", index, TEXTS[1]).stdout
+
+
+def test_ask_answers_and_cites(index):
+    answer = json.loads(run("ask", index, "the cat", "--max-new-tokens", 4, "--json").stdout)
+    assert len(answer["entries"]) == 3
+    assert isinstance(answer["answer"], str)
+    assert "[1]" in run("ask", index, "the cat", "--max-new-tokens", 4).stdout
+
+
+def test_verify_takes_checkpoints_and_indexes(index, checkpoint, tmp_path):
+    import shutil
+
+    for folder in (index, checkpoint):
+        assert json.loads(run("verify", folder, "--json").stdout)["ok"]
+        damaged = shutil.copytree(folder, tmp_path / folder.name)
+        file = max((p for p in damaged.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        assert file.name in run("verify", damaged, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "nowhere"), "not a UBMoE checkpoint"),
+        (("build", "./nowhere", "--out", "x"), "does not exist"),
+        (("verify", "nowhere"), "is not a folder"),
+        (("search", "nowhere", "the"), "nowhere"),
+        (("encode", "nowhere", "in.txt", "--out", "x.csv"), "must end in .npy or .parquet"),
+    ],
+)
+def test_expected_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments, code=1)
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_lines_are_named(checkpoint, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "the"}\n{"text": 3}\n')
+    assert "line 2" in run("encode", checkpoint, source, "--out", tmp_path / "x.npy", code=1).stderr
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_a_model_that_moved_is_asked_for(index, checkpoint, tmp_path):
+    import shutil
+
+    moved = shutil.copytree(index, tmp_path / "index")
+    elsewhere = shutil.copytree(checkpoint, tmp_path / "elsewhere")
+    info = json.loads((moved / "index_info.json").read_text())
+    info["model"]["id"] = str(tmp_path / "gone")
+    (moved / "index_info.json").write_text(json.dumps(info))
+    assert "--model" in run("search", moved, "the", code=1).stderr
+    run("search", moved, "the", "--model", elsewhere)

@@ -1,0 +1,196 @@
+"""Stage 2 on tiny models: start at the base, answers-only loss, what trains, resume, generation."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, WORDS, make_checkpoint, make_tokenizer
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from training.router import (
+    IGNORED,
+    RouterRecipe,
+    RouterTrainer,
+    build_routed,
+    encode_answer,
+    main,
+    pad_answers,
+    train,
+)
+from training.trainers import trained_parameters
+from ubmoe_st import UBMoE, upcycle
+
+IDS = torch.tensor([[4, 5, 6, 7, 20, 11], [9, 9, 4, 30, 2, 8]])
+
+
+@pytest.fixture
+def recipe(checkpoint, tmp_path):
+    rows = [
+        {"instruction": f"the {a} sits", "input": "on the mat" if n % 2 else "", "output": f"a {b} {a} runs"}
+        for n, (a, b) in enumerate(zip(WORDS, WORDS[::-1]))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def make(**changes):
+        trainer = {
+            "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 5e-2, "use_cpu": True, "seed": 3,
+            "logging_steps": 1, "save_strategy": "no", **changes.pop("trainer", {}),
+        }  # fmt: skip
+        values = {
+            "checkpoint": str(checkpoint),
+            "out": str(tmp_path / "out"),
+            "instructions": [str(tmp_path / "rows.jsonl")],
+            "held_out": 4,
+        }
+        return RouterRecipe(**{**values, **changes, "trainer": trainer})
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["soft", "top1"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_new_routers_equal_the_base_exactly_and_alone_take_gradients(base_of, checkpoint_of, architecture, kind):
+    lm, base, _ = build_routed(str(checkpoint_of(architecture)), kind)
+    reference = AutoModelForCausalLM.from_pretrained(base_of(architecture)).eval()
+    with torch.no_grad():
+        expected = reference(IDS).logits
+        assert torch.equal(lm(IDS).logits, expected)
+        assert torch.equal(base(IDS).logits, expected)
+    F.cross_entropy(lm(IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    found = {name for name, p in lm.named_parameters() if p.grad is not None}
+    assert all(".router." in name for name in found)
+    assert len(found) == 3 * (3 if kind == "soft" else 2)
+    assert max(p.grad.abs().max() for p in lm.parameters() if p.grad is not None) > 0
+
+
+def test_labels_stand_on_the_answer_alone():
+    tokenizer = make_tokenizer()
+    row = encode_answer(tokenizer, "the cat", "a dog runs", 99)
+    text = tokenizer.decode([t for t in row["labels"] if t != IGNORED])
+    assert text.split() == ["a", "dog", "runs", "</s>"]
+    assert tokenizer.decode(row["input_ids"]).split() == "user the cat </s> assistant a dog runs </s>".split()
+    assert encode_answer(tokenizer, "the cat", "a dog runs", 5) is None
+    assert len(encode_answer(tokenizer, "the cat", "a dog runs", 6)["input_ids"]) == 6
+    batch = pad_answers([row, encode_answer(tokenizer, "the", "a", 99)])
+    assert batch["attention_mask"].sum(1).tolist() == [9, 6]
+    assert (batch["labels"][1, 6:] == IGNORED).all()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_answer(tokenizer, "a", "b", 9)
+
+
+def test_the_loss_is_its_formula(recipe, tmp_path):
+    tokenizer = make_tokenizer()
+    pairs = [("the cat", "a dog"), ("on", "a bird sits in the tree")]
+    batch = pad_answers([encode_answer(tokenizer, *pair, 99) for pair in pairs])
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    values = {}
+    for weights in ({}, {"kl": 0.5}, {"balance": 2.0}):
+        wanted = recipe(**weights)
+        lm, base, _ = build_routed(wanted.checkpoint, "soft")
+        with torch.no_grad():
+            for name, parameter in lm.named_parameters():
+                if ".router." in name:
+                    parameter.normal_(0.4, 0.1, generator=torch.Generator().manual_seed(1))
+        trainer = RouterTrainer(base, wanted, model=lm, args=args)
+        values[next(iter(weights), "nll")] = trainer.compute_loss(lm, batch).item()
+    with torch.no_grad():
+        nll, kl, shares = [], [], []
+        for pair in pairs:
+            row = encode_answer(tokenizer, *pair, 99)
+            trainer.weights.clear()
+            ids = torch.tensor([row["input_ids"]])
+            p, q = lm(ids).logits[0].log_softmax(-1), base(ids).logits[0].log_softmax(-1)
+            for position, label in enumerate(row["labels"]):
+                if label != IGNORED:
+                    nll.append(-p[position - 1, label])
+                    kl.append((q[position - 1].exp() * (q[position - 1] - p[position - 1])).sum())
+            shares.append(torch.stack([w[0, :, 0] for w in trainer.weights]))
+    share = torch.cat(shares, 1).mean(1)
+    expected = torch.stack(nll).mean()
+    assert values["nll"] == pytest.approx(expected.item(), abs=1e-4)
+    assert values["kl"] == pytest.approx((expected + 0.5 * torch.stack(kl).mean()).item(), abs=1e-4)
+    assert values["balance"] == pytest.approx((expected + 2 * ((share - 0.5) ** 2).mean()).item(), abs=1e-4)
+    assert len({round(value, 4) for value in values.values()}) == 3
+
+
+@pytest.mark.parametrize("kind", ["soft", "top1"])
+def test_trained_routers_learn_and_generate(recipe, base, checkpoint, tmp_path, kind):
+    out = train(recipe(kind=kind, trainer={"max_steps": 25, "learning_rate": 0.2}))
+    summary = json.loads((tmp_path / "out" / "router.json").read_text())
+    losses = summary["held_out_loss"]
+    if kind == "soft":
+        assert losses["trained"] < losses["routers_at_start"]
+    model, plain = UBMoE(str(out)), UBMoE(str(checkpoint))
+    assert model.ubmoe_config.router == kind
+    assert model.generate("the cat", max_new_tokens=5) == plain.generate("the cat", max_new_tokens=5)
+    text = model.generate(["the cat", "a red bird sleeps"], max_new_tokens=5, routing="router")
+    assert len(text) == 2
+    with torch.inference_mode():
+        uni, mixed = model.generator(IDS).logits, model.generator_for("router")(IDS).logits
+    if kind == "soft":
+        assert (uni - mixed).abs().max() > 1e-3
+    assert (model.encode("the cat") == plain.encode("the cat")).all()
+    again = upcycle(base, checkpoint, out=tmp_path / "up", routers=tmp_path / "out" / "routers.safetensors",
+                    router_kind=kind)  # fmt: skip
+    with torch.inference_mode():
+        assert torch.allclose(UBMoE(str(again)).generator_for("router")(IDS).logits, mixed, atol=1e-5)
+
+
+def test_dense_experts_can_be_routed_too(recipe, base, tmp_path):
+    dense = make_checkpoint(base, tmp_path / "dense", low_rank=False)
+    model = UBMoE(str(dense))
+    with torch.no_grad():
+        for name, parameter in model[0].model.named_parameters():
+            if ".mlp." in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    model.save(str(tmp_path / "trained"))
+    out = train(recipe(checkpoint=str(tmp_path / "trained")))
+    with torch.inference_mode():
+        found = UBMoE(str(out))
+        assert (found.generator(IDS).logits - found.generator_for("router")(IDS).logits).abs().max() > 1e-4
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path, monkeypatch):
+    steps = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8, "lr_scheduler_type": "constant"}
+    kept = []
+    original = RouterTrainer.compute_loss
+    limit = [99]
+
+    def spy(self, *args, **kwargs):
+        if self.state.global_step >= limit[0]:
+            raise KeyboardInterrupt
+        kept.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RouterTrainer, "compute_loss", spy)
+    train(recipe(out=str(tmp_path / "whole"), trainer=steps))
+    whole = trained_parameters(kept[-1].model)
+    limit[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(out=str(tmp_path / "broken"), trainer=steps))
+    limit[0] = 99
+    train(recipe(out=str(tmp_path / "broken"), trainer=steps))
+    again = trained_parameters(kept[-1].model)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert max(t.abs().max() for n, t in whole.items() if "strength" in n) > 1e-3
+
+
+def test_the_command_line_runs_the_smoke_recipe(recipe, tmp_path):
+    given = recipe()
+    main(["training/recipes/router-smoke.yaml", "--set", f"checkpoint={given.checkpoint}", "--set", f"out={given.out}",
+          "--set", f"instructions={given.instructions}", "--set", "trainer.max_steps=1",
+          "--set", "trainer.use_cpu=true"])  # fmt: skip
+    assert UBMoE(given.out + "/model").ubmoe_config.router == "soft"
+
+
+def test_wrong_recipes_are_refused(recipe):
+    with pytest.raises(ValueError, match="soft, top1"):
+        recipe(kind="hard")
+    with pytest.raises(ValueError, match="negative"):
+        recipe(kl=-1)
+    with pytest.raises(ValueError, match="held out"):
+        train(recipe(held_out=500))
