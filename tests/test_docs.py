@@ -23,7 +23,7 @@ def test_every_python_block_runs(name, checkpoint, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "ubmoe-135m").symlink_to(checkpoint)
     found = blocks(name)
-    assert len(found) >= 2
+    assert found
     script = "\n".join(found)
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -377,6 +377,8 @@ def test_shipped_recipes_are_valid(file):
 def test_wrong_recipes_are_refused(tmp_path, recipe):
     (tmp_path / "r.yaml").write_text("base: b\nout: o\nsentences: {files: {}}\nffn_dropout: 0.1\n")
     assert read_recipe(ContrastiveRecipe, tmp_path / "r.yaml").rank == 16
+    changed = read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", ["trainer.learning_rate=1e-3"])
+    assert changed.trainer["learning_rate"] == 0.001
     with pytest.raises(ValueError, match="unknown key 'learning_rat'"):
         read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", ["learning_rat=3"])
     with pytest.raises(ValueError, match="sentences: unknown key 'coun'"):

@@ -36,6 +36,9 @@ class UBMoEConfig:
     expert_rank: int | None = None
     """Rank of the low-rank form of the `bi` experts. None: the experts are dense."""
 
+    training: str | None = None
+    """How the `bi` experts were trained, in a word: `unsupervised`, `self-distilled`, `supervised`, ..."""
+
     routing: Routing = "uni"
     """Routing that `generate()` takes when none is given."""
 

@@ -13,8 +13,10 @@ parameters, so the model itself is not touched and other threads may use it mean
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -245,3 +247,13 @@ def plot_dependence(
         if title:
             figure.suptitle(title)
         figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+class _CallableModule(ModuleType):
+    """This module and its function have one name in the package: whichever an import finds can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, BucketDependence]:
+        return dependence(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -75,6 +75,8 @@ def upcycle(
     recipe: dict[str, Any] = {}
     if bi_experts is not None:
         recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
+    if module.ubmoe_config is not None:
+        module.ubmoe_config.training = recipe.get("training")
     length = max_seq_length or recipe.get("max_seq_length")
     if length is not None:
         module.max_seq_length = int(length)
@@ -105,7 +107,8 @@ def export_experts(
         model: A module with a PEFT LoRA adapter on its FFN, or with low-rank experts.
         out: The folder.
         projection: A trained linear layer behind the pooling.
-        recipe: `pooling`, `prompts`, `max_seq_length`: what encoding needs beside the experts.
+        recipe: What encoding needs beside the experts (`pooling`, `prompts`, `max_seq_length`), and `training`, a
+            word on how they were made.
         dtype: Of the stored experts.
     """
     low_rank = adapter_experts(model) if model.has_adapter else model.low_rank

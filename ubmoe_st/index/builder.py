@@ -148,6 +148,7 @@ class BuildWriter:
         base: The version to add to; None builds anew.
         progress: Called after each batch.
         segment_rows: Rows after which parts become a segment.
+        engine: Embeds windows elsewhere (see `RayEngine`); None does it here.
     """
 
     def __init__(
@@ -160,9 +161,11 @@ class BuildWriter:
         base: Snapshot | None,
         progress: ProgressCallback | None,
         segment_rows: int = SEGMENT_ROWS,
+        engine: Any = None,
     ) -> None:
         self.folder, self.embedder, self.corpus, self.options = folder, embedder, corpus, options
         self.dtype, self.base, self._progress, self._segment_rows = dtype, base, progress, segment_rows
+        self.engine = engine
         self.work = folder / "build"
         self._journal_path = self.work / "journal.json"
         self.probes = embedder.probes()
@@ -304,9 +307,10 @@ class BuildWriter:
             base_rows + self.journal["rows"],
             self.journal["windows"],
         )
-        for window in ahead(maker):
-            vectors = self._embed(window)
-            self._commit(window, vectors, dead, bad)
+        windows = ahead(maker)
+        embedded = self._locally(windows) if self.engine is None else self._remotely(windows)
+        for window, vectors in embedded:
+            self._commit(window, self._checked(window, vectors), dead, bad)
         if not self.journal["rows"] and not (self.base is not None and self.journal["position"]["row"]):
             reasons = f"{self.journal['bad_rows']} bad rows were left out" if self.journal["bad_rows"] else "no row"
             raise CorpusError(f"the corpus {self.corpus.name} is empty: {reasons}, nothing to index")
@@ -333,16 +337,30 @@ class BuildWriter:
                     row += 1
         return seen
 
-    def _embed(self, window: Window) -> np.ndarray:
-        """Unit vectors of a window, (n, D). A row that has none is zero and put among the dead ones, if skipped."""
-        vectors = np.empty((len(window.entries), self.dimension), np.float32)
-        for batch in window.batches(self.options):
-            texts = [window.entries[i].model_input(self.options.with_title) for i in batch]
-            vectors[batch] = self.embedder.documents(texts)
-            self._tokens += sum(window.lengths[i] for i in batch)
-            self._run_rows += len(batch)
-            self._window_rows += len(batch)
-            self.report("embed", window.fraction)
+    def _locally(self, windows: Iterator[Window]) -> Iterator[tuple[Window, np.ndarray]]:
+        """Windows with their vectors, (n, D), from the model of this process."""
+        for window in windows:
+            vectors = np.empty((len(window.entries), self.dimension), np.float32)
+            for batch in window.batches(self.options):
+                texts = [window.entries[i].model_input(self.options.with_title) for i in batch]
+                vectors[batch] = self.embedder.documents(texts)
+                self._count(len(batch), sum(window.lengths[i] for i in batch), window.fraction)
+            yield window, vectors
+
+    def _remotely(self, windows: Iterator[Window]) -> Iterator[tuple[Window, np.ndarray]]:
+        """Windows with their vectors, (n, D), from the engine."""
+        for window, vectors in self.engine.embed(windows, self.options):
+            self._count(len(window.entries), sum(window.lengths), window.fraction)
+            yield window, np.empty((0, self.dimension), np.float32) if vectors is None else vectors
+
+    def _count(self, rows: int, tokens: int, fraction: float | None) -> None:
+        self._tokens += tokens
+        self._run_rows += rows
+        self._window_rows += rows
+        self.report("embed", fraction)
+
+    def _checked(self, window: Window, vectors: np.ndarray) -> np.ndarray:
+        """The vectors, with zeros for a row that has none and is put among the dead ones (if it may be skipped)."""
         for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
             reason = f"id {window.entries[position].id!r}: the model gives a vector that is zero, NaN or infinite"
             if self.options.on_bad_row == "raise":

@@ -36,6 +36,7 @@ from .hybrid import KeywordSearch, fuse
 from .kinds import FEWEST_ROWS, choose
 from .pipeline import OnBadRow, OnDuplicate, PipelineOptions, ProgressCallback
 from .progress import show
+from .ray_engine import RayEngine
 from .search import Searcher
 from .segments import Entry
 from .snapshot import INFO_FILE, Snapshot, read_info
@@ -121,6 +122,9 @@ class EmbeddingIndex:
         overwrite: bool = False,
         progress: bool | ProgressCallback = False,
         model_id: str | None = None,
+        engine: Literal["local", "ray"] = "local",
+        workers: int = 2,
+        worker_resources: dict[str, Any] | None = None,
     ) -> EmbeddingIndex:
         """The index of a corpus, built in a stream: memory does not grow with the corpus.
 
@@ -154,6 +158,9 @@ class EmbeddingIndex:
                 unfinished build that does not match.
             progress: True draws a progress bar on standard error; a callable gets a `BuildProgress` per batch.
             model_id: Folder or Hub id to remember for `open`; None asks the model.
+            engine: `local`, or `ray` to embed on the actors of a Ray cluster (`ray.init` first to choose which).
+            workers: Ray actors, each with a copy of the model.
+            worker_resources: What an actor takes, for `ray.remote`: `{"num_gpus": 1}`. None: one CPU.
 
         Raises:
             CorpusError: For a bad row with its line number, an empty corpus, or one that changed since the build began.
@@ -182,6 +189,8 @@ class EmbeddingIndex:
         if segment_rows < 1:
             raise ValueError(f"segment_rows must be at least 1, got {segment_rows}")
         choose(kind, FEWEST_ROWS, 64)  # refuses an unknown kind before hours of embedding
+        if engine not in ("local", "ray"):
+            raise ValueError(f"engine is local or ray, got {engine!r}")
         rows = Corpus(corpus, fields)
         embedder = Embedder(model, model_id, truncate_dim)
         with contextlib.ExitStack() as stack:
@@ -200,6 +209,10 @@ class EmbeddingIndex:
                     )
             elif strangers := strange_names(folder):
                 raise ValueError(f"{folder} holds {strangers[0]!r}, which is no part of an index: give another folder")
+            if engine == "ray":
+                sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model
+                writer.engine = RayEngine(sent, truncate_dim, workers, worker_resources)
+                stack.callback(writer.engine.close)
             writer.begin(restart=overwrite)
             try:
                 writer.run()
