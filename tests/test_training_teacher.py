@@ -81,7 +81,7 @@ def test_vectors_of_something_else_are_refused(base, base_of, teacher):
     with pytest.raises(ValueError, match="another sentences_sha256"):
         teacher_vectors(base, teacher, SENTENCES[::-1])
     with pytest.raises(ValueError, match="another base_sha256"):
-        teacher_vectors(base_of("smollm3"), teacher, SENTENCES)
+        teacher_vectors(base_of("llama-untied"), teacher, SENTENCES)
     manifest = json.loads((stage.Path(teacher.folder) / stage.MANIFEST).read_text())
     assert manifest["shape"] == [len(SENTENCES), 2, 32]
     teacher.suffix = "x"

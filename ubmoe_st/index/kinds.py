@@ -61,14 +61,14 @@ KINDS = {
         Kind(
             "hnsw",
             lambda n, d: f"HNSW{HNSW_LINKS},Flat",
-            lambda d: 4 * d + 8 * HNSW_LINKS + 12,
+            lambda d: 4 * d + 8 * HNSW_LINKS + 16,
             {"efSearch": 64, "rerank": 2},
             trained=False,
         ),
         Kind(
             "hnsw-int8",
             lambda n, d: f"HNSW{HNSW_LINKS},SQ8",
-            lambda d: d + 8 * HNSW_LINKS + 12,
+            lambda d: d + 8 * HNSW_LINKS + 16,
             {"efSearch": 64, "rerank": 4},
         ),
         Kind("ivf-flat", lambda n, d: f"IVF{lists_for(n)},Flat", lambda d: 4 * d + 8, {"nprobe": 16, "rerank": 2}),

@@ -1,0 +1,1 @@
+"""Training of the `bi` experts (`training.contrastive`) and of the token routers (`training.router`)."""

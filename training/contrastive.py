@@ -1,0 +1,644 @@
+"""Stage 1: training of the `bi` experts.
+
+    python -m training.contrastive training/recipes/X.yaml [--set key=value ...]
+
+The folder `out` of the recipe gets checkpoints (the command goes on from the last one), `experts/` (what `upcycle`
+takes), `model/` (the assembled checkpoint) and `training.json` (wall time, tokens/s, the development curve).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import save_file
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from training.data import Mixture, data_folder, read_rows, read_sentences, sts_pairs
+from training.teacher import Teacher, teacher_targets, teacher_vectors
+from training.trainers import (
+    RECIPE_FILE,
+    TRAINED_FILE,
+    LengthBuckets,
+    SamplerEpoch,
+    TrainedOnly,
+    check_same_recipe,
+    load_trained,
+    read_recipe,
+    trained_parameters,
+)
+from ubmoe_st import UBMoETransformer, upcycle
+from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.experts import find_ffns, is_ffn_key
+from ubmoe_st.upcycling import export_experts
+
+logger = logging.getLogger(__name__)
+
+Trained = Literal["ffn", "attention", "ffn+attention", "embeddings", "ffn+embeddings", "attention+embeddings", "all"]
+LossName = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "distillation"]
+
+HEAD = "head_embedding"
+"""Key of the head's output in the features, where the head is used in training only."""
+
+EXPERTS_FOLDER = "experts"
+MODEL_FOLDER = "model"
+SUMMARY_FILE = "training.json"
+
+
+@dataclass
+class DistillationWeights:
+    """Weights of the terms of `DistillationLoss`."""
+
+    cosine: float = 1.0
+    info_nce: float = 1.0
+    similarity: float = 20.0
+    contrastive: float = 0.0
+    """Of the in-batch contrastive loss on two noisy views of a sentence; above 0 each sentence is read twice."""
+
+
+@dataclass
+class ContrastiveRecipe:
+    """What stage 1 trains, on what and how; the rest is `SentenceTransformerTrainingArguments`."""
+
+    base: str
+    """Local folder, `.gguf` file, Hub id or short name, see `resolve_base`."""
+
+    out: str
+    """Folder of checkpoints and results."""
+
+    sentences: Mixture | None = None
+    """Unlabelled sentences: each is its own positive."""
+
+    pairs: str | None = None
+    """Supervised pairs or triplets instead, see `read_rows`."""
+
+    columns: list[str] = field(default_factory=lambda: ["anchor", "positive"])
+    """Columns of `pairs`: anchor, positive, then hard negatives."""
+
+    train: Trained = "ffn"
+    """What trains. Only `ffn` can be released: everything else is shared with the generator."""
+
+    rank: int | None = 16
+    """Rank of the low-rank experts (rsLoRA). None: dense."""
+
+    alpha: float | None = None
+    """LoRA alpha; the deltas are scaled by alpha / sqrt(rank). None: the rank."""
+
+    lora_dropout: float = 0.0
+    """Noise: dropout rate on the input of every low-rank expert."""
+
+    attention_dropout: float = 0.0
+    """Noise: dropout rate on the attention weights."""
+
+    ffn_dropout: float = 0.0
+    """Noise: dropout rate on the output of every FFN."""
+
+    loss: LossName = "MultipleNegativesRankingLoss"
+    scale: float = 20.0
+    """1 / temperature of every softmax over similarities."""
+
+    mini_batch_size: int = 32
+    """Sentences per forward pass of `CachedMultipleNegativesRankingLoss`."""
+
+    matryoshka_dims: list[int] | None = None
+    """Also train these leading dimensions of the vectors, by `MatryoshkaLoss`."""
+
+    teacher: Teacher | None = None
+    """For `distillation`."""
+
+    distillation: DistillationWeights = field(default_factory=DistillationWeights)
+
+    head: Literal["training", "output"] | None = None
+    """Linear layer behind the pooling, to the teacher's dimension. `training`: dropped afterwards, the vectors are
+    the pooled ones. `output`: part of the model."""
+
+    pooling: Literal["mean", "lasttoken"] = "mean"
+    prompt: str | None = None
+    """Put before every text, in training and by `encode`."""
+
+    pool_prompt: bool = False
+    """Whether mean pooling takes the prompt's tokens too."""
+
+    max_seq_length: int = 64
+    """Longest text in training, tokens."""
+
+    encode_max_seq_length: int = 512
+    """Longest text of the released model, tokens."""
+
+    length_buckets: bool = True
+    """Batches of texts of similar length. False: by the trainer's `batch_sampler`."""
+
+    evaluate: dict[str, int | None] = field(default_factory=lambda: {"STSB-dev": None})
+    """Development sets, and how many of their pairs (None: all). The first one chooses the best checkpoint."""
+
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a gain."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """`SentenceTransformerTrainingArguments`."""
+
+    def __post_init__(self) -> None:
+        if self.train not in get_args(Trained):
+            raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}")
+        if self.loss not in get_args(LossName):
+            raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {self.loss!r}")
+        if (self.sentences is None) == (self.pairs is None):
+            raise ValueError("a recipe needs either `sentences` or `pairs`")
+        if self.loss == "distillation":
+            if self.teacher is None or self.sentences is None or self.head is None:
+                raise ValueError("loss: distillation needs `teacher`, `sentences` and `head` (training or output)")
+            if self.matryoshka_dims:
+                raise ValueError("matryoshka_dims go with the contrastive losses, not with distillation")
+        elif self.head == "training":
+            raise ValueError("head: training is for distillation; a contrastive loss trains the vectors themselves")
+        two_views = self.loss != "distillation" or self.distillation.contrastive > 0
+        if two_views and self.sentences is not None and not self.has_noise:
+            raise ValueError(
+                "without noise both views of a sentence are equal and there is nothing to learn; set lora_dropout, "
+                "attention_dropout or ffn_dropout"
+            )
+        if self.rank is None and self.lora_dropout:
+            raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether two passes over a sentence differ in training."""
+        return max(self.lora_dropout, self.attention_dropout, self.ffn_dropout) > 0
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+
+def build_model(recipe: ContrastiveRecipe, base: Base | None = None, device: str | None = None) -> SentenceTransformer:
+    """The base made bidirectional, with pooling and head, in which only the recipe's modules take gradients.
+
+    Args:
+        recipe: What to train.
+        base: The base model, if it is resolved already.
+        device: None: the best one there is.
+    """
+    module = UBMoETransformer.from_base(
+        base or resolve_base(recipe.base), dtype=torch.float32, max_seq_length=recipe.max_seq_length
+    )
+    module.model.config.use_cache = False
+    set_noise(module.model, attention_dropout=recipe.attention_dropout, ffn_dropout=recipe.ffn_dropout)
+    set_trained(module, recipe)
+    width = module.get_embedding_dimension()
+    modules: list[Any] = [module, Pooling(width, recipe.pooling, include_prompt=recipe.pool_prompt)]
+    if recipe.head is not None:
+        size = recipe.teacher.dimension if recipe.teacher else width
+        name = HEAD if recipe.head == "training" else None
+        modules.append(Dense(width, size, activation_function=nn.Identity(), module_output_name=name))
+    prompts = {"default": recipe.prompt} if recipe.prompt else None
+    return SentenceTransformer(
+        modules=[*modules, Normalize()],
+        prompts=prompts,
+        default_prompt_name="default" if prompts else None,
+        device=device,
+    )
+
+
+def set_trained(module: UBMoETransformer, recipe: ContrastiveRecipe) -> None:
+    """Freeze everything but what the recipe trains; low-rank adapters by PEFT where it has a rank."""
+    module.model.requires_grad_(False)
+    names = trained_linears(module.model, recipe.train)
+    if recipe.rank is None:
+        for name in names:
+            module.model.get_submodule(name).requires_grad_(True)
+        return
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("training low-rank experts needs peft: pip install 'ubmoe-st[train]'") from error
+    module.model.add_adapter(
+        LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha if recipe.alpha is not None else recipe.rank,  # type: ignore[arg-type]
+            use_rslora=True,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=sorted({name.rpartition(".")[2] for name in names}),
+        )
+    )
+
+
+def trained_linears(model: PreTrainedModel, train: Trained) -> list[str]:
+    """Names of the layers with weights that `train` stands for; norms never train."""
+    parts = {"ffn", "attention", "embeddings"} if train == "all" else set(train.split("+"))
+    embedding = model.get_input_embeddings()
+    names = []
+    for name, layer in model.named_modules():
+        if layer is embedding:
+            kind = "embeddings"
+        elif isinstance(layer, nn.Linear):
+            kind = "ffn" if is_ffn_key(f"{name}.") else "attention"
+        else:
+            continue
+        if kind in parts:
+            names.append(name)
+    return names
+
+
+def set_noise(model: PreTrainedModel, *, attention_dropout: float, ffn_dropout: float) -> None:
+    """Give a decoder the dropout it does not have; it acts in training mode only.
+
+    Args:
+        model: The backbone, before an adapter is injected.
+        attention_dropout: Rate on the attention weights.
+        ffn_dropout: Rate on the output of every FFN.
+
+    Raises:
+        ValueError: If the architecture's attention takes no dropout rate.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    if attention_dropout and not layers:
+        raise ValueError(f"{type(model).__name__} takes no attention dropout; use ffn_dropout or lora_dropout")
+    for layer in layers:
+        layer.attention_dropout = attention_dropout
+    if ffn_dropout:
+        for ffn in find_ffns(model).values():
+            ffn.register_forward_hook(lambda ffn, _, out: F.dropout(out, ffn_dropout, ffn.training))
+
+
+def trained_state(module: UBMoETransformer) -> dict[str, Tensor]:
+    """The backbone's tensors under their stock names, with a PEFT adapter merged; the module stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {n: layer for n, layer in module.model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    state = {}
+    for key, tensor in module.model.state_dict().items():
+        if ".lora_" in key:
+            continue
+        owner, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
+        if owner in adapted and leaf == "weight":
+            layer: Any = adapted[owner]
+            delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+            tensor = tensor + delta.to(tensor.dtype)
+        state[f"{owner}.{leaf}"] = tensor.detach().clone()
+    return state
+
+
+# --- losses -----------------------------------------------------------------------------------------------------
+
+
+class DistillationLoss(nn.Module):
+    r"""Loss between a student's vectors and the teacher's targets of the same sentences.
+
+    With the targets t, the head's outputs h and the pooled vectors e of a batch, all of length 1 and (B, .):
+
+        cosine      mean(1 - h t)
+        info_nce    (CE(scale * h t^T, i) + CE(scale * t h^T, i)) / 2    each row must find its own target
+        similarity  mean((h h^T - t t^T)^2) + mean((e e^T - t t^T)^2)   all pairs of the batch
+        contrastive MultipleNegativesRankingLoss on two noisy views of each sentence
+
+    Each is multiplied with its weight; the trainer adds them and logs them one by one. Over two views the first
+    three are averaged.
+
+    Args:
+        model: Transformer, `Pooling`, `Dense` (the head), `Normalize`.
+        targets: Unit vectors by row of the data, (N, K).
+        weights: Of the terms.
+        scale: 1 / temperature.
+    """
+
+    def __init__(
+        self, model: SentenceTransformer, targets: Tensor, weights: DistillationWeights, scale: float = 20.0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        # By name, not by position in `model`, which the trainer may wrap. Pooling has no parameters.
+        self.pooling = next(module for module in model if isinstance(module, Pooling))
+        self.weights = weights
+        self.scale = scale
+        self.contrastive = MultipleNegativesRankingLoss(model, scale=scale)
+        self._targets = targets
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> dict[str, Tensor]:
+        """The weighted terms.
+
+        Args:
+            sentence_features: One view of the sentences, or two.
+            labels: Their rows in `targets`, (B,).
+        """
+        outputs = [self.model(dict(features)) for features in sentence_features]
+        target = self._targets[labels.cpu()].to(outputs[0]["sentence_embedding"])
+        terms = [self.terms(output, target) for output in outputs]
+        loss = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+        if self.weights.contrastive and len(outputs) > 1:
+            views = [output["sentence_embedding"] for output in outputs]
+            contrastive = self.contrastive.compute_loss_from_embeddings(views, labels)
+            loss["contrastive"] = self.weights.contrastive * contrastive
+        return loss
+
+    def terms(self, output: dict[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+        """`cosine`, `info_nce` and `similarity` of one view.
+
+        Args:
+            output: What the model gave.
+            target: (B, K).
+        """
+        head = output[HEAD] if HEAD in output else output["sentence_embedding"]
+        head = F.normalize(head, dim=-1)  # (B, K)
+        pooled = self.pooling(dict(output))["sentence_embedding"]
+        pooled = F.normalize(pooled, dim=-1)  # (B, D)
+        logits = self.scale * head @ target.T
+        own = torch.arange(len(target), device=target.device)
+        wanted = target @ target.T
+        similarity = (head @ head.T - wanted).square().mean() + (pooled @ pooled.T - wanted).square().mean()
+        return {
+            "cosine": self.weights.cosine * (1 - (head * target).sum(-1)).mean(),
+            "info_nce": self.weights.info_nce * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2,
+            "similarity": self.weights.similarity * similarity,
+        }
+
+
+def build_loss(recipe: ContrastiveRecipe, model: SentenceTransformer, targets: Tensor | None = None) -> nn.Module:
+    """The recipe's loss.
+
+    Args:
+        recipe: Names it.
+        model: From `build_model`.
+        targets: Teacher's targets, for distillation.
+    """
+    if recipe.loss == "distillation":
+        if targets is None:
+            raise ValueError("distillation needs the teacher's targets")
+        return DistillationLoss(model, targets, recipe.distillation, recipe.scale)
+    loss: nn.Module
+    if recipe.loss == "CachedMultipleNegativesRankingLoss":
+        loss = CachedMultipleNegativesRankingLoss(model, scale=recipe.scale, mini_batch_size=recipe.mini_batch_size)
+    else:
+        loss = MultipleNegativesRankingLoss(model, scale=recipe.scale)
+    return MatryoshkaLoss(model, loss, recipe.matryoshka_dims) if recipe.matryoshka_dims else loss
+
+
+# --- the run ----------------------------------------------------------------------------------------------------
+
+
+class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
+    """The stock trainer; checkpoints hold trained parameters only, and tokens are counted."""
+
+    tokens = 0
+    sampler: Any = None
+
+    def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The stock one, kept so that a resumed run can tell it its epoch."""
+        self.sampler = super().get_batch_sampler(dataset, *args, **kwargs)
+        return self.sampler
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The stock loss; tokens are counted by the way."""
+        self.tokens += sum(int(v.sum()) for k, v in inputs.items() if k.endswith("attention_mask"))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@dataclass
+class Run:
+    """A finished training.
+
+    Attributes:
+        model: With the best parameters.
+        trainer: Its state holds the log.
+        experts: Folder of the exported experts; None if the generator shares what was trained.
+        checkpoint: The assembled checkpoint.
+    """
+
+    model: SentenceTransformer
+    trainer: ContrastiveTrainer
+    experts: Path | None = None
+    checkpoint: Path | None = None
+
+
+def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTrainingArguments:
+    """The recipe's `trainer` section over our defaults."""
+    values: dict[str, Any] = {
+        "output_dir": str(Path(recipe.out) / "checkpoints"),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "remove_unused_columns": False,
+        "save_total_limit": 2,
+    }
+    values |= recipe.trainer
+    if recipe.length_buckets:
+        values["batch_sampler"] = LengthBuckets
+    if recipe.prompt:
+        values["prompts"] = recipe.prompt
+    if values.get("gradient_checkpointing"):
+        # The re-entrant form loses the gradient where the input of a layer takes none.
+        values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
+    if recipe.evaluate and values.get("eval_strategy", "no") != "no":
+        values.setdefault("metric_for_best_model", f"eval_{next(iter(recipe.evaluate))}_spearman_cosine")
+        values.setdefault("load_best_model_at_end", True)
+    return SentenceTransformerTrainingArguments(**values)
+
+
+def build_dataset(recipe: ContrastiveRecipe, sentences: Sequence[str] | None) -> Any:
+    """The columns the loss reads: one text per view, the row number for distillation."""
+    from datasets import Dataset
+
+    if recipe.pairs is not None:
+        return Dataset.from_dict(read_rows(recipe.pairs, recipe.columns))
+    texts = list(sentences or ())
+    columns: dict[str, list[Any]] = {"anchor": texts}
+    if recipe.loss != "distillation" or recipe.distillation.contrastive:
+        columns["positive"] = texts
+    if recipe.loss == "distillation":
+        columns["label"] = list(range(len(texts)))
+    return Dataset.from_dict(columns)
+
+
+def build_evaluators(recipe: ContrastiveRecipe) -> list[Any]:
+    """One `EmbeddingSimilarityEvaluator` for each development set."""
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    return [
+        EmbeddingSimilarityEvaluator(
+            *sts_pairs(name, data_folder(), sample), name=name, main_similarity="cosine", write_csv=False
+        )
+        for name, sample in recipe.evaluate.items()
+    ]
+
+
+def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
+    """Train, or go on from the last checkpoint in the recipe's folder, and export.
+
+    Args:
+        recipe: What and how.
+        export: Write experts and checkpoint afterwards, where FFNs alone were trained.
+
+    Raises:
+        ValueError: If the folder holds a run of another recipe.
+    """
+    out = Path(recipe.out)
+    args = training_arguments(recipe)
+    base = resolve_base(recipe.base)
+    with args.main_process_first(local=False):
+        check_same_recipe(recipe, out)
+    set_seed(args.seed)
+    model = build_model(recipe, base, device=str(args.device))
+    sentences = read_sentences(recipe.sentences) if recipe.sentences else None
+    targets = None
+    if recipe.teacher is not None and recipe.loss == "distillation" and sentences is not None:
+        # Hours of work must not run while other processes wait at a barrier that times out.
+        vectors = teacher_vectors(
+            base, recipe.teacher, sentences, compute=args.world_size == 1, device=str(args.device)
+        )
+        targets = teacher_targets(vectors, recipe.teacher)
+    evaluators = build_evaluators(recipe) if args.eval_strategy != "no" else None
+    trainer = ContrastiveTrainer(
+        model=model,
+        args=args,
+        train_dataset=build_dataset(recipe, sentences),
+        loss=build_loss(recipe, model, targets),
+        evaluator=evaluators or None,
+    )
+    trainer.add_callback(SamplerEpoch(trainer))
+    if recipe.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is not None:
+        logger.info("going on from %s", last)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.perf_counter() - start
+    run = Run(model, trainer)
+    if trainer.is_world_process_zero():
+        save_file(trained_parameters(model), out / TRAINED_FILE)
+        _write_summary(recipe, trainer, seconds, out / SUMMARY_FILE)
+        if export and recipe.train == "ffn":
+            run.experts = export_run(recipe, model, base)
+            run.checkpoint = upcycle(
+                recipe.base,
+                run.experts,
+                out=out / MODEL_FOLDER,
+                modules=None if recipe.rank else _modules_behind(model, recipe),
+                max_seq_length=recipe.encode_max_seq_length,
+                prompts=model.prompts if recipe.prompt else None,
+                default_prompt_name=model.default_prompt_name,
+                overwrite=True,
+            )
+        elif export:
+            logger.info("train=%s changes what the generator shares: no checkpoint is assembled", recipe.train)
+    return run
+
+
+def load_run(folder: str | Path) -> tuple[ContrastiveRecipe, SentenceTransformer]:
+    """The recipe and the model of a finished training.
+
+    Args:
+        folder: Its `out`.
+
+    Raises:
+        FileNotFoundError: If there is no finished training.
+    """
+    folder = Path(folder)
+    if not (folder / TRAINED_FILE).is_file():
+        raise FileNotFoundError(f"{folder} holds no finished training; run `python -m training.contrastive` first")
+    recipe = read_recipe(ContrastiveRecipe, folder / RECIPE_FILE)
+    model = build_model(recipe, device="cpu")
+    load_trained(model, folder)
+    return recipe, model.eval()
+
+
+def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base) -> Path:
+    """Write the trained experts as a folder that `upcycle` takes.
+
+    Low-rank: `export_experts`. Dense: a causal model folder in which the FFNs alone differ from the base.
+    """
+    out = Path(recipe.out) / EXPERTS_FOLDER
+    module = model[0]
+    if recipe.rank is not None:
+        prompts = {"prompts": dict(model.prompts), "default_prompt_name": "default"} if recipe.prompt else {}
+        return export_experts(
+            module,
+            out,
+            projection=next((m for m in model if isinstance(m, Dense)), None) if recipe.head == "output" else None,
+            recipe={
+                "pooling": {"mode": recipe.pooling, "include_prompt": recipe.pool_prompt},
+                "max_seq_length": recipe.encode_max_seq_length,
+                **prompts,
+            },
+        )
+    causal_model(module, base).save_pretrained(out)
+    return out
+
+
+def causal_model(module: UBMoETransformer, base: Base) -> PreTrainedModel:
+    """The base's causal LM with the trained backbone in it: what generation becomes if the weights are shared."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    getattr(lm, lm.base_model_prefix).load_state_dict(trained_state(module))
+    return lm.eval()
+
+
+def _modules_behind(model: SentenceTransformer, recipe: ContrastiveRecipe) -> list[Any]:
+    """Modules of the released model behind the encoder."""
+    return [m for m in list(model)[1:] if not isinstance(m, Dense) or recipe.head == "output"]
+
+
+def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, seconds: float, file: Path) -> None:
+    from importlib.metadata import version
+
+    log = trainer.state.log_history
+    names = ("ubmoe-st", "torch", "transformers", "sentence-transformers", "peft")
+    summary = {
+        "recipe": asdict(recipe),
+        "versions": {name: version(name) for name in names},
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(trainer.tokens / max(seconds, 1e-9), 1),
+        "processes": trainer.args.world_size,
+        "threads": torch.get_num_threads(),
+        "steps": trainer.state.global_step,
+        "best": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step,
+        "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "curve": [
+            {"step": entry["step"], **{k: v for k, v in entry.items() if k.endswith("_spearman_cosine")}}
+            for entry in log
+            if any(key.endswith("_spearman_cosine") for key in entry)
+        ],
+        "loss": [[e["step"], e["loss"]] for e in log if "loss" in e and math.isfinite(e["loss"])],
+    }
+    file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train `bi` experts by a recipe; run it again to go on."""
+    parser = argparse.ArgumentParser(prog="python -m training.contrastive", description=main.__doc__)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "datasets", "sentence_transformers.base.model"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run = train(read_recipe(ContrastiveRecipe, options.recipe, options.set))
+    if run.checkpoint is not None:
+        logger.info("experts: %s, checkpoint: %s", run.experts, run.checkpoint)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""Stage 2: training of the token routers.
+
+    python -m training.router training/recipes/router.yaml [--set key=value ...]
+
+Everything but the routers is frozen. They learn next-token prediction on the answers of instruction data and start
+at the base model exactly. The folder `out` gets checkpoints, `routers.safetensors` (what `upcycle` takes), `model/`
+(the checkpoint with the routers in it) and `router.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from training.data import read_instructions
+from training.trainers import TrainedOnly, check_same_recipe, read_recipe
+from ubmoe_st import UBMoE
+from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
+from ubmoe_st.experts import TokenRouter
+from ubmoe_st.generator import build_generator, router_state
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+ROUTER_FILE = "routers.safetensors"
+MODEL_FOLDER = "model"
+SUMMARY_FILE = "router.json"
+
+
+@dataclass
+class RouterRecipe:
+    """What stage 2 trains on; the rest is transformers' `TrainingArguments`."""
+
+    checkpoint: str
+    """UBMoE checkpoint with trained `bi` experts."""
+
+    out: str
+    """Folder of checkpoints and results."""
+
+    instructions: list[str]
+    """Instruction sets, see `read_instructions`."""
+
+    kind: RouterKind = "soft"
+    """`soft`: weighted sum of both experts; `top1`: one of them."""
+
+    kl: float = 0.0
+    """Weight of KL(base || routed) on the answer tokens: keeps the mix near the base."""
+
+    balance: float = 0.0
+    """Weight of the load balance: squared distance of each layer's mean `bi` weight from `balance_target`."""
+
+    balance_target: float = 0.5
+    count: int | None = None
+    """Answers to train on, a seeded sample. None: all."""
+
+    held_out: int = 100
+    """Answers kept for the evaluation loss."""
+
+    max_tokens: int = 512
+    """Longer questions and answers lose their end."""
+
+    seed: int = 0
+    """Of the sample."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """`TrainingArguments`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROUTER_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
+        if min(self.kl, self.balance) < 0:
+            raise ValueError("kl and balance are weights of losses and cannot be negative")
+
+
+def build_routed(checkpoint: str, kind: RouterKind) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+    """The generator with new routers, in which they alone take gradients; the base model; the tokenizer.
+
+    Low-rank experts are held on the base weights, so the mix costs one FFN and two small products.
+
+    Args:
+        checkpoint: A UBMoE checkpoint.
+        kind: Of the routers.
+    """
+    model = UBMoE(checkpoint, model_kwargs={"dtype": torch.float32})
+    views = model[0]
+    if model.ubmoe_config is not None and model.ubmoe_config.expert_rank is not None:
+        views.use_low_memory()
+    lm = build_generator(views.model, views.uni_tensors(), routing="router", router=kind)
+    base = views.generator("uni")
+    for part in (lm, base):
+        part.requires_grad_(False)
+        part.config.use_cache = False
+    for module in lm.modules():
+        if isinstance(module, TokenRouter):
+            module.requires_grad_(True)
+    return lm, base, model.tokenizer
+
+
+def encode_answer(tokenizer: Any, question: str, answer: str, max_tokens: int) -> dict[str, list[int]] | None:
+    """One chat as token ids, with labels on the answer alone.
+
+    Args:
+        tokenizer: With a chat template.
+        question: Of the user.
+        answer: Of the assistant.
+        max_tokens: Cut behind so many.
+
+    Returns:
+        `input_ids` and `labels`; None if no token of the answer is left.
+
+    Raises:
+        ValueError: If there is no chat template, or it does not put the answer last.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("routers are trained on chats, but this checkpoint has no chat template")
+    asked = [{"role": "user", "content": question}]
+    before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
+    if not whole.startswith(before):
+        raise ValueError("the chat template changes the question when an answer follows; its loss cannot be masked")
+    # In two parts, so that no token reaches over the border.
+    head = tokenizer(before, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    input_ids = (head + tail)[:max_tokens]
+    if len(input_ids) <= len(head):
+        return None
+    return {"input_ids": input_ids, "labels": ([IGNORED] * len(head) + tail)[:max_tokens]}
+
+
+def pad_answers(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A batch, padded on the right: `input_ids`, `attention_mask`, `labels`, (B, T)."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[Sequence[int]], filler: int) -> Tensor:
+        return torch.tensor([[*v, *[filler] * (length - len(v))] for v in values])
+
+    return {
+        "input_ids": padded([row["input_ids"] for row in rows], 0),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORED),
+    }
+
+
+class RouterTrainer(TrainedOnly, Trainer):
+    """The stock trainer with the loss of stage 2; checkpoints hold the routers only.
+
+    Args:
+        base: The base model, for the KL term.
+        recipe: Weights of the terms.
+        **kwargs: As for `Trainer`.
+    """
+
+    def __init__(self, base: PreTrainedModel, recipe: RouterRecipe, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.base = base
+        self.recipe = recipe
+        self.model_accepts_loss_kwargs = False
+        self.weights: list[Tensor] = []
+        for module in self.model.modules():
+            if isinstance(module, TokenRouter):
+                module.register_forward_hook(lambda router, _, weight: self.weights.append(weight))
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Next-token loss on the answers, plus `kl` and `balance` where they have a weight."""
+        self.weights.clear()
+        read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        logits = model(**read).logits[:, :-1]
+        labels = inputs["labels"][:, 1:]
+        answer = labels != IGNORED
+        chosen = logits[answer].float()  # (tokens, V)
+        loss = F.cross_entropy(chosen, labels[answer])
+        if self.recipe.kl:
+            with torch.no_grad():
+                wanted = self.base.to(logits.device)(**read).logits[:, :-1][answer].float().log_softmax(-1)
+            divergence = F.kl_div(chosen.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+            loss = loss + self.recipe.kl * divergence
+        if self.recipe.balance:
+            real = inputs["attention_mask"].bool()
+            shares = torch.stack([weight[..., 0][real].mean() for weight in self.weights])
+            loss = loss + self.recipe.balance * (shares - self.recipe.balance_target).square().mean()
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def train(recipe: RouterRecipe) -> Path:
+    """Train the routers, or go on from the last checkpoint, and write the checkpoint with them.
+
+    Args:
+        recipe: What and how.
+
+    Returns:
+        The checkpoint folder.
+    """
+    out = Path(recipe.out)
+    values: dict[str, Any] = {
+        "output_dir": str(out / "checkpoints"),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "save_total_limit": 2,
+    }
+    args = TrainingArguments(**(values | recipe.trainer))
+    check_same_recipe(recipe, out)
+    set_seed(args.seed)
+    lm, base, tokenizer = build_routed(recipe.checkpoint, recipe.kind)
+    pairs = read_instructions(recipe.instructions)
+    random.Random(recipe.seed).shuffle(pairs)
+    count = None if recipe.count is None else recipe.count + recipe.held_out
+    found = (encode_answer(tokenizer, *pair, recipe.max_tokens) for pair in pairs[:count])
+    rows = [row for row in found if row is not None]
+    if len(rows) <= recipe.held_out:
+        raise ValueError(f"{len(rows)} answers do not go beyond the {recipe.held_out} held out; lower held_out")
+    trainer = RouterTrainer(
+        base,
+        recipe,
+        model=lm,
+        args=args,
+        train_dataset=rows[recipe.held_out :],
+        eval_dataset=rows[: recipe.held_out] or None,
+        data_collator=pad_answers,
+    )
+    before = trainer.evaluate() if recipe.held_out else {}
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.perf_counter() - start
+    after = trainer.evaluate() if recipe.held_out else {}
+    state = {key: tensor.cpu().contiguous() for key, tensor in router_state(lm).items()}
+    save_file(state, out / ROUTER_FILE, metadata={"kind": recipe.kind})
+    summary = {
+        "recipe": asdict(recipe),
+        "seconds": round(seconds, 1),
+        "held_out_loss": {"routers_at_start": before.get("eval_loss"), "trained": after.get("eval_loss")},
+        "bi_weight_by_layer": [round(float(weight.mean()), 4) for weight in trainer.weights],
+        "log": trainer.state.log_history,
+    }
+    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return write_routers(recipe.checkpoint, state, recipe.kind, out / MODEL_FOLDER)
+
+
+def write_routers(checkpoint: str, state: dict[str, Tensor], kind: RouterKind, out: Path) -> Path:
+    """Copy a checkpoint with trained routers in it."""
+    model = UBMoE(checkpoint)
+    model[0].set_routers(state, kind)
+    model.save(str(out))
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train token routers by a recipe; run it again to go on."""
+    parser = argparse.ArgumentParser(prog="python -m training.router", description=main.__doc__)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logger.info("checkpoint with routers: %s", train(read_recipe(RouterRecipe, options.recipe, options.set)))
+
+
+if __name__ == "__main__":
+    main()

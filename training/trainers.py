@@ -1,0 +1,199 @@
+"""What both stages share: recipes, trained-parameters-only checkpoints, length-bucketed batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch import nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+TRAINED_FILE = "trained.safetensors"
+RECIPE_FILE = "recipe.json"
+WINDOW = 16
+
+R = TypeVar("R")
+
+
+def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) -> R:
+    """Read a recipe.
+
+    Args:
+        kind: Dataclass of the recipe.
+        file: YAML or JSON file.
+        changes: `key=value`, with dots into sections (`trainer.max_steps=10`) and YAML values.
+
+    Raises:
+        ValueError: If a key is not known or a change is not of that form.
+    """
+    import yaml
+
+    values = _with_floats(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    for change in changes:
+        path, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"expected key=value, got {change!r}; e.g. --set trainer.max_steps=10")
+        *sections, key = path.split(".")
+        inner = values
+        for section in sections:
+            if inner.get(section) is None:
+                inner[section] = {}
+            inner = inner[section]
+        inner[key] = _with_floats(yaml.safe_load(value))
+    return _fill(kind, values, str(file))
+
+
+def _with_floats(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as a text; here it is a number."""
+    if isinstance(value, dict):
+        return {key: _with_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_floats(inner) for inner in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
+        return float(value)
+    return value
+
+
+def _fill(kind: type[R], values: dict[str, Any], where: str) -> R:
+    """A dataclass from plain values; nested dataclasses from nested mappings."""
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
+    filled = {}
+    for key, value in values.items():
+        options = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
+        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        filled[key] = _fill(section, value, f"{where}: {key}") if section and isinstance(value, dict) else value  # type: ignore[arg-type]
+    try:
+        return kind(**filled)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_same_recipe(recipe: Any, out: Path) -> None:
+    """Refuse to go on in a folder where another recipe was trained; write the recipe where there is none.
+
+    The section `trainer` may change: more steps, other places to log to.
+
+    Raises:
+        ValueError: If the folder holds another recipe.
+    """
+    file = out / RECIPE_FILE
+    now = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    if file.is_file():
+        old = json.loads(file.read_text(encoding="utf-8"))
+        other = [key for key in now if key not in ("trainer", "out") and old.get(key) != now[key]]
+        if other:
+            raise ValueError(
+                f"{out} holds a run with another {other[0]!r} ({old.get(other[0])!r}, now {now[other[0]]!r}); "
+                "choose another folder (--set out=...), or delete it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+class TrainedOnly:
+    """Trainer mixin: checkpoints hold the parameters that are trained, by name, and nothing else of the model.
+
+    The rest of the model is the base, which does not change; so a checkpoint is a few megabytes, and whatever
+    trains (adapters, dense experts, a head, routers) comes back to the last bit.
+    """
+
+    model: Any
+    args: Any
+    state: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_parameters(self.model), folder / TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that take a gradient, by name."""
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Put back what `trained_parameters` gave.
+
+    Raises:
+        ValueError: If the checkpoint is of another recipe.
+    """
+    stored = load_file(folder / TRAINED_FILE)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(own) != set(stored):
+        odd = sorted(set(own) ^ set(stored))[0]
+        raise ValueError(f"{folder / TRAINED_FILE} and the model differ in what they train: {odd}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
+
+
+class LengthBuckets(DefaultBatchSampler):
+    """Batches of texts of similar length, so that little is padded.
+
+    The shuffled rows are sorted by the length of their first text inside windows of `WINDOW` batches, and the
+    batches of a window are shuffled again. The order depends on seed and epoch alone, so a resumed run sees the
+    same batches. All are full and their number divides by the number of processes: none waits for another.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_size=batch_size, drop_last=True, **kwargs)
+        self.lengths = [len(text) for text in dataset[dataset.column_names[0]]]
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.batches = len(self.lengths) // batch_size // processes * processes
+        if self.batches == 0:
+            raise ValueError(
+                f"{len(self.lengths)} texts do not fill one batch of {batch_size} in each of {processes} processes"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(f"{self.seed}-{self.epoch}")
+        rows = list(range(len(self.lengths)))
+        rng.shuffle(rows)
+        rows = rows[: self.batches * self.batch_size]
+        for start in range(0, len(rows), self.batch_size * WINDOW):
+            window = sorted(rows[start : start + self.batch_size * WINDOW], key=lambda row: self.lengths[row])
+            batches = [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+            rng.shuffle(batches)
+            yield from batches
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells the sampler its epoch; a resumed run wraps it where the trainer does not reach it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch before its first batch is drawn."""
+        sampler = getattr(self.trainer, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
