@@ -60,7 +60,7 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
         The encoder, the causal language model with the same weights, seconds of training.
     """
     from benchmarks.peers import MAX_TOKENS, Encoder, open_encoder, open_generator
-    from training.contrastive import SUMMARY_FILE, causal_model, load_run, train
+    from training.contrastive import SUMMARY_FILE, causal_model, encoder_of, load_run, train
     from training.trainers import TRAINED_FILE
     from ubmoe_st.bases import resolve_base
 
@@ -73,10 +73,11 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
     if not (out / TRAINED_FILE).is_file():
         train(wanted, export=False)
     _, model = load_run(out)
-    model[0].max_seq_length = MAX_TOKENS
+    module = encoder_of(model)
+    module.max_seq_length = MAX_TOKENS
     seconds = float(read_json(out / SUMMARY_FILE)["seconds"])
     encoder = Encoder(row, ROWS[row], "self-distilled", model, row, "none", recipe.pooling)
-    return encoder, causal_model(model[0], base), seconds
+    return encoder, causal_model(module, base), seconds
 
 
 def measure(

@@ -51,12 +51,12 @@ def open_row(kind: str, path: str) -> tuple[Any, Any]:
         raise ValueError(f"Expected base, model or run, got {kind!r}.")
     from transformers import AutoTokenizer
 
-    from training.contrastive import causal_model, load_run
+    from training.contrastive import causal_model, encoder_of, load_run
     from ubmoe_st.bases import resolve_base
 
     recipe, model = load_run(path)
     base = resolve_base(recipe.base)
-    return causal_model(model[0], base), AutoTokenizer.from_pretrained(base.path)
+    return causal_model(encoder_of(model), base), AutoTokenizer.from_pretrained(base.path)
 
 
 def make_table(rows: Mapping[str, Mapping[str, Any]], buckets: Sequence[str]) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def main(model_folder: str) -> None:
         corpus,
         FOLDER / "stdlib",
         kind="flat",
+        with_title=False,  # the experts were trained on sentences, not on dotted names
         progress=True,
         overwrite=True,
         model_id=str(Path(model_folder).resolve()),

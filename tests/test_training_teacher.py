@@ -30,7 +30,11 @@ def teacher(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-sliding", "phi3-fused"])
 @pytest.mark.parametrize("layers", [[1, 2], [0, 3]])
-def test_vectors_are_those_of_one_plain_causal_pass_over_the_whole_prompt(base_of, teacher, architecture, layers):
+def test_vectors_are_those_of_one_plain_causal_pass_over_the_whole_prompt(
+    base_of, teacher, architecture, layers, monkeypatch
+):
+    # AutoTokenizer puts its own class over the tokenizer of some model types.
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: make_tokenizer())
     teacher.layers = layers
     found = teacher_vectors(base_of(architecture), teacher, SENTENCES)
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(base_of(architecture)).eval(), make_tokenizer()

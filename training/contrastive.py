@@ -220,6 +220,14 @@ def build_model(recipe: ContrastiveRecipe, base: Base | None = None, device: str
     )
 
 
+def encoder_of(model: SentenceTransformer) -> UBMoETransformer:
+    """The first module of what `build_model` gave."""
+    module = model[0]
+    if not isinstance(module, UBMoETransformer):
+        raise TypeError(f"expected a UBMoETransformer as first module, got {type(module).__name__}")
+    return module
+
+
 def set_trained(module: UBMoETransformer, recipe: ContrastiveRecipe) -> None:
     """Freeze everything but what the recipe trains; low-rank adapters by PEFT where it has a rank."""
     module.model.requires_grad_(False)
@@ -271,7 +279,7 @@ def set_noise(model: PreTrainedModel, *, attention_dropout: float, ffn_dropout: 
     Raises:
         ValueError: If the architecture's attention takes no dropout rate.
     """
-    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "attention_dropout")]
     if attention_dropout and not layers:
         raise ValueError(f"{type(model).__name__} takes no attention dropout; use ffn_dropout or lora_dropout")
     for layer in layers:
@@ -440,6 +448,7 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "remove_unused_columns": False,
         "save_total_limit": 2,
+        "ddp_find_unused_parameters": False,
     }
     values |= recipe.trainer
     if recipe.length_buckets:
@@ -518,7 +527,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer.add_callback(SamplerEpoch(trainer))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
     if last is not None:
         logger.info("going on from %s", last)
     start = time.perf_counter()
@@ -536,8 +545,8 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
                 out=out / MODEL_FOLDER,
                 modules=None if recipe.rank else _modules_behind(model, recipe),
                 max_seq_length=recipe.encode_max_seq_length,
-                prompts=model.prompts if recipe.prompt else None,
-                default_prompt_name=model.default_prompt_name,
+                prompts={"default": recipe.prompt} if recipe.prompt else None,
+                default_prompt_name="default" if recipe.prompt else None,
                 overwrite=True,
             )
         elif export:
@@ -569,9 +578,11 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
     Low-rank: `export_experts`. Dense: a causal model folder in which the FFNs alone differ from the base.
     """
     out = Path(recipe.out) / EXPERTS_FOLDER
-    module = model[0]
+    module = encoder_of(model)
     if recipe.rank is not None:
-        prompts = {"prompts": dict(model.prompts), "default_prompt_name": "default"} if recipe.prompt else {}
+        prompts: dict[str, Any] = {}
+        if recipe.prompt:
+            prompts = {"prompts": {"default": recipe.prompt}, "default_prompt_name": "default"}
         return export_experts(
             module,
             out,

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from training.contrastive import encoder_of
 from training.data import read_instructions
 from training.trainers import TrainedOnly, check_same_recipe, read_recipe
 from ubmoe_st import UBMoE
@@ -96,7 +97,7 @@ def build_routed(checkpoint: str, kind: RouterKind) -> tuple[PreTrainedModel, Pr
         kind: Of the routers.
     """
     model = UBMoE(checkpoint, model_kwargs={"dtype": torch.float32})
-    views = model[0]
+    views = encoder_of(model)
     if model.ubmoe_config is not None and model.ubmoe_config.expert_rank is not None:
         views.use_low_memory()
     lm = build_generator(views.model, views.uni_tensors(), routing="router", router=kind)
@@ -174,7 +175,13 @@ class RouterTrainer(TrainedOnly, Trainer):
             if isinstance(module, TokenRouter):
                 module.register_forward_hook(lambda router, _, weight: self.weights.append(weight))
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """Next-token loss on the answers, plus `kl` and `balance` where they have a weight."""
         self.weights.clear()
         read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
@@ -236,7 +243,7 @@ def train(recipe: RouterRecipe) -> Path:
         data_collator=pad_answers,
     )
     before = trainer.evaluate() if recipe.held_out else {}
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - start
@@ -257,7 +264,7 @@ def train(recipe: RouterRecipe) -> Path:
 def write_routers(checkpoint: str, state: dict[str, Tensor], kind: RouterKind, out: Path) -> Path:
     """Copy a checkpoint with trained routers in it."""
     model = UBMoE(checkpoint)
-    model[0].set_routers(state, kind)
+    encoder_of(model).set_routers(state, kind)
     model.save(str(out))
     return out
 

@@ -142,7 +142,8 @@ def _document_parts(lm: PreTrainedModel, input_ids: Tensor) -> Tensor:
     found: dict[int, Tensor] = {}
     for module in lm.modules():
         if hasattr(module, "layer_idx"):
-            module.dependence_parts = found
+            holder: Any = module
+            holder.dependence_parts = found
     backbone = getattr(lm, lm.base_model_prefix)
     backbone(input_ids=input_ids, use_cache=False)
     if not found:
