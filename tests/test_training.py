@@ -412,3 +412,17 @@ def test_the_command_line_runs_a_recipe(base, data, tmp_path, monkeypatch):
          "--set", "trainer.eval_steps=2", "--set", "trainer.save_steps=2"]
     )  # fmt: skip
     assert UBMoE(str(tmp_path / "run" / "model")).encode("the cat").shape == (32,)
+
+
+def test_rough_inputs_change_some_texts_and_no_words():
+    from training.contrastive import roughen
+
+    texts = ["The cat sits.", "A red Bird!", "...", "House"] * 50
+    assert roughen(texts, 0, seed=1) == texts
+    rough = roughen(texts, 0.5, seed=1)
+    assert rough == roughen(texts, 0.5, seed=1)
+    assert 40 < sum(a != b for a, b in zip(texts, rough, strict=True)) < 110
+    assert {"the cat sits", "a red Bird", "a red bird", "house", "..."} <= set(rough)
+    assert all(b.lower() == a.lower().rstrip(".!") or a == b for a, b in zip(texts, rough, strict=True))
+    with pytest.raises(ValueError, match="share"):
+        roughen(texts, 2, seed=1)

@@ -12,6 +12,8 @@ import argparse
 import json
 import logging
 import math
+import random
+import string
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,6 +92,9 @@ class ContrastiveRecipe:
 
     sentences: Mixture | None = None
     """Unlabelled sentences: each is its own positive."""
+
+    rough: float = 0.0
+    """Share of the sentences that the student reads as fragments, see `roughen`; a teacher reads all clean."""
 
     pairs: str | None = None
     """Supervised pairs or triplets instead, see `read_rows`."""
@@ -471,12 +476,33 @@ def build_dataset(recipe: ContrastiveRecipe, sentences: Sequence[str] | None) ->
     if recipe.pairs is not None:
         return Dataset.from_dict(read_rows(recipe.pairs, recipe.columns))
     texts = list(sentences or ())
-    columns: dict[str, list[Any]] = {"anchor": texts}
+    columns: dict[str, list[Any]] = {"anchor": roughen(texts, recipe.rough, seed=int(recipe.trainer.get("seed", 42)))}
     if recipe.loss != "distillation" or recipe.distillation.contrastive:
         columns["positive"] = texts
     if recipe.loss == "distillation":
         columns["label"] = list(range(len(texts)))
     return Dataset.from_dict(columns)
+
+
+def roughen(texts: Sequence[str], share: float, seed: int) -> list[str]:
+    """Texts, some of them without final punctuation and with a small first letter, or all in small letters.
+
+    Queries and titles look like that, running text does not: an encoder that never read any maps them all together.
+
+    Args:
+        texts: Sentences.
+        share: Of the sentences that are changed, 0 to 1; every second of those becomes lower case throughout.
+        seed: Of the choice.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"rough is a share from 0 to 1, got {share}")
+    rng = random.Random(seed)
+    rough = []
+    for text in texts:
+        changed, lower = rng.random() < share, rng.random() < 0.5
+        bare = text.rstrip(string.punctuation + " ")
+        rough.append((bare.lower() if lower else bare[0].lower() + bare[1:]) if changed and bare else text)
+    return rough
 
 
 def build_evaluators(recipe: ContrastiveRecipe) -> list[Any]:
