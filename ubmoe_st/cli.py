@@ -399,17 +399,15 @@ def _facts(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is not a UBMoE checkpoint; make one with `ubmoe build BASE --out {path}`")
     config = layout.read_config(path)
     stock = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    shapes = {
-        name: layout.read_shapes(path, file)
-        for name, file in {
-            "shared": layout.SHARED_FILE,
-            "bi": layout.BI_FILE,
-            "uni": layout.UNI_FILE,
-            "delta": layout.DELTA_FILE,
-            "router": layout.ROUTER_FILE,
-        }.items()
-        if (path / file).is_file()
+    parts = {
+        "shared": layout.SHARED_FILE,
+        "bi": layout.BI_FILE,
+        "uni": layout.UNI_FILE,
+        "delta": layout.DELTA_FILE,
+        "router": layout.ROUTER_FILE,
     }
+    parts = {name: file for name, file in parts.items() if (path / file).is_file()}
+    shapes = {name: layout.read_shapes(path, file) for name, file in parts.items()}
     count = {name: sum(_product(shape) for shape in tensors.values()) for name, tensors in shapes.items()}
     files = [file for file in path.rglob("*") if file.is_file()]
     extra = count.get("delta") or count["bi"]
@@ -433,17 +431,7 @@ def _facts(path: Path) -> dict[str, Any]:
         },
         "bytes": {
             "stored": sum(file.stat().st_size for file in files),
-            **{
-                name: (path / file).stat().st_size
-                for name, file in {
-                    "shared": layout.SHARED_FILE,
-                    "bi": layout.BI_FILE,
-                    "uni": layout.UNI_FILE,
-                    "delta": layout.DELTA_FILE,
-                    "router": layout.ROUTER_FILE,
-                }.items()
-                if name in shapes
-            },
+            **{name: (path / file).stat().st_size for name, file in parts.items()},
         },
         "base": {"name": config.base_model, "origin": config.base_origin, "sha256": config.base_sha256},
         "layout_version": config.layout_version,

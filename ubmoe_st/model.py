@@ -388,8 +388,9 @@ class UBMoETransformer(Transformer):
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
         out = Path(output_path)
         (out / layout.GENERATOR_FOLDER).mkdir(exist_ok=True)
-        self._save_encoder(out)
-        self._save_generator(out)
+        state = self.encoder_state()
+        self._save_encoder(out, state)
+        self._save_generator(out, state)
         self.processor.save_pretrained(output_path)
         self.save_config(output_path)
 
@@ -400,8 +401,7 @@ class UBMoETransformer(Transformer):
         files = sorted(self.base.path.glob("*.safetensors")) if self.base is not None else []
         return layout.data_start(files[0]) % layout.CACHE_LINE if files else 0
 
-    def _save_encoder(self, out: Path) -> None:
-        state = self.encoder_state()
+    def _save_encoder(self, out: Path, state: dict[str, Tensor]) -> None:
         shards = {
             layout.SHARED_FILE: {key: tensor for key, tensor in state.items() if not is_ffn_key(key)},
             layout.BI_FILE: {key: tensor for key, tensor in state.items() if is_ffn_key(key)},
@@ -413,7 +413,7 @@ class UBMoETransformer(Transformer):
         config = self.model.config.to_dict() | {"is_causal": False, "architectures": [type(self.model).__name__]}
         _write_json(out / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
 
-    def _save_generator(self, out: Path) -> None:
+    def _save_generator(self, out: Path, state: dict[str, Tensor]) -> None:
         config = self.ubmoe_config
         if config is None:
             raise ValueError("no configuration to save")
@@ -440,7 +440,7 @@ class UBMoETransformer(Transformer):
         stock.pop("_name_or_path", None)
         _write_json(out / layout.GENERATOR_CONFIG, {**stock, layout.CONFIG_KEY: config.to_dict()})
         # Stock transformers opens the local folder `generator` as the base model by this index.
-        shared = {key: tensor for key, tensor in self.encoder_state().items() if not is_ffn_key(key)}
+        shared = {key: tensor for key, tensor in state.items() if not is_ffn_key(key)}
         own = Path(layout.UNI_FILE).name
         weight_map = dict.fromkeys(sorted(shared), f"../{layout.SHARED_FILE}") | dict.fromkeys(sorted(uni), own)
         _write_json(out / layout.GENERATOR_FOLDER / layout.INDEX_FILE, _index(weight_map, {**shared, **uni}))
