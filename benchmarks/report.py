@@ -135,7 +135,7 @@ def published(results: Results) -> str:
         [
             s["system"],
             s["supervision"],
-            f"{s['avg7']:.2f}".rstrip("0"),
+            str(s["avg7"]),
             f"{s['avg10']:.1f}" if "avg10" in s else "",
             s["source"],
         ]

@@ -105,6 +105,31 @@ def test_multiple_choice_is_what_torch_says(base, data, tmp_path):
     assert 0 < score["value"] < 100
 
 
+def test_a_shared_beginning_is_read_once_and_changes_nothing(base):
+    from lm_eval.api.instance import Instance
+
+    model, tokenizer = base
+    primer = " ".join(["the cat sees a red bird ."] * 6)
+    pairs = [
+        (f"{primer} {question}", answer)
+        for question in ("the dog", "a bird sees", "the")
+        for answer in (" the cat sees", " the cat", " the dog sees a red bird")
+    ]
+    lm = generation.open_lm(model, tokenizer, 4)
+    lm.model.config.use_cache = False
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    found = [value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    expected = [loglikelihood(model, tokenizer, *pair) for pair in pairs]
+    assert np.allclose(found, expected, atol=1e-4)
+    assert np.ptp(expected) > 1e-2
+    tokens = sum(len(tokenizer("".join(pair))["input_ids"]) for pair in pairs)
+    assert lm.limit > generation.MIN_PREFIX
+    assert lm.computed < tokens / 2
+    short = [Instance("loglikelihood", {}, ("the dog", " the cat"), 0), requests[0]]
+    assert lm.loglikelihood(short, disable_tqdm=True)[1][0] == pytest.approx(expected[0], abs=1e-4)
+    assert lm.limit < generation.MIN_PREFIX
+
+
 def test_mc2_is_the_mass_of_the_true_answers(base, data, tmp_path):
     content = run(base, data, tmp_path, ["truthfulqa_mc2"], limit=3)
     (score,) = content["scores"]

@@ -134,8 +134,11 @@ def test_trained_routers_learn_and_generate(recipe, base, checkpoint, tmp_path, 
     if kind == "soft":
         assert (uni - mixed).abs().max() > 1e-3
     assert (model.encode("the cat") == plain.encode("the cat")).all()
-    again = upcycle(base, checkpoint, out=tmp_path / "up", routers=tmp_path / "out" / "routers.safetensors",
-                    router_kind=kind)  # fmt: skip
+    again = upcycle(base, checkpoint, out=tmp_path / "up", routers=tmp_path / "out" / "routers.safetensors")
+    assert UBMoE(str(again)).ubmoe_config.router == kind
+    with pytest.raises(ValueError, match="no token routers"):
+        upcycle(base, out=tmp_path / "odd", routers=checkpoint / "model-bi.safetensors")
+    assert not (tmp_path / "odd").exists()
     with torch.inference_mode():
         assert torch.allclose(UBMoE(str(again)).generator_for("router")(IDS).logits, mixed, atol=1e-5)
 

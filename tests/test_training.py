@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +34,8 @@ from training.contrastive import (
 )
 from training.data import Mixture, read_sentences, sts_pairs
 from training.teacher import Teacher
-from training.trainers import LengthBuckets, check_same_recipe, read_recipe, trained_parameters
+from training.teacher import main as teacher_vectors_main
+from training.trainers import LengthBuckets, TokenBudget, check_same_recipe, read_recipe, trained_parameters
 from ubmoe_st import UBMoE
 from ubmoe_st.bases import resolve_base
 
@@ -140,10 +145,17 @@ def test_gradients_only_where_they_should_be(recipe, what, wanted, rank):
     assert layers == ({"0", "1", "2"} if wanted != {"embed_tokens"} else set())
 
 
-@pytest.mark.parametrize("loss", ["MultipleNegativesRankingLoss", "distillation"])
-def test_a_resumed_run_equals_an_uninterrupted_one(recipe, teacher, tmp_path, loss):
+@pytest.mark.parametrize(
+    ("loss", "batches"),
+    [
+        ("MultipleNegativesRankingLoss", {}),
+        ("distillation", {}),
+        ("distillation", {"batch_tokens": 72, "rough": 0.5}),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, teacher, tmp_path, loss, batches):
     """Same batches, same dropout, same weights, also over the border of an epoch."""
-    extra = {"ffn_dropout": 0.2}
+    extra = {"ffn_dropout": 0.2, **batches}
     if loss == "distillation":
         extra |= {"loss": loss, "teacher": teacher, "head": "training"}
     seen: dict[str, list] = {}
@@ -183,7 +195,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, teacher, tmp_path, lo
     assert len(seen["whole"]) == 12
     assert len(seen["broken-2"]) == 12 - 5  # from the checkpoint of step 5
     assert all(torch.equal(a, b) for a, b in zip(seen["whole"][5:], seen["broken-2"], strict=True))
-    assert not torch.equal(seen["whole"][0], seen["whole"][7])  # epochs (of 7 batches) differ
+    assert not any(torch.equal(seen["whole"][0], later) for later in seen["whole"][7:])  # epochs (of 7 batches) differ
+    assert whole.trainer.tokens == again.trainer.tokens > 0
+    assert again.trainer.seconds > 0
     first, second = trained_parameters(whole.model), trained_parameters(again.model)
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -263,7 +277,7 @@ def test_distillation_trains_and_is_released(recipe, teacher, tmp_path):
     summary = json.loads((tmp_path / "run" / "training.json").read_text())
     assert len(summary["curve"]) == 2
     assert summary["best"] == max(entry["eval_STSB-dev_spearman_cosine"] for entry in summary["curve"])
-    assert summary["tokens_per_second"] > 0
+    assert summary["tokens_per_second_and_process"] > 0
     assert (run.experts / "recipe.json").is_file()
     released = UBMoE(str(run.checkpoint))
     stock = SentenceTransformer(str(run.checkpoint))
@@ -318,6 +332,7 @@ def test_trained_weights_in_the_causal_model(recipe, base, what):
         {"matryoshka_dims": [32, 8]},
         {"trainer": {"gradient_checkpointing": True}},
         {"pooling": "lasttoken"},
+        {"batch_tokens": 60},
         {"length_buckets": False, "trainer": {"batch_sampler": "no_duplicates"}},
     ],
     ids=lambda changes: next(iter(changes)),
@@ -415,14 +430,94 @@ def test_the_command_line_runs_a_recipe(base, data, tmp_path, monkeypatch):
 
 
 def test_rough_inputs_change_some_texts_and_no_words():
-    from training.contrastive import roughen
+    from training.contrastive import RoughCollator, roughen
 
-    texts = ["The cat sits.", "A red Bird!", "...", "House"] * 50
-    assert roughen(texts, 0, seed=1) == texts
-    rough = roughen(texts, 0.5, seed=1)
-    assert rough == roughen(texts, 0.5, seed=1)
-    assert 40 < sum(a != b for a, b in zip(texts, rough, strict=True)) < 110
-    assert {"the cat sits", "a red Bird", "a red bird", "house", "..."} <= set(rough)
-    assert all(b.lower() == a.lower().rstrip(".!") or a == b for a, b in zip(texts, rough, strict=True))
-    with pytest.raises(ValueError, match="share"):
-        roughen(texts, 2, seed=1)
+    assert [roughen("The Cat sits.", lower) for lower in (False, True)] == ["the Cat sits", "the cat sits"]
+    assert roughen("...", True) == "..."
+    texts = [f"{text} {number}." for number in range(50) for text in ("The cat sits", "A red Bird")]
+    collator = RoughCollator(preprocess_fn=lambda rows, **_: {"texts": rows}, share=0.5, seed=1)
+
+    def read():
+        batch = collator([{"anchor": text, "label": number} for number, text in enumerate(texts)])
+        assert batch["label"].tolist() == list(range(100))
+        return batch["anchor_texts"]
+
+    first = read()
+    assert first == read()
+    assert 30 < sum(a != b for a, b in zip(texts, first, strict=True)) < 70
+    assert all(b.lower() == a.lower().rstrip(".") or a == b for a, b in zip(texts, first, strict=True))
+    collator.set_epoch(1)
+    assert 20 < sum(a != b for a, b in zip(first, read(), strict=True)) < 80
+    collator.share = 0
+    assert read() == texts
+
+
+def test_a_token_budget_fills_batches_and_keeps_their_number():
+    from datasets import Dataset
+
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(4, 40, 500).tolist(), 300]
+    sampler = TokenBudget(Dataset.from_dict({"anchor": ["x"] * 501}), lengths, 200, seed=1)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert batches == list(sampler)
+        assert len(batches) == len(sampler)
+        assert sorted(row for batch in batches for row in batch) == list(range(501))
+        costs = [max(lengths[row] for row in batch) * len(batch) for batch in batches]
+        assert sorted(costs)[-2] <= 200 < sorted(costs)[-1] == 300
+        assert np.mean(costs) > 170
+        assert sum(costs) < 1.05 * sum(lengths)
+        epochs.append({tuple(sorted(batch)) for batch in batches})
+    assert len(epochs[0] & epochs[1]) < len(epochs[0]) / 4
+    with pytest.raises(ValueError, match="batch_tokens"):
+        TokenBudget(Dataset.from_dict({"anchor": []}), [], 200)
+
+
+def test_two_processes_share_the_batches_and_agree(base, data, tmp_path):
+    """torchrun on a CPU: every process trains on its own half of the batches, with averaged gradients."""
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import sys, torch, training.contrastive as stage\n"
+        "seen = []\n"
+        "original = stage.ContrastiveTrainer.compute_loss\n"
+        "def spy(self, model, inputs, *args, **kwargs):\n"
+        "    seen.append(inputs['label'].tolist())\n"
+        "    return original(self, model, inputs, *args, **kwargs)\n"
+        "stage.ContrastiveTrainer.compute_loss = spy\n"
+        "recipe = stage.read_recipe(stage.ContrastiveRecipe, sys.argv[1])\n"
+        "run = stage.train(recipe, export=False)\n"
+        "file = sys.argv[2] + str(torch.distributed.get_rank())\n"
+        "torch.save((seen, stage.trained_parameters(run.model), run.trainer.args.world_size), file)\n"
+    )
+    recipe_file = tmp_path / "recipe.json"
+    teacher = {"prefix": "the ", "suffix": " is", "layers": [1, 3], "dimension": 8, "folder": str(tmp_path / "teacher")}
+    recipe_file.write_text(
+        json.dumps(
+            {"base": str(base), "out": str(tmp_path / "run"),
+             "sentences": {"files": {str(data / "sentences.txt"): 1.0}}, "rank": 2, "loss": "distillation",
+             "head": "training", "teacher": teacher, "evaluate": {},
+             "batch_tokens": 40, "trainer": {"max_steps": 4, "learning_rate": 0.01, "save_strategy": "no"}}
+        )
+    )  # fmt: skip
+    teacher_vectors_main([str(recipe_file)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()),
+         str(script), str(recipe_file), str(tmp_path / "rank")],
+        check=True, env=environment, capture_output=True, timeout=300,
+    )  # fmt: skip
+    (seen, first, size), (other, second, _) = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert size == 2
+    assert len(seen) == len(other) == 4
+    assert not {row for batch in seen for row in batch} & {row for batch in other for row in batch}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert max(t.abs().max() for name, t in first.items() if "lora_B" in name) > 1e-3
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 2
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

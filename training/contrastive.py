@@ -27,6 +27,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MatryoshkaLoss,
@@ -43,8 +44,9 @@ from training.teacher import Teacher, teacher_targets, teacher_vectors
 from training.trainers import (
     RECIPE_FILE,
     TRAINED_FILE,
+    EpochCallback,
     LengthBuckets,
-    SamplerEpoch,
+    TokenBudget,
     TrainedOnly,
     check_same_recipe,
     load_trained,
@@ -67,6 +69,7 @@ HEAD = "head_embedding"
 EXPERTS_FOLDER = "experts"
 MODEL_FOLDER = "model"
 SUMMARY_FILE = "training.json"
+SPENT_FILE = "spent.json"
 
 
 @dataclass
@@ -155,6 +158,9 @@ class ContrastiveRecipe:
     length_buckets: bool = True
     """Batches of texts of similar length. False: by the trainer's `batch_sampler`."""
 
+    batch_tokens: int | None = None
+    """Tokens of a batch in each process, padding included, instead of the trainer's `per_device_train_batch_size`."""
+
     evaluate: dict[str, int | None] = field(default_factory=lambda: {"STSB-dev": None})
     """Development sets, and how many of their pairs (None: all). The first one chooses the best checkpoint."""
 
@@ -184,6 +190,10 @@ class ContrastiveRecipe:
                 "without noise both views of a sentence are equal and there is nothing to learn; set lora_dropout, "
                 "attention_dropout or ffn_dropout"
             )
+        if self.batch_tokens is not None and self.pairs is not None:
+            raise ValueError("batch_tokens counts one sentence per row; with `pairs` use per_device_train_batch_size")
+        if not 0 <= self.rough <= 1:
+            raise ValueError(f"rough is a share from 0 to 1, got {self.rough}")
         if self.rank is None and self.lora_dropout:
             raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
 
@@ -413,11 +423,37 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
     """The stock trainer; checkpoints hold trained parameters only, and tokens are counted."""
 
     tokens = 0
+    """Read by this process, also before an interruption."""
+    seconds = 0.0
+    """Spent before an interruption."""
+    batch_tokens: int | None = None
     sampler: Any = None
 
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """The stock one; what it has cost so far goes on from the checkpoint."""
+        if resume_from_checkpoint:
+            spent = json.loads((Path(resume_from_checkpoint) / SPENT_FILE).read_text(encoding="utf-8"))
+            self.tokens, self.seconds = spent["tokens"], spent["seconds"]
+        self._start = time.perf_counter()
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.seconds += time.perf_counter() - self._start
+        return result
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        spent = {"tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self._start}
+        file = Path(output_dir or str(self.args.output_dir)) / SPENT_FILE
+        file.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """The stock one, kept so that a resumed run can tell it its epoch."""
-        self.sampler = super().get_batch_sampler(dataset, *args, **kwargs)
+        """The recipe's one, kept so that a resumed run can tell it its epoch."""
+        if self.batch_tokens is None:
+            self.sampler = super().get_batch_sampler(dataset, *args, **kwargs)
+        else:
+            module = encoder_of(self.model)
+            texts = dataset[dataset.column_names[0]][:]
+            ids = module.tokenizer(texts, truncation=True, max_length=module.max_seq_length)["input_ids"]
+            self.sampler = TokenBudget(dataset, [len(row) for row in ids], self.batch_tokens, seed=self.args.seed)
         return self.sampler
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -450,13 +486,18 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # Said outright: without a GPU, processes started by torchrun would otherwise train one by one, unconnected.
+        "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "remove_unused_columns": False,
         "save_total_limit": 2,
         "ddp_find_unused_parameters": False,
     }
     values |= recipe.trainer
-    if recipe.length_buckets:
+    if recipe.batch_tokens is not None:
+        # Batches differ in size, and the sampler sees to it that all processes get as many.
+        values["accelerator_config"] = {"even_batches": False}
+    elif recipe.length_buckets:
         values["batch_sampler"] = LengthBuckets
     if recipe.prompt:
         values["prompts"] = recipe.prompt
@@ -476,7 +517,7 @@ def build_dataset(recipe: ContrastiveRecipe, sentences: Sequence[str] | None) ->
     if recipe.pairs is not None:
         return Dataset.from_dict(read_rows(recipe.pairs, recipe.columns))
     texts = list(sentences or ())
-    columns: dict[str, list[Any]] = {"anchor": roughen(texts, recipe.rough, seed=int(recipe.trainer.get("seed", 42)))}
+    columns: dict[str, list[Any]] = {"anchor": texts}
     if recipe.loss != "distillation" or recipe.distillation.contrastive:
         columns["positive"] = texts
     if recipe.loss == "distillation":
@@ -484,25 +525,46 @@ def build_dataset(recipe: ContrastiveRecipe, sentences: Sequence[str] | None) ->
     return Dataset.from_dict(columns)
 
 
-def roughen(texts: Sequence[str], share: float, seed: int) -> list[str]:
-    """Texts, some of them without final punctuation and with a small first letter, or all in small letters.
+@dataclass
+class RoughCollator(SentenceTransformerDataCollator):
+    """The stock collator, before which some of the anchors become fragments: others in every epoch.
+
+    Attributes:
+        share: Of the anchors that are changed, see `roughen`.
+        seed: Of the choice, which depends on seed, epoch and text alone.
+    """
+
+    share: float = 0.0
+    seed: int = 0
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose anew."""
+        self.epoch = epoch
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch, some anchors changed."""
+        rows = []
+        for row in features:
+            rng = random.Random(f"{self.seed}-{self.epoch}-{row['anchor']}")
+            changed, lower = rng.random() < self.share, rng.random() < 0.5
+            rows.append({**row, "anchor": roughen(row["anchor"], lower)} if changed else row)
+        return super().__call__(rows)
+
+
+def roughen(text: str, lower: bool) -> str:
+    """A text without final punctuation and with a small first letter, or all in small letters.
 
     Queries and titles look like that, running text does not: an encoder that never read any maps them all together.
 
     Args:
-        texts: Sentences.
-        share: Of the sentences that are changed, 0 to 1; every second of those becomes lower case throughout.
-        seed: Of the choice.
+        text: A sentence; one of punctuation alone stays as it is.
+        lower: Small letters throughout.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"rough is a share from 0 to 1, got {share}")
-    rng = random.Random(seed)
-    rough = []
-    for text in texts:
-        changed, lower = rng.random() < share, rng.random() < 0.5
-        bare = text.rstrip(string.punctuation + " ")
-        rough.append((bare.lower() if lower else bare[0].lower() + bare[1:]) if changed and bare else text)
-    return rough
+    bare = text.rstrip(string.punctuation + " ")
+    if not bare:
+        return text
+    return bare.lower() if lower else bare[0].lower() + bare[1:]
 
 
 def build_evaluators(recipe: ContrastiveRecipe) -> list[Any]:
@@ -543,26 +605,31 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         )
         targets = teacher_targets(vectors, recipe.teacher)
     evaluators = build_evaluators(recipe) if args.eval_strategy != "no" else None
+    collator = None
+    if recipe.rough:
+        collator = RoughCollator(
+            preprocess_fn=model.preprocess, prompts=args.prompts, share=recipe.rough, seed=args.seed
+        )
     trainer = ContrastiveTrainer(
         model=model,
         args=args,
         train_dataset=build_dataset(recipe, sentences),
         loss=build_loss(recipe, model, targets),
         evaluator=evaluators or None,
+        data_collator=collator,
     )
-    trainer.add_callback(SamplerEpoch(trainer))
+    trainer.batch_tokens = recipe.batch_tokens
+    trainer.add_callback(EpochCallback(trainer))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
     last = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
     if last is not None:
         logger.info("going on from %s", last)
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - start
     run = Run(model, trainer)
     if trainer.is_world_process_zero():
         save_file(trained_parameters(model), out / TRAINED_FILE)
-        _write_summary(recipe, trainer, seconds, out / SUMMARY_FILE)
+        _write_summary(recipe, trainer, out / SUMMARY_FILE)
         if export and recipe.train == "ffn":
             run.experts = export_run(recipe, model, base)
             run.checkpoint = upcycle(
@@ -637,7 +704,7 @@ def _modules_behind(model: SentenceTransformer, recipe: ContrastiveRecipe) -> li
     return [m for m in list(model)[1:] if not isinstance(m, Dense) or recipe.head == "output"]
 
 
-def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, seconds: float, file: Path) -> None:
+def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file: Path) -> None:
     from importlib.metadata import version
 
     log = trainer.state.log_history
@@ -645,8 +712,8 @@ def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, secon
     summary = {
         "recipe": asdict(recipe),
         "versions": {name: version(name) for name in names},
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(trainer.tokens / max(seconds, 1e-9), 1),
+        "seconds": round(trainer.seconds, 1),
+        "tokens_per_second_and_process": round(trainer.tokens / max(trainer.seconds, 1e-9), 1),
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
         "steps": trainer.state.global_step,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
@@ -31,7 +30,7 @@ from training.data import read_instructions
 from training.trainers import TrainedOnly, check_same_recipe, read_recipe
 from ubmoe_st import UBMoE
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
-from ubmoe_st.experts import TokenRouter
+from ubmoe_st.experts import TokenRouter, save_routers
 from ubmoe_st.generator import build_generator, router_state
 
 logger = logging.getLogger(__name__)
@@ -248,8 +247,8 @@ def train(recipe: RouterRecipe) -> Path:
     trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - start
     after = trainer.evaluate() if recipe.held_out else {}
-    state = {key: tensor.cpu().contiguous() for key, tensor in router_state(lm).items()}
-    save_file(state, out / ROUTER_FILE, metadata={"kind": recipe.kind})
+    state = router_state(lm)
+    save_routers(state, recipe.kind, out / ROUTER_FILE)
     summary = {
         "recipe": asdict(recipe),
         "seconds": round(seconds, 1),

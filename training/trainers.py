@@ -1,4 +1,4 @@
-"""What both stages share: recipes, trained-parameters-only checkpoints, length-bucketed batches."""
+"""What both stages share: recipes, trained-parameters-only checkpoints, batches of similar length."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -184,8 +185,53 @@ class LengthBuckets(DefaultBatchSampler):
             yield from batches
 
 
-class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch; a resumed run wraps it where the trainer does not reach it."""
+class TokenBudget(DefaultBatchSampler):
+    """Batches of equal cost: as many texts of similar length as fit, padded, into a number of tokens.
+
+    Short texts come in large batches and long ones in small ones, so no process waits for another one's long batch.
+    All texts are sorted by length, equal lengths in the random order of the epoch, and cut where the budget is full;
+    the batches are shuffled. Where the cuts are depends on the lengths alone: every epoch has as many batches, and a
+    resumed run sees the same ones.
+
+    Args:
+        dataset: The texts.
+        lengths: Of each of them, tokens.
+        tokens: Most tokens of a batch, padding included; a longer text is a batch of its own.
+        seed: Of the order.
+    """
+
+    def __init__(self, dataset: Dataset, lengths: Sequence[int], tokens: int, *, seed: int = 0) -> None:
+        # Only the last, shorter batch of a sampler with a size may differ from it; this one has none.
+        super().__init__(dataset, batch_size=1, drop_last=True, seed=seed)
+        self.batch_size: Any = None
+        self.lengths = list(lengths)
+        self.cuts = [0]
+        order = sorted(self.lengths)
+        for end, length in enumerate(order, 1):
+            if (end - self.cuts[-1]) * length > tokens and end - 1 > self.cuts[-1]:
+                self.cuts.append(end - 1)
+        self.cuts.append(len(order))
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.batches = (len(self.cuts) - 1) // processes * processes
+        if not order or self.batches == 0:
+            raise ValueError(
+                f"{len(order)} texts do not fill one batch of {tokens} tokens in each of {processes} processes; "
+                "lower batch_tokens"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(f"{self.seed}-{self.epoch}")
+        rows = sorted(range(len(self.lengths)), key=lambda row: (self.lengths[row], rng.random()))
+        batches = [rows[start:end] for start, end in pairwise(self.cuts)]
+        rng.shuffle(batches)
+        yield from batches[: self.batches]
+
+
+class EpochCallback(TrainerCallback):
+    """Tells sampler and collator the epoch; a resumed run wraps the sampler where the trainer does not reach it."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -194,6 +240,6 @@ class SamplerEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the epoch before its first batch is drawn."""
-        sampler = getattr(self.trainer, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+        for part in (getattr(self.trainer, "sampler", None), self.trainer.data_collator):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int((state.epoch or 0) + 1e-6))

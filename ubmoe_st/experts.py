@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ubmoe_st.configuration import RouterKind
+from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 
 LowRank = dict[str, tuple[Tensor, Tensor]]
 """Low-rank experts by linear layer (`layers.0.mlp.up_proj`): A (R, in) and B (out, R); the delta is B @ A."""
@@ -308,3 +308,32 @@ def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, obje
     if not halves:
         raise ValueError(f"{Path(file).name} holds no experts")
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, json.loads(header.get("ubmoe", "{}"))
+
+
+def save_routers(state: Mapping[str, Tensor], kind: RouterKind, file: str | os.PathLike[str]) -> None:
+    """Write token routers, `layers.N.router.*`, and how they mix."""
+    save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, file, {"kind": kind})
+
+
+def load_routers(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], RouterKind]:
+    """Read what `save_routers` wrote.
+
+    Returns:
+        The tensors, and how they mix (`soft` where the file does not say).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds anything else.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"expected a file of token routers (.safetensors), got {file}")
+    with safe_open(file, framework="pt") as tensors:
+        kind = (tensors.metadata() or {}).get("kind", "soft")
+        state = {key: tensors.get_tensor(key) for key in tensors.keys()}
+    odd = [key for key in state if ".router." not in key]
+    if odd or not state or kind not in ROUTER_KINDS:
+        raise ValueError(
+            f"{Path(file).name} holds no token routers: expected tensors `layers.N.router.*` of kind "
+            f"{' or '.join(ROUTER_KINDS)}, got {odd[0] if odd else kind!r}"
+        )
+    return state, kind

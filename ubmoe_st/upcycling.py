@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from ubmoe_st import checkpoint as layout
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.configuration import RouterKind
-from ubmoe_st.experts import LowRank, is_ffn_key, load_low_rank, save_low_rank
+from ubmoe_st.experts import LowRank, is_ffn_key, load_low_rank, load_routers, save_low_rank
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
 
@@ -36,7 +36,7 @@ def upcycle(
     default_prompt_name: str | None = None,
     max_seq_length: int | None = None,
     routers: str | os.PathLike[str] | None = None,
-    router_kind: RouterKind = "soft",
+    router_kind: RouterKind | None = None,
     allow_base_mismatch: bool = False,
     overwrite: bool = False,
 ) -> Path:
@@ -55,7 +55,7 @@ def upcycle(
         default_prompt_name: Prompt of plain `encode`.
         max_seq_length: Longest input of `encode` in tokens. None: what comes with the experts, else the base's.
         routers: File of trained token routers.
-        router_kind: How they mix; a kind recorded in the file wins.
+        router_kind: How they mix. None: as the file says, else `soft`.
         allow_base_mismatch: Take experts that were trained on other weights of the same shape.
         overwrite: Replace a folder that is not empty.
 
@@ -81,7 +81,8 @@ def upcycle(
     if length is not None:
         module.max_seq_length = int(length)
     if routers is not None:
-        module.set_routers(load_file(Path(routers)), router_kind)
+        state, kind = load_routers(Path(routers))
+        module.set_routers(state, router_kind or kind)
     behind = list(modules) if modules is not None else _default_modules(module, recipe)
     model = UBMoE(
         modules=[module, *behind],
