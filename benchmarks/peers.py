@@ -162,7 +162,8 @@ def _training(name: str) -> str:
 
 
 def _fingerprint(name: str) -> str:
-    return fingerprint(name) if Path(name).is_dir() else name
+    """Of what an encoder reads: the generator view of a checkpoint does not count."""
+    return fingerprint(name, without="generator") if Path(name).is_dir() else name
 
 
 def _describe_prompts(model: SentenceTransformer) -> str:

@@ -114,10 +114,14 @@ def run_record(
     }
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Path, *, without: str | None = None) -> str:
     """First 12 digits of the sha256 over the weights and configuration in a model folder.
 
     Results of another fingerprint are another model: they are never merged.
+
+    Args:
+        folder: The model folder.
+        without: A folder in it that what is measured does not read.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -127,8 +131,9 @@ def fingerprint(folder: str | Path) -> str:
         raise FileNotFoundError(f"Expected a model folder, got {str(folder)!r}; build one with `make model`.")
     digest = sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in {".safetensors", ".json", ".model", ".txt"} and path.is_file():
-            digest.update(str(path.relative_to(folder)).encode())
+        inner = path.relative_to(folder)
+        if path.suffix in {".safetensors", ".json", ".model", ".txt"} and path.is_file() and inner.parts[0] != without:
+            digest.update(str(inner).encode())
             with path.open("rb") as stream:
                 while block := stream.read(1 << 22):
                     digest.update(block)

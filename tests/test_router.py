@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -136,6 +137,11 @@ def test_trained_routers_learn_and_generate(recipe, base, checkpoint, tmp_path, 
     assert (model.encode("the cat") == plain.encode("the cat")).all()
     again = upcycle(base, checkpoint, out=tmp_path / "up", routers=tmp_path / "out" / "routers.safetensors")
     assert UBMoE(str(again)).ubmoe_config.router == kind
+    experts = tmp_path / "experts"
+    experts.mkdir()
+    shutil.copy(checkpoint / "generator" / "bi_delta.safetensors", experts)
+    shutil.copy(tmp_path / "out" / "routers.safetensors", experts)
+    assert UBMoE(str(upcycle(base, experts, out=tmp_path / "both"))).ubmoe_config.router == kind
     with pytest.raises(ValueError, match="no token routers"):
         upcycle(base, out=tmp_path / "odd", routers=checkpoint / "model-bi.safetensors")
     assert not (tmp_path / "odd").exists()

@@ -57,8 +57,18 @@ def test_old_libraries_are_told_so(checkpoint, tmp_path):
         SentenceTransformer(str(folder))
 
 
-def compare(result: dict, model: UBMoE) -> None:
-    found, expected = np.array(result["vectors"]), model.encode(TEXTS)
+def compare(python: str, script: str, checkpoint: Path, folder: Path) -> None:
+    """Run the script in a process of its own and compare its vectors with ours."""
+    run = subprocess.run(
+        [python, "-c", script, str(checkpoint), json.dumps(TEXTS)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    found, expected = np.array(result["vectors"]), UBMoE(str(checkpoint)).encode(TEXTS)
     cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
     assert cosine.min() > 0.99999
     assert result["first_token_sees_last"]
@@ -69,15 +79,7 @@ def test_p2_in_a_process_that_cannot_import_this_package(checkpoint, tmp_path):
     # -P and an empty folder keep the sources away; the import hook hides an installed copy.
     hide = "import sys\nsys.modules['ubmoe_st'] = None\nimport importlib.util as u\nfind = u.find_spec\n"
     hide += "u.find_spec = lambda name, package=None: None if name == 'ubmoe_st' else find(name, package)\n"
-    run = subprocess.run(
-        [sys.executable, "-c", hide + SCRIPT, str(checkpoint), json.dumps(TEXTS)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    compare(json.loads(run.stdout.splitlines()[-1]), UBMoE(str(checkpoint)))
+    compare(sys.executable, hide + SCRIPT, checkpoint, tmp_path)
 
 
 @pytest.mark.venv
@@ -89,12 +91,4 @@ def test_p2_in_a_new_virtual_environment(checkpoint, tmp_path):
     pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(constraints)]
     subprocess.run([*pip, "torch"], check=True)
     subprocess.run([*pip, "sentence-transformers"], check=True)
-    run = subprocess.run(
-        [str(python), "-c", SCRIPT, str(checkpoint), json.dumps(TEXTS)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    compare(json.loads(run.stdout.splitlines()[-1]), UBMoE(str(checkpoint)))
+    compare(str(python), SCRIPT, checkpoint, tmp_path)

@@ -278,7 +278,7 @@ def test_distillation_trains_and_is_released(recipe, teacher, tmp_path):
     assert len(summary["curve"]) == 2
     assert summary["best"] == max(entry["eval_STSB-dev_spearman_cosine"] for entry in summary["curve"])
     assert summary["tokens_per_second_and_process"] > 0
-    assert (run.experts / "recipe.json").is_file()
+    assert json.loads((run.experts / "recipe.json").read_text())["training"] == "self-distilled"
     released = UBMoE(str(run.checkpoint))
     stock = SentenceTransformer(str(run.checkpoint))
     expected = run.model.eval().encode(TEXTS)

@@ -8,7 +8,6 @@ takes), `model/` (the assembled checkpoint) and `training.json` (wall time, toke
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -51,6 +50,7 @@ from training.trainers import (
     check_same_recipe,
     load_trained,
     read_recipe,
+    recipe_of_command,
     trained_parameters,
 )
 from ubmoe_st import UBMoETransformer, upcycle
@@ -196,6 +196,13 @@ class ContrastiveRecipe:
             raise ValueError(f"rough is a share from 0 to 1, got {self.rough}")
         if self.rank is None and self.lora_dropout:
             raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
+
+    @property
+    def supervision(self) -> str:
+        """How the tables call this kind of training."""
+        if self.pairs is not None:
+            return "supervised"
+        return "self-distilled" if self.loss == "distillation" else "unsupervised"
 
     @property
     def has_noise(self) -> bool:
@@ -683,6 +690,7 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
             recipe={
                 "pooling": {"mode": recipe.pooling, "include_prompt": recipe.pool_prompt},
                 "max_seq_length": recipe.encode_max_seq_length,
+                "training": recipe.supervision,
                 **prompts,
             },
         )
@@ -732,14 +740,10 @@ def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train `bi` experts by a recipe; run it again to go on."""
-    parser = argparse.ArgumentParser(prog="python -m training.contrastive", description=main.__doc__)
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    recipe = recipe_of_command(ContrastiveRecipe, "python -m training.contrastive", main.__doc__, arguments)
     for noisy in ("httpx", "datasets", "sentence_transformers.base.model"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    run = train(read_recipe(ContrastiveRecipe, options.recipe, options.set))
+    run = train(recipe)
     if run.checkpoint is not None:
         logger.info("experts: %s, checkpoint: %s", run.experts, run.checkpoint)
 

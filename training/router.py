@@ -9,7 +9,6 @@ at the base model exactly. The folder `out` gets checkpoints, `routers.safetenso
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import random
@@ -27,16 +26,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from training.contrastive import encoder_of
 from training.data import read_instructions
-from training.trainers import TrainedOnly, check_same_recipe, read_recipe
+from training.trainers import TrainedOnly, check_same_recipe, recipe_of_command
 from ubmoe_st import UBMoE
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 from ubmoe_st.experts import TokenRouter, save_routers
 from ubmoe_st.generator import build_generator, router_state
+from ubmoe_st.upcycling import ROUTERS_FILE
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-ROUTER_FILE = "routers.safetensors"
 MODEL_FOLDER = "model"
 SUMMARY_FILE = "router.json"
 
@@ -248,7 +247,7 @@ def train(recipe: RouterRecipe) -> Path:
     seconds = time.perf_counter() - start
     after = trainer.evaluate() if recipe.held_out else {}
     state = router_state(lm)
-    save_routers(state, recipe.kind, out / ROUTER_FILE)
+    save_routers(state, recipe.kind, out / ROUTERS_FILE)
     summary = {
         "recipe": asdict(recipe),
         "seconds": round(seconds, 1),
@@ -270,12 +269,8 @@ def write_routers(checkpoint: str, state: dict[str, Tensor], kind: RouterKind, o
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train token routers by a recipe; run it again to go on."""
-    parser = argparse.ArgumentParser(prog="python -m training.router", description=main.__doc__)
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logger.info("checkpoint with routers: %s", train(read_recipe(RouterRecipe, options.recipe, options.set)))
+    recipe = recipe_of_command(RouterRecipe, "python -m training.router", main.__doc__, arguments)
+    logger.info("checkpoint with routers: %s", train(recipe))
 
 
 if __name__ == "__main__":

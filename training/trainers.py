@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import logging
 import random
 import re
 import types
@@ -56,6 +58,23 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) ->
             inner = inner[section]
         inner[key] = _with_floats(yaml.safe_load(value))
     return _fill(kind, values, str(file))
+
+
+def recipe_of_command(kind: type[R], program: str, description: str | None, arguments: Sequence[str] | None) -> R:
+    """The recipe that a command line `RECIPE [--set KEY=VALUE ...]` names; logging goes to the terminal.
+
+    Args:
+        kind: Dataclass of the recipe.
+        program: How the command is called.
+        description: What it does.
+        arguments: None: those of the process.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return read_recipe(kind, options.recipe, options.set)
 
 
 def _with_floats(value: Any) -> Any:

@@ -23,6 +23,8 @@ from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
 
 _PROJECTION = "projection.safetensors"
+ROUTERS_FILE = "routers.safetensors"
+"""Trained token routers beside low-rank experts."""
 
 
 def upcycle(
@@ -54,7 +56,7 @@ def upcycle(
         prompts: Prompts by name, e.g. `{"query": "..."}`. None: what comes with the experts.
         default_prompt_name: Prompt of plain `encode`.
         max_seq_length: Longest input of `encode` in tokens. None: what comes with the experts, else the base's.
-        routers: File of trained token routers.
+        routers: File of trained token routers. None: what comes with the experts.
         router_kind: How they mix. None: as the file says, else `soft`.
         allow_base_mismatch: Take experts that were trained on other weights of the same shape.
         overwrite: Replace a folder that is not empty.
@@ -80,6 +82,8 @@ def upcycle(
     length = max_seq_length or recipe.get("max_seq_length")
     if length is not None:
         module.max_seq_length = int(length)
+    if routers is None and bi_experts is not None and (Path(bi_experts) / ROUTERS_FILE).is_file():
+        routers = Path(bi_experts) / ROUTERS_FILE
     if routers is not None:
         state, kind = load_routers(Path(routers))
         module.set_routers(state, router_kind or kind)
