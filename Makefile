@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-venv model demo train train-smoke bench report help
+.PHONY: install check test test-real test-venv test-space model demo space train train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -22,27 +22,41 @@ check: install ## lint and types
 	$(BIN)/mypy
 
 test: install ## tests on tiny models, no network
-	$(BIN)/python -m pytest -m "not real and not venv"
+	$(BIN)/python -m pytest -m "not real and not venv and not space"
 
 test-venv: install ## stock sentence-transformers in a fresh environment without this package
 	$(BIN)/python -m pytest -m venv
+
+test-space: install ## the Gradio Space in headless Chromium; screenshots in CI_ARTIFACTS or runs/artifacts
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]" playwright
+	$(BIN)/python -m pytest -m space -rs
 
 test-real: model ## tests on the 135M model
 	$(BIN)/python -m pytest -m real
 
 model: install $(MODEL)/SHA256SUMS ## assemble models/ubmoe-135m
 
-$(MODEL)/SHA256SUMS: experts/ubmoe-135m/bi_delta.safetensors | $(INSTALLED)
+$(MODEL)/SHA256SUMS: $(wildcard experts/ubmoe-135m/*) | $(INSTALLED)
 	$(BIN)/ubmoe build smollm2-135m --experts experts/ubmoe-135m --out $(MODEL) --overwrite
 
 demo: model ## index the standard library's docstrings, search, answer, check losslessness
 	$(BIN)/python -m examples.demo $(MODEL)
 
+space: model ## the Gradio Space on this machine: search, answer, lossless check
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]"
+	UBMOE_MODEL=$(MODEL) UBMOE_INDEX=indexes/stdlib UBMOE_BASE=smollm2-135m $(BIN)/python space/app.py
+
 train-smoke: install ## both training stages on a few hundred sentences
 	$(BIN)/python -m training.contrastive training/recipes/smoke.yaml
+	$(BIN)/python -m training.router training/recipes/router-smoke.yaml
 
-train: install ## reproduce the released experts (hours; resumes)
-	$(BIN)/python -m training.contrastive training/recipes/ubmoe-135m.yaml
+# Two processes of one thread each are faster than one of two; other numbers of processes form other batches.
+TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --module
+
+train: install ## reproduce the released experts (two hours on two cores; resumes)
+	$(TRAIN) training.teacher training/recipes/ubmoe-135m.yaml
+	$(TRAIN) training.contrastive training/recipes/ubmoe-135m.yaml
+	$(TRAIN) training.contrastive training/recipes/ubmoe-135m-refine.yaml
 
 bench: model ## STS of the assembled model; needs the data folder
 	$(BIN)/python -m benchmarks.embedding --model $(MODEL) --tasks sts

@@ -204,6 +204,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, teacher, tmp_path, lo
     assert max(t.abs().max() for n, t in first.items() if "lora_B" in n) > 1e-3
 
 
+def test_a_run_starts_from_another(recipe, tmp_path):
+    first = train(recipe(out=str(tmp_path / "first")), export=False)
+    still = {"max_steps": 1, "learning_rate": 0.0}
+    again = train(recipe(out=str(tmp_path / "again"), init_from=str(tmp_path / "first"), trainer=still), export=False)
+    apart = train(recipe(out=str(tmp_path / "apart"), trainer=still), export=False)
+    wanted, found, other = (trained_parameters(run.model) for run in (first, again, apart))
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert not all(torch.equal(wanted[name], other[name]) for name in wanted)
+    with pytest.raises(FileNotFoundError, match="run that recipe first"):
+        train(recipe(out=str(tmp_path / "none"), init_from=str(tmp_path / "missing")), export=False)
+    with pytest.raises(ValueError, match="same rank"):
+        train(recipe(out=str(tmp_path / "wide"), rank=3, init_from=str(tmp_path / "first")), export=False)
+
+
 def test_another_recipe_is_refused_in_the_same_folder(recipe, tmp_path):
     check_same_recipe(recipe(), tmp_path)
     check_same_recipe(recipe(trainer={"max_steps": 9}), tmp_path)

@@ -93,6 +93,9 @@ class ContrastiveRecipe:
     out: str
     """Folder of checkpoints and results."""
 
+    init_from: str | None = None
+    """Folder of a finished run that trained the same modules: start from its parameters."""
+
     sentences: Mixture | None = None
     """Unlabelled sentences: each is its own positive."""
 
@@ -603,6 +606,8 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         check_same_recipe(recipe, out)
     set_seed(args.seed)
     model = build_model(recipe, base, device=str(args.device))
+    if recipe.init_from is not None:
+        load_trained(model, Path(recipe.init_from))
     sentences = read_sentences(recipe.sentences) if recipe.sentences else None
     targets = None
     if recipe.teacher is not None and recipe.loss == "distillation" and sentences is not None:

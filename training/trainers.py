@@ -159,13 +159,22 @@ def load_trained(model: nn.Module, folder: Path) -> None:
     """Put back what `trained_parameters` gave.
 
     Raises:
-        ValueError: If the checkpoint is of another recipe.
+        FileNotFoundError: If the folder holds no trained parameters.
+        ValueError: If they are of another recipe.
     """
+    if not (folder / TRAINED_FILE).is_file():
+        raise FileNotFoundError(f"expected {TRAINED_FILE} of a finished training in {folder}; run that recipe first")
     stored = load_file(folder / TRAINED_FILE)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if set(own) != set(stored):
         odd = sorted(set(own) ^ set(stored))[0]
         raise ValueError(f"{folder / TRAINED_FILE} and the model differ in what they train: {odd}")
+    for name, parameter in own.items():
+        if parameter.shape != stored[name].shape:
+            raise ValueError(
+                f"{folder / TRAINED_FILE}: {name} has shape {tuple(stored[name].shape)}, expected "
+                f"{tuple(parameter.shape)}; train with the same rank and teacher dimension"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(stored[name])
