@@ -56,7 +56,6 @@ TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --module
 train: install ## reproduce the released experts (two hours on two cores; resumes)
 	$(TRAIN) training.teacher training/recipes/ubmoe-135m.yaml
 	$(TRAIN) training.contrastive training/recipes/ubmoe-135m.yaml
-	$(TRAIN) training.contrastive training/recipes/ubmoe-135m-refine.yaml
 
 bench: model ## STS of the assembled model; needs the data folder
 	$(BIN)/python -m benchmarks.embedding --model $(MODEL) --tasks sts
