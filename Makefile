@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-venv test-space model demo space train train-smoke bench report help
+.PHONY: install check test test-real test-venv test-min test-space model demo space train train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -30,6 +30,15 @@ test-venv: install ## stock sentence-transformers in a fresh environment without
 test-space: install ## the Gradio Space in headless Chromium; screenshots in CI_ARTIFACTS or runs/artifacts
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]" playwright
 	$(BIN)/python -m pytest -m space -rs
+
+# Needs a Python that has wheels of these versions: 3.10 to 3.12.
+MIN := runs/venv-min
+CORE_TESTS := architecture checkpoint cli dependence experts export hub index model promises stock
+
+test-min: ## core tests on the lowest supported versions of everything
+	test -x $(MIN)/bin/python || $(PYTHON) -m venv $(MIN)
+	$(MIN)/bin/python -m pip install -q --disable-pip-version-check -c constraints-min.txt -e ".[gguf,index]" pytest
+	$(MIN)/bin/python -m pytest -m "not real and not venv" $(CORE_TESTS:%=tests/test_%.py)
 
 test-real: model ## tests on the 135M model
 	$(BIN)/python -m pytest -m real

@@ -1,262 +1,223 @@
-"""Measures `EmbeddingIndex` at corpus scale.
+"""Indexes at corpus scale: `python -m benchmarks.index --model models/ubmoe-135m --texts sentences.txt.gz`.
 
-Two parts, both written to one JSON file:
+Two parts. `kinds`: real embeddings, extended by perturbation to the wanted number of rows, in every kind of index:
+recall@10 against brute force, queries per second, what must be in memory, each beside exact search. `build`: from texts
+to an index on disk, `EmbeddingIndex.build` beside the plain loop `encode` + `IndexFlatIP` and autofaiss.
 
-* `kinds`: vectors of real shape (embedded texts, or given ones, extended by perturbation to the wanted number of rows):
-  build time, bytes per row, recall@10 against brute force, queries per second, resident memory, for each kind.
-* `build`: from text to index, streaming build against the plain loop `encode` + `IndexFlatIP`, and against autofaiss
-  where it is installed: rows per second and peak resident memory, each in a process of its own.
-
-    python benchmarks/index.py --model models/ubmoe-135m --corpus ../shared/data/train/docs-enwiki2015-sample.jsonl.gz
+A run that was stopped goes on with the next kind or system: what is measured is read from the result files, what is
+made from the work folder.
 """
 
 from __future__ import annotations
 
-import argparse
+import gzip
+import hashlib
 import json
 import multiprocessing
 import os
-import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
+
+from benchmarks.index_systems import SYSTEMS, Table, status_mb
+from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, fingerprint, interval, run_record
 
 K = 10
+BASELINE = "flat"
+FAISS_FLAT = "faiss IndexFlatIP"
+KINDS = f"{BASELINE},{FAISS_FLAT},int8,hnsw,hnsw-int8,ivf-flat,ivf-pq,binary"
+GOAL_RECALL, GOAL_SPEED, GOAL_MEMORY = 0.95, 20.0, 0.25
+"""recall@10 at least, queries/s of flat at least, memory of flat at most."""
+LEAST_SECONDS, LEAST_ROUNDS = 2.0, 3
+"""A speed is the median of so many rounds over all queries, or of more until so much time has passed."""
+SINGLE_QUERIES = 100
+FILLER = "and some words that a sentence of the usual length would have, to weigh what a row of text weighs in memory"
+
+Say = Callable[[str], None]
 
 
-def status_mb(name: str) -> float:
-    """A memory figure of this process, MiB: VmHWM is the peak, RssAnon what is no mapped file."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {name}: this benchmark measures memory on Linux")
+class Numbers:
+    """A corpus of so many rows whose text is their number; can be read again, so that a stopped build goes on."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        return ({"id": str(n), "text": str(n)} for n in range(self._rows))
 
 
-def peak_mb() -> float:
-    """Largest resident memory this process has had, MiB; `getrusage` would count the parent's, too."""
-    return status_mb("VmHWM")
+def read_texts(path: Path, count: int) -> list[str]:
+    """Up to `count` texts: lines of .txt(.gz), or sentences of the `text` fields of .jsonl(.gz)."""
+    found: list[str] = []
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for line in lines:
+            text = line.strip()
+            pieces = json.loads(text)["text"].replace("\n", " ").split(". ") if ".jsonl" in path.name else [text]
+            found.extend(piece for piece in pieces if 30 <= len(piece) <= 300)
+            if len(found) >= count:
+                break
+    return found[:count]
 
 
-class Table:
-    """An "encoder" whose vectors are made beforehand: text `N` is row N of a memory-mapped file."""
+def seed_vectors(model: str | None, texts: Path | None, vectors: Path | None, count: int, work: Path) -> Any:
+    """Real embeddings to extend, (n, D), and how they were made.
 
-    def __init__(self, path: Path) -> None:
-        self.prompts: dict[str, str] = {}
-        self._vectors = np.load(path, mmap_mode="r")
-        self._other = np.random.default_rng(0).normal(size=self._vectors.shape[1]).astype(np.float32)
+    Embedding them is an index build, too, so it goes on where it was stopped.
 
-    def encode(self, inputs: list[str], **_: Any) -> np.ndarray:
-        """Vectors of row numbers; other texts (the probes) share one."""
-        rows = [int(text) if text.isdigit() else -1 for text in inputs]
-        return np.stack([self._vectors[row] if row >= 0 else self._other for row in rows])
+    Raises:
+        ValueError: If neither a model with texts nor vectors are given.
+    """
+    if vectors is not None:
+        found = np.load(vectors)[:count].astype(np.float32)
+        return found, f"{len(found):,} vectors of {vectors.name}"
+    if model is None or texts is None:
+        raise ValueError("Expected --model with --texts, or --vectors with a .npy file of real embeddings.")
+    from ubmoe_st.index import EmbeddingIndex
 
-
-def real_vectors(model: str | None, corpus: Path | None, count: int, seed: int) -> tuple[np.ndarray, str]:
-    """Vectors of real texts, or clustered noise where no model is given, and how they were made."""
-    if model is None or corpus is None:
-        generator = np.random.default_rng(seed)
-        spectrum = 1.0 / np.sqrt(1.0 + np.arange(384))
-        vectors = generator.normal(size=(count, 384)) * spectrum
-        return vectors.astype(np.float32), "gaussian, 384 dimensions, falling spectrum (no model given)"
-    from sentence_transformers import SentenceTransformer
-
-    texts = list(sentences(corpus, count))
-    vectors = SentenceTransformer(model).encode_document(texts, batch_size=32, show_progress_bar=True)
-    return np.asarray(vectors, np.float32), f"{len(texts):,} sentences of {corpus.name} by {Path(model).name}"
-
-
-def sentences(corpus: Path, count: int) -> Iterator[str]:
-    """Sentences of a corpus, up to `count`."""
-    from ubmoe_st.index import Corpus
-
-    done = 0
-    for document in Corpus(corpus):
-        for sentence in getattr(document, "text", "").replace("\n", " ").split(". "):
-            if 30 <= len(sentence) <= 300:
-                yield sentence
-                done += 1
-                if done == count:
-                    return
+    rows = read_texts(texts, count)
+    name = fingerprint(model) if Path(model).is_dir() else hashlib.sha256(model.encode()).hexdigest()[:12]
+    folder = work / f"seeds-{name}-{len(rows)}"
+    index = EmbeddingIndex.build(model, [{"id": n, "text": text} for n, text in enumerate(rows)], folder, progress=True)
+    return index.vectors(
+        [str(n) for n in range(len(rows))]
+    ), f"{len(rows):,} texts of {texts.name} by {Path(model).name}"
 
 
 def extended(seeds: np.ndarray, rows: int, noise: float, path: Path, seed: int) -> None:
-    """Write `rows` unit vectors: convex mixtures of two seed vectors plus noise, so none is a copy of another."""
+    """Write `rows` unit vectors, (N, D), as .npy: mixtures of two seeds, perturbed by a difference of two others.
+
+    Both keep the covariance of real embeddings, which noise of the same strength in all directions would not.
+
+    Args:
+        seeds: Real embeddings, (n, D).
+        rows: N.
+        noise: Factor of the difference.
+        path: The file.
+        seed: Of the draws.
+    """
     generator = np.random.default_rng(seed)
-    unit = seeds / np.linalg.norm(seeds, axis=1, keepdims=True)
-    out = np.lib.format.open_memmap(path, "w+", np.float32, (rows, seeds.shape[1]))
-    scale = noise / np.sqrt(seeds.shape[1])
+    unit = (seeds / np.linalg.norm(seeds, axis=1, keepdims=True)).astype(np.float32)
+    temporary = path.with_suffix(".tmp.npy")
+    out = np.lib.format.open_memmap(temporary, "w+", np.float32, (rows, seeds.shape[1]))
     for start in range(0, rows, 20_000):
         count = min(20_000, rows - start)
-        first, second = generator.integers(len(unit), size=(2, count))
-        share = generator.uniform(0.5, 1.0, size=(count, 1))
-        block = share * unit[first] + (1 - share) * unit[second]
-        block += scale * generator.normal(size=block.shape)
+        first, second, plus, minus = generator.integers(len(unit), size=(4, count))
+        share = generator.uniform(0.5, 1.0, size=(count, 1)).astype(np.float32)
+        block = share * unit[first] + (1 - share) * unit[second] + noise * (unit[plus] - unit[minus])
         out[start : start + count] = block / np.linalg.norm(block, axis=1, keepdims=True)
     out.flush()
+    os.replace(temporary, path)
 
 
-def measure_kind(
-    folder: Path, vectors: Path, tuning: np.ndarray, queries: np.ndarray, truth: np.ndarray, kind: str, recall: float
-) -> dict[str, Any]:
-    """Build one kind over the stored vectors, tune it with other queries, and measure it in this (fresh) process."""
+def prepare(seeds: np.ndarray, rows: int, noise: float, seed: int, dtype: str, queries: int, work: Path) -> Path:
+    """A folder, named by its content, with vectors.npy, queries.npy, tuning.npy, the index and truth.npy.
+
+    The queries are seeds that were left out of the extension, and so are as many others to tune with.
+    """
     from ubmoe_st.index import EmbeddingIndex
 
-    index = EmbeddingIndex.open(folder, model=Table(vectors))
-    began = time.perf_counter()
-    index.reindex(kind)
-    made = time.perf_counter() - began
-    found: dict[str, Any] = {
-        "kind": index.kind,
-        "factory": index.info["index"]["factory"],
-        "rows": len(index),
-        "make_index_s": round(made, 1),
-        "bytes_per_row": round(index.info["index"]["bytes"] / len(index), 1),
-    }
-    if index.kind != "flat":
-        report = index.tune(recall, k=K, queries=tuning)
-        found |= {"parameters": report.chosen.parameters, "tuned_recall": round(report.chosen.recall, 4)}
-    index = EmbeddingIndex.open(folder, model=Table(vectors))
-    before = status_mb("RssAnon")
-    index.search(queries[:2], K)
-    began = time.perf_counter()
-    rows = np.array([[int(name) for name in line] for line in index.search(queries, K)[1]])
-    batch_seconds = time.perf_counter() - began
-    single = min(50, len(queries))
-    began = time.perf_counter()
-    for query in queries[:single]:
-        index.search(query, K)
-    one_seconds = time.perf_counter() - began
-    hits = [len(np.intersect1d(a, b)) for a, b in zip(rows, truth)]
-    return found | {
-        "recall_at_10": round(float(np.mean(hits)) / K, 4),
-        "queries_per_s_batch": round(len(queries) / batch_seconds, 1),
-        "queries_per_s_single": round(single / one_seconds, 1),
-        "search_memory_mb": round(status_mb("RssAnon") - before, 1),
-    }
+    held = min(queries, len(seeds) // 8)
+    recipe = json.dumps([rows, noise, seed, dtype, held]).encode()
+    name = hashlib.sha256(np.ascontiguousarray(seeds).tobytes() + recipe).hexdigest()[:12]
+    folder = work / f"rows-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "queries.npy", seeds[-held:])
+    np.save(folder / "tuning.npy", seeds[-2 * held : -held])
+    if not (folder / "vectors.npy").exists():
+        extended(seeds[: -2 * held], rows, noise, folder / "vectors.npy", seed)
+    index: Any
+    if (folder / "index" / "index_info.json").exists():
+        index = EmbeddingIndex.open(folder / "index")
+    else:
+        table = Table(folder / "vectors.npy")
+        index = EmbeddingIndex.build(
+            table, Numbers(rows), folder / "index", kind="flat", faiss_file=False, dtype=dtype, progress=True
+        )
+    if not (folder / "truth.npy").exists():
+        found = index.search(np.load(folder / "queries.npy"), K, exact=True)[1]
+        np.save(folder / "truth.npy", np.array(found, dtype=np.int64))
+    return folder
 
 
-def kinds_part(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The table of index kinds."""
-    from ubmoe_st.index import EmbeddingIndex
+def speeds(work: Callable[[], Any], queries: int) -> list[float]:
+    """Queries per second of each round."""
+    rounds: list[float] = []
+    total = 0.0
+    while len(rounds) < LEAST_ROUNDS or total < LEAST_SECONDS:
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+        rounds.append(queries / seconds)
+        total += seconds
+    return rounds
 
-    seeds, origin = real_vectors(arguments.model, arguments.corpus, arguments.seed_rows, arguments.seed)
-    held = min(arguments.queries, len(seeds) // 8)
-    queries, tuning = seeds[-held:], seeds[-2 * held : -held]
-    vectors = work / "vectors.npy"
-    extended(seeds[: -2 * held], arguments.rows, arguments.noise, vectors, arguments.seed)
-    began = time.perf_counter()
-    corpus = ({"id": str(n), "text": str(n)} for n in range(arguments.rows))
-    folder = work / "index"
-    index = EmbeddingIndex.build(Table(vectors), corpus, folder, kind="flat", dtype=arguments.dtype)
-    stored = time.perf_counter() - began
-    began = time.perf_counter()
-    truth = np.array([[int(name) for name in line] for line in index.search(queries, K, exact=True)[1]])
-    brute = time.perf_counter() - began
-    table = []
-    for kind in arguments.kinds.split(","):
-        row = in_process(measure_kind, folder, vectors, tuning, queries, truth, kind, arguments.recall)
-        sys.stdout.write(json.dumps(row) + "\n")
-        sys.stdout.flush()
-        table.append(row)
+
+def measure_searches(search: Callable[[np.ndarray], list[list[int]]], folder: Path) -> dict[str, Any]:
+    """Recall and speed of a search function over the held-back queries."""
+    queries, truth = np.load(folder / "queries.npy"), np.load(folder / "truth.npy")
+    found = search(queries)
+    hits = [len(set(line) & set(wanted)) / K for line, wanted in zip(found, truth.tolist())]
+    single = queries[:SINGLE_QUERIES]
     return {
-        "vectors": f"{origin}, extended to {arguments.rows:,} rows by mixing pairs and noise {arguments.noise}",
-        "queries": held,
-        "store_rows_s": round(stored, 1),
-        "brute_force_s": round(brute, 2),
-        "dtype": arguments.dtype,
-        "kinds": table,
+        "recall@10": hits,
+        "queries/s, all at once": speeds(lambda: search(queries), len(queries)),
+        "queries/s, one by one": speeds(lambda: [search(query[None]) for query in single], len(single)),
     }
 
 
-def streaming(model: str, corpus: Path, out: Path) -> dict[str, Any]:
-    """Text to index with `EmbeddingIndex.build`."""
+def measure_kind(folder: Path, kind: str, recall: float) -> dict[str, Any]:
+    """Make one kind over the stored vectors, tune it with other queries, and measure it, in this (fresh) process."""
+    if kind == FAISS_FLAT:
+        return measure_faiss_flat(folder)
     from ubmoe_st.index import EmbeddingIndex
 
-    encoder = load(model)
-    before = peak_mb()
-    began = time.perf_counter()
-    index = EmbeddingIndex.build(encoder, corpus, out, kind="flat", with_title=False)
-    return cost("streaming build", len(index), time.perf_counter() - began, before)
+    index = EmbeddingIndex.open(folder / "index")
+    facts: dict[str, Any] = {}
+    if kind != BASELINE:
+        before, began = status_mb("VmRSS"), time.perf_counter()
+        index.reindex(kind)
+        facts |= {"seconds to make": time.perf_counter() - began, "MB to make": status_mb("VmHWM") - before}
+        report = index.tune(recall, k=K, queries=np.load(folder / "tuning.npy"))
+        facts |= {"parameters": dict(report.chosen.parameters), "tuned_recall": report.chosen.recall}
+    elif index.kind != BASELINE:
+        index.reindex(BASELINE, faiss_file=False)
+    index = EmbeddingIndex.open(folder / "index")
+    before = status_mb("VmRSS")
+    facts |= measure_searches(lambda q: [[int(name) for name in line] for line in index.search(q, K)[1]], folder)
+    held = index.info["index"]["bytes"] or len(index) * index.dimension * np.dtype(index.info["dtype"]).itemsize
+    facts |= {"resident bytes/row": held / len(index), "RSS MB": status_mb("VmRSS") - before}
+    return facts | {"factory": index.info["index"]["factory"], "files": len(index.info["index"]["files"])}
 
 
-def plain_loop(model: str, corpus: Path, out: Path) -> dict[str, Any]:
-    """Text to index with `encode` and `IndexFlatIP`, all in memory."""
+def measure_faiss_flat(folder: Path) -> dict[str, Any]:
+    """The plain library, all vectors in memory: what the plain loop ends with."""
     import faiss
 
-    encoder = load(model)
-    before = peak_mb()
-    began = time.perf_counter()
-    rows = [json.loads(line) for line in corpus.open(encoding="utf-8")]
-    vectors = encoder.encode_document([row["text"] for row in rows], batch_size=32, normalize_embeddings=True)
+    before, began = status_mb("VmRSS"), time.perf_counter()
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    out.mkdir()
-    faiss.write_index(index, str(out / "index.faiss"))
-    (out / "ids.json").write_text(json.dumps([row["id"] for row in rows]))
-    return cost("plain loop", len(rows), time.perf_counter() - began, before)
+    for start in range(0, len(vectors), 50_000):
+        index.add(np.ascontiguousarray(vectors[start : start + 50_000]))
+    made = time.perf_counter() - began
+    del vectors
 
+    def search(queries: np.ndarray) -> list[list[int]]:
+        unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
+        return index.search(unit.astype(np.float32), K)[1].tolist()
 
-def with_autofaiss(model: str, corpus: Path, out: Path) -> dict[str, Any]:
-    """Text to index with `encode` and autofaiss."""
-    from autofaiss import build_index
-
-    encoder = load(model)
-    before = peak_mb()
-    began = time.perf_counter()
-    rows = [json.loads(line) for line in corpus.open(encoding="utf-8")]
-    vectors = encoder.encode_document([row["text"] for row in rows], batch_size=32, normalize_embeddings=True)
-    build_index(vectors, str(out) + ".faiss", str(out) + ".json", max_index_memory_usage="4G", metric_type="ip")
-    return cost("autofaiss", len(rows), time.perf_counter() - began, before)
-
-
-def load(model: str) -> Any:
-    """A model folder or Hub id; `table:FILE` stands for vectors made beforehand (measures all but the model)."""
-    if model.startswith("table:"):
-        table = Table(Path(model.removeprefix("table:")))
-        table.encode_document = lambda texts, **_: table.encode(texts)  # type: ignore[attr-defined]
-        return table
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(model)
-
-
-def cost(name: str, rows: int, seconds: float, before: float) -> dict[str, Any]:
-    """One line of the build table."""
-    return {
-        "how": name,
-        "rows": rows,
-        "seconds": round(seconds, 1),
-        "rows_per_s": round(rows / seconds, 1),
-        "peak_memory_above_model_mb": round(peak_mb() - before, 1),
-    }
-
-
-def build_part(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
-    """Streaming against the plain loop, and autofaiss if it is there."""
-    corpus = work / "texts.jsonl"
-    model = arguments.model
-    if model is None or arguments.corpus is None:
-        model = f"table:{work / 'vectors.npy'}"
-        texts: Iterator[str] = (str(n) for n in range(arguments.rows))
-    else:
-        texts = sentences(arguments.corpus, arguments.build_rows)
-    with corpus.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts))
-    table = []
-    for name, run in (("loop", plain_loop), ("stream", streaming), ("autofaiss", with_autofaiss)):
-        if name == "autofaiss" and shutil.which("autofaiss") is None:
-            table.append({"how": "autofaiss", "skipped": "not installed"})
-            continue
-        table.append(in_process(run, model, corpus, work / f"built-{name}"))
-        sys.stdout.write(json.dumps(table[-1]) + "\n")
-        sys.stdout.flush()
-    return table
+    facts = measure_searches(search, folder)
+    facts |= {"seconds to make": made, "factory": "Flat", "resident bytes/row": 4.0 * index.d}
+    return facts | {"RSS MB": status_mb("VmRSS") - before, "files": 1}
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -265,42 +226,250 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def main() -> None:
-    """Parse the command line, run both parts and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id; without one the vectors are noise of embedding-like shape")
-    parser.add_argument("--corpus", type=Path, help="jsonl(.gz) corpus with real texts")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the kinds part")
-    parser.add_argument("--seed-rows", type=int, default=20_000, help="texts embedded as seeds of those rows")
-    parser.add_argument("--build-rows", type=int, default=5_000, help="texts of the build part")
-    parser.add_argument("--queries", type=int, default=500, help="held-back seeds as queries; as many for tuning")
-    parser.add_argument("--kinds", default="flat,int8,hnsw,hnsw-int8,ivf-flat,ivf-pq,binary")
-    parser.add_argument("--recall", type=float, default=0.96, help="recall the search parameters are tuned to")
-    parser.add_argument("--noise", type=float, default=0.35, help="length of the perturbation")
-    parser.add_argument("--dtype", default="float32", help="type of the stored vectors")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", default="kinds,build")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-index"), help="scratch folder, emptied first")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/index.json"))
-    arguments = parser.parse_args()
-    shutil.rmtree(arguments.work, ignore_errors=True)
-    arguments.work.mkdir(parents=True)
+def scores_of(name: str, facts: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """What was measured of a kind or a system, as scores; lists become a mean or a median with its spread."""
+    scores = []
+    for metric, value in facts.items():
+        if isinstance(value, (str, dict)):
+            continue
+        score: dict[str, Any] = {"task": name, "metric": metric}
+        if metric == "recall@10":
+            low, high = interval(bootstrap_mean(value, seed=seed))
+            score |= {"value": float(np.mean(value)), "low": low, "high": high, "n": len(value)}
+        elif isinstance(value, list):
+            score |= {"value": float(np.median(value)), "low": min(value), "high": max(value), "n": len(value)}
+        else:
+            score["value"] = float(value)
+        scores.append(score)
+    facts_only = {key: value for key, value in facts.items() if isinstance(value, (str, dict))}
+    return [{**score, **facts_only} for score in scores]
+
+
+def value_of(file: ResultFile, task: str, metric: str) -> float | None:
+    """One measured value, or None."""
+    found = file.find(task=task, metric=metric)
+    return None if found is None else float(found["value"])
+
+
+def ratio(value: float | None, base: float | None) -> float | None:
+    """The quotient, where there are both."""
+    return None if value is None or not base else value / base
+
+
+def kinds_table(file: ResultFile) -> dict[str, Any]:
+    """Columns and rows for the report: every kind beside flat."""
+    columns = ["kind", "made in s", "memory, bytes/row", "of flat", "recall@10 [95 %]", "queries/s, all at once"]
+    columns += ["x flat", "queries/s, one by one", "x flat", "parameters", "goal"]
+    rows = []
+    for task in dict.fromkeys(score["task"] for score in file.content["scores"]):
+        made, size, recall, batch, single = (
+            file.find(task=task, metric=metric) or {"value": None}
+            for metric in (
+                "seconds to make",
+                "resident bytes/row",
+                "recall@10",
+                "queries/s, all at once",
+                "queries/s, one by one",
+            )
+        )
+        memory = ratio(size["value"], value_of(file, BASELINE, "resident bytes/row"))
+        faster = [
+            ratio(score["value"], value_of(file, BASELINE, metric))
+            for score, metric in ((batch, "queries/s, all at once"), (single, "queries/s, one by one"))
+        ]
+        reached = (
+            recall["value"] >= GOAL_RECALL
+            and memory is not None
+            and memory <= GOAL_MEMORY
+            and all(value is not None and value >= GOAL_SPEED for value in faster)
+        )
+        parameters = ", ".join(f"{name} {value}" for name, value in recall.get("parameters", {}).items())
+        rows.append(
+            [
+                task,
+                "" if made["value"] is None else f"{made['value']:.0f}",
+                f"{size['value']:.0f}",
+                memory,
+                f"{recall['value']:.3f} [{recall['low']:.3f}, {recall['high']:.3f}]",
+                f"{batch['value']:.1f}",
+                faster[0],
+                f"{single['value']:.1f}",
+                faster[1],
+                parameters,
+                "" if task in (BASELINE, FAISS_FLAT) else "met" if reached else "missed",
+            ]
+        )
+    return {"columns": columns, "rows": rows}
+
+
+def kinds_part(
+    seeds: np.ndarray, kinds: list[str], folder: Path, recall: float, file: ResultFile, seed: int, say: Say
+) -> None:
+    """Measure the kinds that are not in the result file yet."""
+    for kind in kinds:
+        if file.find(task=kind):
+            say(f"{kind}: kept")
+            continue
+        facts = in_process(measure_kind, folder, kind, recall)
+        file.add(*scores_of(kind, facts, seed))
+        file.add(tables={"index-kinds": kinds_table(file)})
+        say(
+            f"{kind}: recall@10 {value_of(file, kind, 'recall@10'):.3f}, "
+            f"{value_of(file, kind, 'queries/s, all at once'):,.0f} queries/s at once, "
+            f"{value_of(file, kind, 'queries/s, one by one'):,.0f} one by one, "
+            f"{facts['resident bytes/row']:.0f} bytes/row"
+        )
+
+
+def write_corpus(path: Path, texts: Iterator[str]) -> None:
+    """A .jsonl corpus with numbered ids."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"id": str(n), "text": text}) + "\n" for n, text in enumerate(texts))
+    os.replace(temporary, path)
+
+
+def run_system(name: str, python: str, arguments: dict[str, str]) -> dict[str, Any]:
+    """One system in a process of its own.
+
+    Raises:
+        RuntimeError: If it failed, with the end of what it said.
+    """
+    script = Path(__file__).with_name("index_systems.py")
+    done = subprocess.run(
+        [python, str(script), name, json.dumps(arguments)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr.strip()[-800:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def build_part(
+    encoder: str, what: str, corpus: Path, work: Path, autofaiss: str | None, budget: str, file: ResultFile, say: Say
+) -> None:
+    """Measure the systems that are not in the result file yet, for one encoder.
+
+    Args:
+        encoder: As for `index_systems.load`.
+        what: Name of the encoder in the table.
+        corpus: A .jsonl file.
+        work: Scratch.
+        autofaiss: A Python that has autofaiss, or None.
+        budget: `memory_budget` of the streaming builds.
+        file: The result file.
+        say: Takes one line per system.
+    """
+    for name in SYSTEMS:
+        task = f"{name} ({what})"
+        if "autofaiss" in name and (autofaiss is None or not encoder.startswith("table:")):
+            continue
+        if file.find(task=task):
+            say(f"{task}: kept")
+            continue
+        out = work / "built"
+        for path in work.glob("built*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        python = autofaiss if "autofaiss" in name and autofaiss else sys.executable
+        facts = run_system(name, python, {"model": encoder, "corpus": str(corpus), "out": str(out), "budget": budget})
+        facts["rows/s"] = facts["rows"] / facts["seconds"]
+        size = sum(path.stat().st_size for path in [*work.glob("built*"), *out.rglob("*")] if path.is_file())
+        facts["disk bytes/row"] = size / facts["rows"]
+        file.add(*scores_of(task, facts, 0))
+        file.add(tables={"index-build": build_table(file)})
+        say(f"{task}: {facts['rows/s']:,.0f} rows/s, peak {facts['peak_mb']:,.0f} MB, {facts['index']}")
+
+
+def build_table(file: ResultFile) -> dict[str, Any]:
+    """Columns and rows for the report: every way beside the plain loop of the same encoder."""
+    columns = ["text to index", "rows", "index", "rows/s", "x plain loop", "peak memory, MiB", "of plain loop"]
+    rows = []
+    for task in dict.fromkeys(score["task"] for score in file.content["scores"]):
+        base = "plain loop (" + task.split(" (", 1)[1]
+        speed, peak = value_of(file, task, "rows/s"), value_of(file, task, "peak_mb")
+        rows.append(
+            [
+                task,
+                f"{value_of(file, task, 'rows'):,.0f}",
+                (file.find(task=task) or {}).get("index", ""),
+                f"{speed:,.1f}",
+                ratio(speed, value_of(file, base, "rows/s")),
+                f"{peak:,.0f}",
+                ratio(peak, value_of(file, base, "peak_mb")),
+            ]
+        )
+    return {"columns": columns, "rows": rows}
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Lines of .txt(.gz), or .jsonl(.gz) with `text`.")] = None,
+    vectors: Annotated[Path | None, typer.Option(help="Real embeddings as .npy, instead of --model.")] = None,
+    rows: Annotated[int, typer.Option(min=1000, help="Rows of both parts.")] = 1_000_000,
+    seed_rows: Annotated[int, typer.Option(help="Texts embedded as seeds of those rows.")] = 20_000,
+    queries: Annotated[int, typer.Option(help="Held-back seeds as queries; as many again to tune with.")] = 500,
+    model_rows: Annotated[int, typer.Option(help="Texts of the build part with the model itself; 0: none.")] = 2_000,
+    kinds: Annotated[str, typer.Option(help="Index kinds, comma-separated; faiss:FACTORY, too.")] = KINDS,
+    recall: Annotated[float, typer.Option(help="Recall the search parameters are tuned to.")] = 0.965,
+    noise: Annotated[float, typer.Option(help="Strength of the perturbation.")] = 0.25,
+    dtype: Annotated[str, typer.Option(help="Type of the stored vectors.")] = "float32",
+    budget: Annotated[str, typer.Option(help="memory_budget of the streaming builds.")] = "256MB",
+    autofaiss: Annotated[
+        str | None, typer.Option(help="A Python that has autofaiss (it wants an older numpy).")
+    ] = None,
+    parts: Annotated[str, typer.Option(help="kinds, build or both.")] = "kinds,build",
+    work: Annotated[Path, typer.Option(help="Scratch folder, kept; about 6 KB per row.")] = Path("runs/bench-index"),
+    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    seed: int = 0,
+) -> None:
+    """Measure index kinds and index builds; what is measured already is kept."""
     import faiss
 
-    result: dict[str, Any] = {
-        "command": "python benchmarks/index.py " + " ".join(sys.argv[1:]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": {"cpus": os.cpu_count(), "threads": faiss.omp_get_max_threads(), "machine": platform.machine()},
-        "versions": {"faiss": faiss.__version__, "numpy": np.__version__, "python": platform.python_version()},
-    }
-    if "kinds" in arguments.parts:
-        result["search"] = kinds_part(arguments, arguments.work)
-    if "build" in arguments.parts:
-        result["build"] = build_part(arguments, arguments.work)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(arguments.work)
+    try:
+        seeds, origin = seed_vectors(model, texts, vectors, seed_rows, work)
+        folder = prepare(seeds, rows, noise, seed, dtype, queries, work)
+        data = (
+            f"{origin}; extended to {rows:,} rows: mixtures of two, perturbed by {noise} x a difference of two others"
+        )
+
+        def result(row: str, **facts: Any) -> ResultFile:
+            record = run_record(
+                command_line("benchmarks.index"),
+                seed=seed,
+                packages=("faiss-cpu", "pyarrow"),
+                fingerprint=folder.name,
+                dtype=dtype,
+                prompt="none",
+                pooling="none",
+                data=data,
+                faiss_threads=faiss.omp_get_max_threads(),
+                **facts,
+            )
+            return ResultFile(out / f"{row}.json", benchmark="index", row=row, run=record, label=row)
+
+        if "kinds" in parts:
+            file = result("index-kinds", rows=rows, tuned_to=recall)
+            kinds_part(seeds, kinds.split(","), folder, recall, file, seed, typer.echo)
+        if "build" in parts:
+            file = result("index-build", rows=rows, memory_budget=budget)
+            corpus = folder / "texts.jsonl"
+            if not corpus.exists():
+                write_corpus(corpus, (f"{n} {FILLER}" for n in range(rows)))
+            build_part(
+                f"table:{folder / 'vectors.npy'}", "free encoder", corpus, work, autofaiss, budget, file, typer.echo
+            )
+            if model is not None and texts is not None and model_rows:
+                corpus = folder / "sentences.jsonl"
+                write_corpus(corpus, iter(read_texts(texts, model_rows)))
+                build_part(model, Path(model).name, corpus, work, None, budget, file, typer.echo)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":
-    main()
+    app()

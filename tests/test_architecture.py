@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ubmoe_st"
-ORDER = ["configuration", "bases", "checkpoint", "experts", "generator", "model", "upcycling", "cli"]
+ORDER = ["configuration", "bases", "checkpoint", "hub", "experts", "generator", "model", "upcycling", "cli"]
 BESIDE = {"dependence": {"configuration", "experts", "generator", "model"}, "index": {"configuration"}}
 LAZY = {"faiss", "mteb", "lm_eval", "peft", "pyarrow", "matplotlib", "bm25s", "ray", "gguf"}
 

@@ -264,10 +264,7 @@ def test_a_useless_vector_never_gets_in(tmp_path, value):
     assert sorted(ids[0]) == sorted(row["id"] for row in corpus if row["id"] != "doc-11")
 
 
-@pytest.mark.parametrize("small", [False, True])
-def test_duplicate_ids_are_refused_skipped_or_win(tmp_path, encoder, small, monkeypatch):
-    if small:
-        monkeypatch.setattr("ubmoe_st.index.pipeline.SPILL_KEYS", 3)
+def test_duplicate_ids_are_refused_skipped_or_win(tmp_path, encoder):
     corpus = [{"id": f"d{number % 40}", "text": f"text {number}"} for number in range(60)]
     cut = {"window_tokens": 30, "segment_rows": 25}
     with pytest.raises(CorpusError, match=r"row 40: id 'd0' is already there"):
@@ -414,6 +411,15 @@ def test_an_index_is_replaced_only_when_asked(tmp_path, encoder):
     assert len(old) == 10
 
 
+def test_a_missing_library_is_named(tmp_path, encoder, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "faiss" else object())
+    for action in (lambda: EmbeddingIndex.build(encoder, rows(3), tmp_path / "i"), lambda: EmbeddingIndex.open("i")):
+        with pytest.raises(ImportError, match=r"needs faiss: pip install 'ubmoe-st\[index\]'"):
+            action()
+
+
 def test_progress_is_told_and_nothing_printed(tmp_path, encoder, capfd):
     states = []
     path = write_jsonl(tmp_path / "c.jsonl", rows(200))
@@ -444,12 +450,15 @@ def test_batches_stay_within_the_token_budget():
 def test_ids_seen_are_remembered_like_a_dictionary_would(tmp_path, monkeypatch):
     from ubmoe_st.index.pipeline import SeenIds
 
-    monkeypatch.setattr("ubmoe_st.index.pipeline.SPILL_KEYS", 10)
-    monkeypatch.setattr("ubmoe_st.index.pipeline.SPILL_RUNS", 3)
+    monkeypatch.setattr("ubmoe_st.index.pipeline.SEEN_CACHE_KIB", 16)
     seen, expected = SeenIds(tmp_path), {}
-    for row, number in enumerate(np.random.default_rng(0).integers(300, size=1000).tolist()):
+    for row, number in enumerate(np.random.default_rng(0).integers(3000, size=10_000).tolist()):
         name = f"id {number}"
-        assert (name in seen) == (name in expected)
         assert seen.add(name, row) == expected.get(name)
-        expected[name] = row
-    assert len(list(tmp_path.iterdir())) > 20
+        if row % 3:
+            expected.setdefault(name, row)
+        else:
+            seen.move(name, row)
+            expected[name] = row
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 64 << 10, "all in the cache: vacuous"
+    seen.close()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ubmoe_st.index import EmbeddingIndex
+from ubmoe_st.index.budget import MemoryBudget, parse_size, token_bytes
 from ubmoe_st.index.kinds import KINDS, choose, subquantizers_for
 
 DIMENSION = 32
@@ -160,6 +161,84 @@ def test_a_flat_index_cannot_be_tuned_but_reindexed(encoder, tmp_path):
     index.reindex("int8")
     assert index.kind == EmbeddingIndex.open(tmp_path / "i").kind == "int8"
     assert len(list(tmp_path.glob("i/index*.faiss"))) == 1
+
+
+@pytest.mark.parametrize("kind", [name for name in KINDS if name != "flat"] + ["faiss:IVF32,SQ8"])
+def test_an_index_of_several_files_finds_what_one_file_does(kind, encoder, tmp_path, queries, monkeypatch):
+    import faiss
+
+    whole = EmbeddingIndex.build(encoder, corpus(), tmp_path / "whole", kind=kind)
+    monkeypatch.setattr(MemoryBudget, "shard_rows", lambda *_: 800)
+    cut = EmbeddingIndex.build(encoder, corpus(), tmp_path / "cut", kind=kind)
+    files = cut.info["index"]["files"]
+    assert [file["rows"] for file in files] == [750] * 4
+    assert len(whole.info["index"]["files"]) == 1
+    for file in files:
+        assert faiss.read_index(str(cut.path / file["file"])).ntotal == 750
+    names = whole.search(queries, 10)[1]
+    found = cut.search(queries, 10)[1]
+    assert recall(found, names) >= (1.0 if kind in ("int8", "ivf-flat", "faiss:IVF32,SQ8") else 0.97)
+    assert {int(name[1:]) // 750 for line in found for name in line} == {0, 1, 2, 3}
+    keep = {row["id"] for row in corpus() if row["lang"] == "de"}
+    monkeypatch.setattr("ubmoe_st.index.search.FEW_ROWS", 50)
+    filtered = cut.search(queries, 10, filter={"lang": "de"})[1]
+    assert all(len(line) == 10 and set(line) <= keep for line in filtered)
+    (cut.path / files[2]["file"]).write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"index\.2\.faiss.*truncated"):
+        EmbeddingIndex.open(cut.path)
+
+
+def test_a_flat_index_has_a_faiss_file_when_asked_or_small(encoder, tmp_path, queries, monkeypatch):
+    import faiss
+
+    small = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "small")
+    assert faiss.read_index(str(small.path / "index.faiss")).ntotal == 50
+    without = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "without", faiss_file=False)
+    assert without.info["index"]["file"] is None
+    monkeypatch.setattr("ubmoe_st.index.commit.FLAT_ROWS", 40)
+    large = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "large")
+    asked = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "asked", kind="flat", faiss_file=True)
+    for index in (without, large):
+        assert not list(index.path.rglob("*.faiss"))
+        assert index.search(queries, 5)[1] == small.search(queries, 5)[1]
+        assert index.verify() == []
+    large.reindex("flat", faiss_file=True)
+    for index in (large, asked):
+        stock = faiss.read_index(str(index.path / index.info["index"]["file"]))
+        np.testing.assert_array_equal(stock.reconstruct_n(0, 50), index.vectors([f"r{n}" for n in range(50)]))
+    assert EmbeddingIndex.build(encoder, corpus(50), asked.path, kind="flat", faiss_file=True).version == 1
+
+
+def test_a_reader_searches_on_when_its_faiss_file_is_replaced(encoder, tmp_path, queries, caplog):
+    EmbeddingIndex.build(encoder, corpus(), tmp_path / "i", kind="int8")
+    reader = EmbeddingIndex.open(tmp_path / "i", model=encoder)
+    EmbeddingIndex.open(tmp_path / "i").reindex("ivf-flat")
+    _, names = truth(encoder, queries, 10)
+    assert reader.search(queries, 10)[1] == names
+    assert "until refresh" in caplog.text
+    assert reader.refresh()
+    assert (reader.kind, len(reader.search(queries, 10)[1])) == ("ivf-flat", 40)
+
+
+def test_the_memory_budget_bounds_what_is_held():
+    assert [parse_size(text) for text in ("512MB", "1.5 GiB", "64m", 7)] == [512 * 10**6, 3 << 29, 64 * 10**6, 7]
+    for wrong in ("much", "5 PB", 0, -1, True, "", 1.5):
+        with pytest.raises(ValueError, match="a size is"):
+            parse_size(wrong)
+    with pytest.raises(ValueError, match="at least 64 MB, got 10 MB"):
+        MemoryBudget.of("10MB")
+    with pytest.raises(ValueError, match="do not fit in memory_budget=64 MB"):
+        MemoryBudget.of("64MB").check_row(8 << 20)
+    tight, roomy = MemoryBudget.of("64MB"), MemoryBudget.of("64GB")
+    assert roomy.window(576) == {"window_tokens": 65536, "window_rows": 8192, "window_bytes": 16 << 20}
+    for dimension in (64, 576, 8192):
+        rows = tight.window(dimension)["window_rows"]
+        assert 1 <= rows * dimension * 8 <= 8 * 10**6
+        assert tight.training_rows(dimension) * dimension * 4 <= 8 * 10**6
+        assert tight.shard_rows(4 * dimension) * dimension * 4 <= 16 * 10**6
+    assert tight.batch_tokens(token_bytes(None, 576)) < roomy.batch_tokens(token_bytes(None, 576)) == 4096
+    assert choose("ivf-pq", 10**6, 576, budget=tight).factory.split(",")[1] == "IVF64"
+    assert choose("ivf-pq", 10**6, 576, budget=roomy).factory.split(",")[1] == "IVF2048"
 
 
 def test_auto_explains_its_choice_by_rows_and_memory():

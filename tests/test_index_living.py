@@ -122,6 +122,41 @@ def test_an_addition_that_was_stopped_goes_on_and_guards_the_index(tmp_path):
     assert len(index) == 81
 
 
+def test_an_addition_that_is_repeated_after_its_commit_is_done_already(tmp_path, monkeypatch):
+    """Killed between the commit and the clearing up, or simply called again: the count, and nothing changes."""
+    encoder = HashEncoder(16)
+    more = [{"id": f"e{n}", "text": f"some more text number {n}"} for n in range(60)]
+    index = EmbeddingIndex.build(encoder, [{"id": "a", "text": "b"}], tmp_path / "i", **CUT)
+
+    def stop(path):
+        if path.name == "build":
+            raise KeyboardInterrupt
+        remove(path)
+
+    from ubmoe_st.index.commit import remove
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ubmoe_st.index.commit.remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index.add(more)
+    assert (tmp_path / "i" / "build" / "journal.json").exists()
+    index = EmbeddingIndex.open(tmp_path / "i", model=encoder)
+    done = len(encoder.batches)
+    assert index.add(more) == 60
+    assert not (tmp_path / "i" / "build").exists()
+    assert index.add(more) == 60
+    assert (len(index), index.version, len(encoder.batches)) == (61, 2, done), "something was embedded again"
+    with pytest.raises(CorpusError, match="'e0' is already there"):
+        index.add(row for row in more)
+    assert index.discard_unfinished()
+    with pytest.raises(CorpusError, match="'e0' is already there"):
+        index.add(more[:59])
+    assert index.discard_unfinished()
+    index.delete("e5")
+    with pytest.raises(CorpusError, match="'e0' is already there"):
+        index.add(more)
+
+
 def test_a_stopped_addition_can_be_thrown_away(tmp_path):
     from test_index_crash import Stops
 
@@ -192,8 +227,10 @@ def test_a_kill_during_any_change_leaves_the_old_or_the_new_version(tmp_path):
     whole = out / "whole"
     EmbeddingIndex.build(encoder, rows, whole, window_tokens=60, batch_tokens=20, segment_rows=25)
     more = [{"id": f"d{n}", "text": f"changed text number {n}"} for n in range(30, 50)]
+    fresh = [{"id": f"e{n}", "text": f"fresh text number {n}"} for n in range(20)]
     changes = {
         "add": lambda index: index.upsert(more),
+        "new": lambda index: index.add(fresh),
         "delete": lambda index: index.delete([f"d{n}" for n in range(5)]),
         "compact": lambda index: index.compact(),
         "reindex": lambda index: index.reindex("faiss:SQ8"),
@@ -227,7 +264,8 @@ def test_a_kill_during_any_change_leaves_the_old_or_the_new_version(tmp_path):
             def again():
                 index = EmbeddingIndex.open(folder, model=encoder, verify=True)
                 before = [f"d{n}" for n in range(39)]
-                after = {"add": [f"d{n}" for n in range(50)], "delete": before[5:]}.get(name, before)
+                added = {"add": [f"d{n}" for n in range(39, 50)], "new": [row["id"] for row in fresh]}.get(name, [])
+                after = before[5:] if name == "delete" else before + added
                 state = sorted(index)
                 if state not in (sorted(before), sorted(after)):
                     raise ValueError(state)
@@ -248,7 +286,7 @@ def test_a_kill_during_any_change_leaves_the_old_or_the_new_version(tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "a", "text": "b"}))
     command = [sys.executable, "-c", script, str(ROOT), str(tmp_path / "c.jsonl"), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 15
+    assert int(done.stdout) > 18
     assert signal.SIGKILL

@@ -182,7 +182,7 @@ print("fine")
 MEASURE = """
 import json, os, sys, types
 from pathlib import Path
-root = Path(sys.argv[1])
+root, count, folder, options = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
 package = types.ModuleType("ubmoe_st")
 package.__path__ = [str(root / "ubmoe_st")]
 sys.modules["ubmoe_st"] = package
@@ -199,25 +199,37 @@ def corpus(count):
     for number in range(count):
         yield {"id": f"document-{number}", "text": f"{number * 2654435761 % 2**32:x} " * 40}
 
-count = int(sys.argv[2])
-index = EmbeddingIndex.build(Encoder(), corpus(count), sys.argv[3], segment_rows=1000, window_tokens=16384, kind="flat")
+index = EmbeddingIndex.build(Encoder(), corpus(count), folder, window_tokens=16384, **options)
 # VmHWM and not getrusage, which starts from what the parent process had.
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({"rows": len(index), "peak_kib": peak}))
+print(json.dumps({"rows": len(index), "peak_kib": peak, "files": len(index.info["index"]["files"])}))
 """
 
 
-def measure(count: int, folder: Path) -> dict:
-    command = [sys.executable, "-c", MEASURE, str(ROOT), str(count), str(folder)]
+def measure(count: int, folder: Path, **options) -> dict:
+    command = [sys.executable, "-c", MEASURE, str(ROOT), str(count), str(folder), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+
+
+@needs_proc
 def test_a_corpus_twenty_times_larger_takes_no_more_memory(tmp_path):
-    small, large = measure(1000, tmp_path / "small"), measure(20_000, tmp_path / "large")
+    options = {"kind": "flat", "segment_rows": 1000, "memory_budget": "64MB"}
+    small, large = measure(1000, tmp_path / "small", **options), measure(20_000, tmp_path / "large", **options)
     assert large["rows"] == 20 * small["rows"]
     assert small["peak_kib"] > 50_000
     assert large["peak_kib"] < 1.1 * small["peak_kib"], (small, large)
+
+
+@needs_proc
+def test_making_an_index_stays_within_the_budget(tmp_path):
+    """The index would hold 41 MB and take twice that to make; ten rows show what the libraries alone take."""
+    least = measure(10, tmp_path / "least")
+    found = measure(20_000, tmp_path / "i", kind="ivf-flat", memory_budget="64MB")
+    assert found["files"] == 3, "one file was enough, so this test would be vacuous"
+    assert found["peak_kib"] < least["peak_kib"] + 64_000_000 / 1024, (least, found)

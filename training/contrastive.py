@@ -439,13 +439,13 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
     batch_tokens: int | None = None
     sampler: Any = None
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The stock one; what it has cost so far goes on from the checkpoint."""
         if resume_from_checkpoint:
             spent = json.loads((Path(resume_from_checkpoint) / SPENT_FILE).read_text(encoding="utf-8"))
             self.tokens, self.seconds = spent["tokens"], spent["seconds"]
         self._start = time.perf_counter()
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.seconds += time.perf_counter() - self._start
         return result
 
@@ -460,7 +460,7 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
         if self.batch_tokens is None:
             self.sampler = super().get_batch_sampler(dataset, *args, **kwargs)
         else:
-            module = encoder_of(self.model)
+            module: Any = encoder_of(self.model)
             texts = dataset[dataset.column_names[0]][:]
             ids = module.tokenizer(texts, truncation=True, max_length=module.max_seq_length)["input_ids"]
             self.sampler = TokenBudget(dataset, [len(row) for row in ids], self.batch_tokens, seed=self.args.seed)

@@ -268,6 +268,7 @@ class EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the epoch before its first batch is drawn."""
-        for part in (getattr(self.trainer, "sampler", None), self.trainer.data_collator):
+        parts: list[Any] = [getattr(self.trainer, "sampler", None), self.trainer.data_collator]
+        for part in parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(int((state.epoch or 0) + 1e-6))

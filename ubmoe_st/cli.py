@@ -29,6 +29,8 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+MAX_CALIBRATION_TEXTS = 300
+
 ANSWER_PROMPT = (
     "Answer the question with the help of the numbered entries. Name the entry you used in square brackets.\n\n"
     "{entries}\n\nQuestion: {question}"
@@ -36,6 +38,7 @@ ANSWER_PROMPT = (
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder or Hub id.", show_default=False)]
+IndexFolders = Annotated[list[Path], typer.Argument(metavar="INDEX", help="Index folders.", show_default=False)]
 RoutingOption = Annotated[
     Literal["uni", "bi", "router"], typer.Option(help="Expert that generates; `uni` is the base model.")
 ]
@@ -227,11 +230,20 @@ def index(
     on_duplicate: Annotated[Literal["raise", "skip", "upsert"], typer.Option(help="An id met again.")] = "raise",
     on_bad_row: Annotated[Literal["raise", "skip"], typer.Option(help="A row that cannot be used.")] = "raise",
     truncate_dim: Annotated[int | None, typer.Option(min=1)] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What the build may take beside the model, like 512MB; default: half.")
+    ] = None,
+    faiss_file: Annotated[
+        bool | None, typer.Option("--faiss/--no-faiss", help="A faiss file beside a flat index; default: if small.")
+    ] = None,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Index the words, too, for hybrid search.")] = False,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="ray: on the actors of a Ray cluster.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors.")] = 2,
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Build a search index over a corpus; run again after an interruption, it goes on where it was."""
-    loaded = _load(model)
+    loaded: Any = model if engine == "ray" else _load(model)
     from ubmoe_st.index import EmbeddingIndex
 
     built = EmbeddingIndex.build(
@@ -247,10 +259,16 @@ def index(
         on_duplicate=on_duplicate,
         on_bad_row=on_bad_row,
         truncate_dim=truncate_dim,
+        memory_budget=memory,
+        faiss_file=faiss_file,
+        engine=engine,
+        workers=workers,
         overwrite=overwrite,
         progress=not as_json and err.is_terminal,
         model_id=_remembered(model),
     )
+    if bm25 and built.info["bm25"] is None:
+        built.build_bm25()
     facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind}
     if as_json:
         _print_json(facts)
@@ -260,16 +278,20 @@ def index(
 
 @command()
 def search(
-    path: Annotated[Path, typer.Argument(metavar="INDEX", help="Index folder.")],
+    paths: IndexFolders,
     query: Annotated[str, typer.Argument(help="What to look for.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Results.")] = 10,
-    mode: Annotated[Literal["dense", "bm25", "hybrid"], typer.Option(help="hybrid needs a BM25 index.")] = "dense",
+    mode: Annotated[
+        Literal["dense", "bm25", "hybrid"], typer.Option(help="bm25 and hybrid: of one index that has a BM25 part.")
+    ] = "dense",
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Find the nearest entries of an index."""
-    opened = _open_index(path, model)
-    hits = opened.search_entries(query, k, mode=mode)[0]
+    """Find the nearest entries of one index, or of several together."""
+    if mode != "dense" and len(paths) > 1:
+        raise ValueError(f"--mode {mode} searches one index, got {len(paths)}: search them one by one, or --mode dense")
+    opened = _open_index(paths, model)
+    hits = (opened.search_entries(query, k, mode=mode) if mode != "dense" else opened.search_entries(query, k))[0]
     if as_json:
         _print_json([{"id": hit.id, "score": hit.score, "text": hit.text} for hit in hits])
     else:
@@ -278,7 +300,7 @@ def search(
 
 @command()
 def ask(
-    path: Annotated[Path, typer.Argument(metavar="INDEX", help="Index folder.")],
+    paths: IndexFolders,
     question: Annotated[str, typer.Argument(help="What to answer.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Entries to answer from.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
@@ -286,8 +308,8 @@ def ask(
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer a question from the entries of an index, with the same weights, and cite them."""
-    opened = _open_index(path, model)
+    """Answer a question from the entries of an index (or several), with the same weights, and cite them."""
+    opened = _open_index(paths, model)
     hits = opened.search_entries(question, k)[0]
     chat = answer_prompt(question, hits)
     if as_json:
@@ -347,6 +369,94 @@ def verify(
         out.print(f"{path}: all {checked} files are as they were written")
 
 
+@command()
+def export(
+    path: ModelFolder,
+    out_path: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; a .gguf file for gguf.", show_default=False)
+    ],
+    view: Annotated[
+        Literal["encoder", "generator"], typer.Option(help="What embeds, or what generates (the base model).")
+    ] = "encoder",
+    format: Annotated[
+        Literal["hf", "gguf", "onnx", "openvino"],
+        typer.Option(help="transformers, llama.cpp, onnxruntime or OpenVINO."),
+    ] = "hf",
+    quantize: Annotated[
+        Literal["f16", "int8"] | None, typer.Option(help="int8: gguf, and encoders as onnx or openvino; f16: gguf.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help=".txt or .jsonl of texts like yours, to measure activations for int8.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write one view of a checkpoint as a plain model for other tools."""
+    texts = None
+    if calibration is not None:
+        texts = [text for _, text in _read_texts(calibration) if text.strip()][:MAX_CALIBRATION_TEXTS]
+    with _status(f"exporting the {view} of {path} as {format}"):
+        from ubmoe_st.export import export as write
+
+        facts = write(
+            path, out_path, view=view, format=format, quantize=quantize, calibration=texts, overwrite=overwrite
+        )
+    if as_json:
+        _print_json(facts)
+        return
+    kept = f", {len(facts['kept_fp32'])} layers kept in fp32" if facts["kept_fp32"] else ""
+    out.print(f"wrote {out_path}: {_mb(facts['bytes'])}{kept}", soft_wrap=True, highlight=False)
+
+
+@command()
+def push(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder.", show_default=False)],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id, owner/name.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Change a repository that has files already.")] = False,
+    card: Annotated[Path | None, typer.Option(help="Model card to publish instead of the folder's README.md.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and stop.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Publish a checkpoint on the Hub in one commit; run again after an interruption, it goes on where it was."""
+    from ubmoe_st import hub
+
+    if dry_run:
+        uploads = hub.plan(path, repo, card=card)
+        sizes = {upload.sha256: upload.size for upload in uploads}
+        if as_json:
+            files = [{"path": upload.path, "bytes": upload.size, "sha256": upload.sha256} for upload in uploads]
+            _print_json({"repo": repo, "files": files, "bytes": sum(sizes.values())})
+            return
+        table = Table("file", show_edge=False, box=None)
+        table.add_column("bytes", justify="right")
+        for upload in uploads:
+            table.add_row(upload.path, f"{upload.size:,}")
+        out.print(table)
+        total = f"{_mb(sum(sizes.values()))} without repetitions"
+        out.print(f"{len(uploads)} files, {total}, to {repo}; nothing was uploaded", soft_wrap=True, highlight=False)
+        return
+    if err.is_terminal and not as_json:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
+    commit = hub.push(
+        path,
+        repo,
+        revision=revision,
+        private=private or None,
+        commit_message=message,
+        create_pr=create_pr,
+        exist_ok=exist_ok,
+        card=card,
+    )
+    if as_json:
+        _print_json({"repo": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.pr_url or commit.commit_url})
+    else:
+        out.print(f"published: {commit.pr_url or commit.commit_url}", soft_wrap=True, highlight=False)
+
+
 def hit_table(hits: Sequence[Hit], title: str | None = None) -> Table:
     """Search results for a person."""
     table = Table(title=title, title_justify="left", show_lines=False)
@@ -374,18 +484,19 @@ def _load(path: str) -> UBMoE:
         return UBMoE(path)
 
 
-def _open_index(path: Path, model: str | None) -> Any:
-    from ubmoe_st.index import EmbeddingIndex
+def _open_index(paths: Sequence[Path], model: str | None) -> Any:
+    from ubmoe_st.index import EmbeddingIndex, IndexGroup
 
-    opened = EmbeddingIndex.open(path)
-    remembered = opened.info["model"].get("id")
+    opened = [EmbeddingIndex.open(path) for path in paths]
+    remembered = opened[0].info["model"].get("id")
     name = model or remembered
     if not name:
-        raise ValueError(f"{path} does not remember its model; give it with --model")
+        raise ValueError(f"{paths[0]} does not remember its model; give it with --model")
     if model is None and not Path(name).is_dir() and Path(name).is_absolute():
-        raise FileNotFoundError(f"the model of {path} was at {name}, which is gone; give its place with --model")
-    opened.use_model(_load(name))
-    return opened
+        raise FileNotFoundError(f"the model of {paths[0]} was at {name}, which is gone; give its place with --model")
+    together: Any = opened[0] if len(opened) == 1 else IndexGroup(opened)
+    together.use_model(_load(name))
+    return together
 
 
 def _remembered(model: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint as layout
-from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.bases import Base, download, resolve_base
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -37,6 +38,7 @@ from ubmoe_st.experts import (
     with_low_rank,
 )
 from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns, uni_keys
+from ubmoe_st.hub import push
 
 Chat = list[dict[str, str]]
 
@@ -661,6 +663,66 @@ class UBMoE(SentenceTransformer):
             if not self._views.has_adapter:
                 layout.write_sums(temporary)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        token: str | None = None,
+        private: bool | None = None,
+        safe_serialization: bool = True,
+        commit_message: str | None = None,
+        local_model_path: str | None = None,
+        exist_ok: bool = False,
+        replace_model_card: bool = False,
+        train_datasets: list[str] | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Publish this model, or a saved checkpoint, in one commit; see `ubmoe_st.hub.push`.
+
+        Args:
+            repo_id: `owner/name`, or `name` for the owner of the token. Created if it does not exist.
+            token: With the right to write. None: of `HF_TOKEN`, or of the last `hf auth login`.
+            private: Whether a new repository is private.
+            safe_serialization: Must be True.
+            commit_message: None: one is made.
+            local_model_path: Publish this checkpoint folder as it is, instead of the model in memory.
+            exist_ok: Whether a repository that has files already may be changed.
+            replace_model_card: Replace a card that the repository has. A folder's own card always does.
+            train_datasets: For the model card.
+            revision: Branch, created if it does not exist.
+            create_pr: Open a pull request instead of committing.
+
+        Returns:
+            Address of the pull request or of the commit.
+
+        Raises:
+            CheckpointError: If the folder does not match its checksums.
+            OSError: If the Hub cannot be reached or refuses; says whether anything was committed.
+        """
+        if local_model_path is None and self._views.has_adapter:
+            raise ValueError("the encoder carries a PEFT adapter; export it with `upcycle(base, bi_experts=...)` first")
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(local_model_path or Path(temporary) / repo_id.rpartition("/")[2])
+            if local_model_path is None:
+                self.save(
+                    str(folder),
+                    model_name=repo_id,
+                    train_datasets=train_datasets,
+                    safe_serialization=safe_serialization,
+                )
+            commit = push(
+                folder,
+                repo_id,
+                token=token,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                exist_ok=exist_ok,
+                keep_card=local_model_path is None and not replace_model_card,
+            )
+        return commit.pr_url or commit.commit_url
+
     def _get_model_config(self) -> dict[str, Any]:
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
 
@@ -681,26 +743,14 @@ def _check_texts(inputs: object) -> None:
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            path = Path(
-                snapshot_download(
-                    str(name),
-                    revision=kwargs.get("revision"),
-                    cache_dir=kwargs.get("cache_folder"),
-                    token=kwargs.get("token"),
-                    local_files_only=kwargs.get("local_files_only", False),
-                )
-            )
-        except HFValidationError as error:
-            raise FileNotFoundError(f"{name} does not exist; expected a checkpoint folder or a Hub id") from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(
-                f"{name} is no local folder and cannot be got from the Hub ({type(error).__name__}); "
-                "check the name, the network and the token"
-            ) from error
+        path = download(
+            str(name),
+            wanted="a checkpoint folder or the Hub id of one",
+            revision=kwargs.get("revision"),
+            cache_dir=kwargs.get("cache_folder"),
+            token=kwargs.get("token"),
+            local_files_only=kwargs.get("local_files_only", False),
+        )
     if not layout.is_checkpoint(path):
         raise CheckpointError(
             f"{layout.GENERATOR_CONFIG} is missing from {path}: not a UBMoE checkpoint. "
@@ -848,6 +898,12 @@ def _model_card(model: UBMoE, name: str) -> str:
             "",
             f'model = UBMoE("{name}")',
             'model.encode(["a text"]), model.generate("Once upon a time", max_new_tokens=20)',
+            "```",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'base_model = AutoModelForCausalLM.from_pretrained("{name}", subfolder="generator")',
             "```",
             "",
             "The root of this folder is the encoder. Opened as a causal language model it is **not** the generator:",

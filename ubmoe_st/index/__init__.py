@@ -2,8 +2,19 @@
 
 from .core import EmbeddingIndex, Hit
 from .corpus import BadRow, Corpus, CorpusError
+from .group import IndexGroup
 from .pipeline import BuildProgress
 from .segments import Entry
 from .tuning import TuningReport
 
-__all__ = ["BadRow", "BuildProgress", "Corpus", "CorpusError", "EmbeddingIndex", "Entry", "Hit", "TuningReport"]
+__all__ = [
+    "BadRow",
+    "BuildProgress",
+    "Corpus",
+    "CorpusError",
+    "EmbeddingIndex",
+    "Entry",
+    "Hit",
+    "IndexGroup",
+    "TuningReport",
+]

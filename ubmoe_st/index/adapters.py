@@ -8,22 +8,26 @@ from __future__ import annotations
 from typing import Any
 
 from .core import EmbeddingIndex
+from .group import IndexGroup
 
 
-def langchain_retriever(index: EmbeddingIndex, k: int = 10, **search: Any) -> Any:
+def langchain_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **search: Any) -> Any:
     """A LangChain `BaseRetriever` over `index`; needs langchain-core.
 
     Args:
-        index: An open index.
+        index: An open index, or several in a group.
         k: Documents per query.
         search: `filter`, `mode` and so on, for `EmbeddingIndex.search_entries`.
 
     Returns:
         A retriever whose documents carry id, score, title, parent and span in `metadata`.
     """
-    from langchain_core.callbacks import CallbackManagerForRetrieverRun
-    from langchain_core.documents import Document
-    from langchain_core.retrievers import BaseRetriever
+    try:
+        from langchain_core.callbacks import CallbackManagerForRetrieverRun
+        from langchain_core.documents import Document
+        from langchain_core.retrievers import BaseRetriever
+    except ImportError as error:
+        raise ImportError("the retriever needs langchain-core: pip install 'ubmoe-st[langchain]'") from error
 
     class UBMoERetriever(BaseRetriever):
         """Retrieves entries of an embedding index."""
@@ -35,10 +39,13 @@ def langchain_retriever(index: EmbeddingIndex, k: int = 10, **search: Any) -> An
     return UBMoERetriever()
 
 
-def llama_index_retriever(index: EmbeddingIndex, k: int = 10, **search: Any) -> Any:
+def llama_index_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **search: Any) -> Any:
     """A LlamaIndex `BaseRetriever` over `index`; needs llama-index-core. Arguments as in `langchain_retriever`."""
-    from llama_index.core.retrievers import BaseRetriever
-    from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+    try:
+        from llama_index.core.retrievers import BaseRetriever
+        from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+    except ImportError as error:
+        raise ImportError("the retriever needs llama-index-core: pip install 'ubmoe-st[llama-index]'") from error
 
     class UBMoERetriever(BaseRetriever):
         """Retrieves entries of an embedding index."""

@@ -24,8 +24,9 @@ import numpy as np
 
 from .corpus import Corpus, CorpusError
 from .embedder import Embedder, TokenCounter, check_probes, weights_fingerprint
-from .pipeline import BuildProgress, PipelineOptions, Position, ProgressCallback, SeenIds, Window, WindowMaker, ahead
-from .segments import EntryFile, entry_batch, keys_of_batches, write_entries
+from .parts import Part, PartMaker, Reading
+from .pipeline import BuildProgress, PipelineOptions, Position, ProgressCallback, ahead
+from .segments import EntryFile, keys_of_batches, write_entries
 from .snapshot import INFO_FILE, Snapshot, read_info
 from .storage import (
     check_size,
@@ -169,10 +170,11 @@ class BuildWriter:
         self.work = folder / "build"
         self._journal_path = self.work / "journal.json"
         self.probes = embedder.probes()
-        self.dimension = int(self.probes.shape[-1])
+        self.dimension = embedder.dimension
         if np.isnan(self.probes).any():
             raise ValueError("the model gives NaN or zero vectors for plain sentences: it cannot make an index")
         self._tokens = self._run_rows = self._window_rows = 0
+        self._first_fraction: float | None = None
         self._began = time.perf_counter()
         self.journal: dict[str, Any] = {}
 
@@ -207,7 +209,7 @@ class BuildWriter:
         Raises:
             ValueError: If the stopped run had another model, other options or another base.
         """
-        if self._journal_path.is_file() and not self.committed():
+        if self.unfinished() and not self.committed():
             try:
                 self._resume(self.config())
                 return True
@@ -218,9 +220,13 @@ class BuildWriter:
         self.begin_anew()
         return False
 
+    def unfinished(self) -> bool:
+        """Whether an earlier run left its journal."""
+        return self._journal_path.is_file()
+
     def committed(self) -> bool:
         """Whether the run in `build/` became the current version (and was killed before it could clear up)."""
-        if not (self.folder / INFO_FILE).is_file() or not self._journal_path.is_file():
+        if not (self.folder / INFO_FILE).is_file() or not self.unfinished():
             return False
         try:
             token = json.loads(self._journal_path.read_text("utf-8"))["token"]
@@ -295,22 +301,29 @@ class BuildWriter:
             ValueError: For a vector that is zero or not finite (unless skipped).
             OSError: If the disk is full. Rows committed before are safe in each case.
         """
-        base_rows = self.base.stored_rows if self.base is not None else 0
         dead = CommitLog(self.work / "dead.bin", self.journal["dead_bytes"])
         bad = CommitLog(self.work / "bad_rows.txt", self.journal["bad_bytes"])
-        maker = WindowMaker(
-            self.corpus,
-            self.options,
-            TokenCounter(self.embedder.copy_tokenizer(), self.embedder.max_tokens),
-            self._seen(base_rows),
-            Position(**self.journal["position"]),
-            base_rows + self.journal["rows"],
-            self.journal["windows"],
+        base_rows = self.base.stored_rows if self.base is not None else 0
+        reading = Reading(
+            corpus=self.corpus,
+            options=self.options,
+            tokenizer=self.embedder.copy_tokenizer(),
+            max_tokens=self.embedder.max_tokens,
+            position=Position(**self.journal["position"]),
+            first_row=base_rows + self.journal["rows"],
+            number=self.journal["windows"],
+            base=None if self.base is None else (self.folder, self.base.info),
+            files=[
+                *(self.folder / segment["folder"] / "entries.arrow" for segment in self.journal["segments"]),
+                *(self.work / f"{part['name']}.arrow" for part in self.journal["parts"]),
+            ],
+            scratch=self.work / "seen",
         )
-        windows = ahead(maker)
-        embedded = self._locally(windows) if self.engine is None else self._remotely(windows)
-        for window, vectors in embedded:
-            self._commit(window, self._checked(window, vectors), dead, bad)
+        maker = PartMaker(self.work, self.options, self.dimension, self.dtype)
+        parts: Any = self._made_here(reading, maker) if self.engine is None else self._made_by_engine(reading, maker)
+        with contextlib.closing(parts):
+            for part in parts:
+                self._commit(part, dead, bad)
         if not self.journal["rows"] and not (self.base is not None and self.journal["position"]["row"]):
             reasons = f"{self.journal['bad_rows']} bad rows were left out" if self.journal["bad_rows"] else "no row"
             raise CorpusError(f"the corpus {self.corpus.name} is empty: {reasons}, nothing to index")
@@ -318,40 +331,26 @@ class BuildWriter:
         self.journal["finished"] = True
         write_json(self._journal_path, self.journal)
 
-    def _seen(self, base_rows: int) -> SeenIds:
-        """The ids that are already there: of the base and of what this build has committed."""
-        remove(self.work / "seen")
-        seen = SeenIds(self.work / "seen")
-        if self.base is not None:
-            for name, row in self.base.documents():
-                seen.add(name, row)
-        files = [self.folder / segment["folder"] / "entries.arrow" for segment in self.journal["segments"]]
-        files += [self.work / f"{part['name']}.arrow" for part in self.journal["parts"]]
-        row = base_rows
-        for file in files:
-            for batch in EntryFile(file).batches():
-                columns = (batch.column(key).to_pylist() for key in ("id", "parent", "chunk"))
-                for name, parent, chunk in zip(*columns):
-                    if chunk == 0:
-                        seen.add(name if parent is None else parent, row)
-                    row += 1
-        return seen
+    def _made_here(self, reading: Reading, maker: PartMaker) -> Iterator[Part]:
+        """Parts from the model of this process; the next windows are read and tokenised meanwhile."""
+        read_ahead: Any = ahead(reading.windows())
+        with contextlib.closing(read_ahead) as windows:
+            for window in windows:
+                yield maker.make(self.embedder, window, self._count)
 
-    def _locally(self, windows: Iterator[Window]) -> Iterator[tuple[Window, np.ndarray]]:
-        """Windows with their vectors, (n, D), from the model of this process."""
-        for window in windows:
-            vectors = np.empty((len(window.entries), self.dimension), np.float32)
-            for batch in window.batches(self.options):
-                texts = [window.entries[i].model_input(self.options.with_title) for i in batch]
-                vectors[batch] = self.embedder.documents(texts)
-                self._count(len(batch), sum(window.lengths[i] for i in batch), window.fraction)
-            yield window, vectors
-
-    def _remotely(self, windows: Iterator[Window]) -> Iterator[tuple[Window, np.ndarray]]:
-        """Windows with their vectors, (n, D), from the engine."""
-        for window, vectors in self.engine.embed(windows, self.options):
-            self._count(len(window.entries), sum(window.lengths), window.fraction)
-            yield window, np.empty((0, self.dimension), np.float32) if vectors is None else vectors
+    def _made_by_engine(self, reading: Reading, maker: PartMaker) -> Iterator[Part]:
+        """Parts from the engine's workers."""
+        for part in self.engine.parts(reading, maker):
+            for suffix, record in part.files.items():
+                try:
+                    check_size(self.work / f"{part.name}{suffix}", record)
+                except ValueError as error:
+                    raise ValueError(
+                        f"a worker wrote {part.name}{suffix}, which is not seen here: the index folder must be on a "
+                        f"file system that all machines share ({error})"
+                    ) from error
+            self._count(part.rows, part.tokens, part.fraction)
+            yield part
 
     def _count(self, rows: int, tokens: int, fraction: float | None) -> None:
         self._tokens += tokens
@@ -359,51 +358,42 @@ class BuildWriter:
         self._window_rows += rows
         self.report("embed", fraction)
 
-    def _checked(self, window: Window, vectors: np.ndarray) -> np.ndarray:
-        """The vectors, with zeros for a row that has none and is put among the dead ones (if it may be skipped)."""
-        for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
-            reason = f"id {window.entries[position].id!r}: the model gives a vector that is zero, NaN or infinite"
-            if self.options.on_bad_row == "raise":
-                raise ValueError(f"{reason} (leave such rows out with on_bad_row='skip')")
-            vectors[position] = 0.0
-            window.dead.append(-1 - window.first_row - position)
-            window.bad.append(reason)
-        return vectors
-
     def report(self, stage: str, fraction: float | None) -> None:
         """Tell the progress callback where the build is."""
         if self._progress is None:
             return
         seconds = max(1e-9, time.perf_counter() - self._began)
         rows = self.journal["rows"] + self._window_rows
-        left = seconds * (1 - fraction) / fraction if fraction and stage == "embed" else None
+        left = None
+        if fraction and stage == "embed":
+            if self._first_fraction is None:  # what an earlier run did took no time of this one
+                self._first_fraction = fraction if self.journal["position"]["row"] else 0.0
+            if fraction > self._first_fraction:
+                left = seconds * (1 - fraction) / (fraction - self._first_fraction)
         self._progress(
             BuildProgress(
                 stage, rows, self._tokens, seconds, self._run_rows / seconds, self._tokens / seconds, fraction, left
             )
         )
 
-    def _commit(self, window: Window, vectors: np.ndarray, dead: CommitLog, bad: CommitLog) -> None:
-        """Make a window durable: its part, then the logs, then the journal."""
+    def _commit(self, part: Part, dead: CommitLog, bad: CommitLog) -> None:
+        """Make a part count: the logs, then the journal."""
+        if part.error is not None:
+            raise ValueError(part.error)
         journal = self.journal
-        if window.entries:
-            name = f"part-{window.number:08d}"
-            files = {
-                ".npy": write_npy(self.work / f"{name}.npy", vectors.astype(self.dtype)),
-                ".arrow": write_entries(self.work / f"{name}.arrow", iter([entry_batch(window.entries)])),
-            }
-            journal["parts"].append({"name": name, "rows": len(window.entries), "files": files})
-        dead.append(np.asarray(window.dead, "<i8").tobytes())
-        bad.append("".join(f"{reason}\n" for reason in window.bad).encode("utf-8", "backslashreplace"))
-        for reason in window.bad:
+        if part.files:
+            journal["parts"].append({"name": part.name, "rows": part.rows, "files": part.files})
+        dead.append(np.asarray(part.dead, "<i8").tobytes())
+        bad.append("".join(f"{reason}\n" for reason in part.bad).encode("utf-8", "backslashreplace"))
+        for reason in part.bad:
             logger.warning("row left out: %s", reason)
-        journal["position"] = window.position.as_dict()
-        journal["windows"] = window.number + 1
-        journal["rows"] += len(window.entries)
-        journal["tokens"] += sum(window.lengths)
+        journal["position"] = part.position.as_dict()
+        journal["windows"] = part.number + 1
+        journal["rows"] += part.rows
+        journal["tokens"] += part.tokens
         journal["dead_bytes"], journal["bad_bytes"] = dead.length, bad.length
-        journal["bad_rows"] += len(window.bad)
-        journal["duplicates"] += window.duplicates
+        journal["bad_rows"] += len(part.bad)
+        journal["duplicates"] += part.duplicates
         write_json(self._journal_path, journal)
         self._window_rows = 0
         if sum(part["rows"] for part in journal["parts"]) >= self._segment_rows:
@@ -452,11 +442,13 @@ class BuildWriter:
         Args:
             snapshot: The index with the new segments.
         """
-        committed = np.fromfile(self.work / "dead.bin", "<i8", count=self.journal["dead_bytes"] // 8)
-        rows: set[int] = set()
-        for value in committed.tolist():
-            if value < 0:  # one row without a vector
-                rows.add(-1 - value)
-            else:  # a replaced document
-                rows.update(range(value, snapshot.end_of_document(value)))
-        return np.array(sorted(rows), np.int64)
+        logged = np.fromfile(self.work / "dead.bin", "<i8", count=self.journal["dead_bytes"] // 8)
+
+        def rows() -> Iterator[int]:
+            for value in logged:
+                if value < 0:  # one row without a vector
+                    yield -1 - int(value)
+                else:  # a replaced document
+                    yield from range(int(value), snapshot.end_of_document(int(value)))
+
+        return np.unique(np.fromiter(rows(), np.int64))

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from .budget import MemoryBudget
 from .builder import BuildWriter, library_versions, next_segment, now, write_segment
-from .corpus import Document
+from .corpus import Corpus, Document
 from .hybrid import bm25_folder, write_bm25
-from .kinds import choose, make, write_flat, write_index
+from .kinds import FLAT_ROWS, choose, write_files
 from .snapshot import FORMAT, FORMAT_VERSION, INFO_FILE, Snapshot, read_info, referenced, rows_union
 from .storage import WriterLock, remove, replacing, write_json, write_npy
 
@@ -72,6 +73,7 @@ def source_record(writer: BuildWriter, version: int) -> dict[str, Any]:
     """What an index remembers of a corpus that went into it."""
     journal = writer.journal
     return {
+        "version": version,
         "name": writer.corpus.name,
         "corpus_rows": journal["position"]["row"],
         "sha256_of_rows": journal["position"]["digest"],
@@ -85,7 +87,9 @@ def source_record(writer: BuildWriter, version: int) -> dict[str, Any]:
     }
 
 
-def commit_build(writer: BuildWriter, kind: str, memory_mb: int | None) -> Snapshot:
+def commit_build(
+    writer: BuildWriter, kind: str, memory_mb: int | None, faiss_file: bool | None, budget: MemoryBudget
+) -> Snapshot:
     """The first version of an index, or the next one if another index was there."""
     folder, journal = writer.folder, writer.journal
     version = read_info(folder)["version"] + 1 if (folder / INFO_FILE).is_file() else 1
@@ -117,15 +121,15 @@ def commit_build(writer: BuildWriter, kind: str, memory_mb: int | None) -> Snaps
         "segment_rows": journal["config"]["segment_rows"],
         "segments": journal["segments"],
         "dead": None,
-        "index": None,
+        "index": {"files": []},
         "bm25": None,
         "sources": [],
         "versions": library_versions(),
     }
-    info["dead"] = write_dead(folder, writer.dead_rows(Snapshot(folder, info)), version)
     snapshot = Snapshot(folder, info)
+    info["dead"] = write_dead(folder, writer.dead_rows(snapshot), version)
     writer.report("index", 1.0)
-    info["index"] = write_faiss(snapshot, version, kind, memory_mb)
+    info["index"] = write_faiss(snapshot, version, kind, memory_mb, faiss_file, budget)
     info["sources"] = [source_record(writer, version)]
     return publish(folder, info)
 
@@ -150,48 +154,81 @@ def next_version(base: Snapshot) -> dict[str, Any]:
     return info
 
 
-def write_faiss(snapshot: Snapshot, version: int, kind: str, memory_mb: int | None) -> dict[str, Any]:
-    """The faiss file of all stored rows and its part of the manifest."""
-    name = free_name(snapshot.folder, "index", ".faiss", version)
+def write_faiss(
+    snapshot: Snapshot, version: int, kind: str, memory_mb: int | None, faiss_file: bool | None, budget: MemoryBudget
+) -> dict[str, Any]:
+    """The faiss files of all stored rows and their part of the manifest.
+
+    A flat index is searched in the stored vectors; it has a faiss file, for other programs, when that is asked for, or
+    left open and there are few rows.
+    """
     rows, dimension = snapshot.stored_rows, snapshot.dimension
-    choice = choose(kind, rows, dimension, memory_mb)
-    blocks = snapshot.read_blocks()
-    path = snapshot.folder / name
-    if choice.kind == "flat":
-        record = write_flat(path, dimension, rows, blocks)
-    else:
-        record = write_index(path, make(choice, dimension, rows, snapshot.vectors_at, blocks))
+    choice = choose(kind, rows, dimension, memory_mb, budget)
+    files: list[dict[str, Any]] = []
+    if choice.kind != "flat" or (rows <= FLAT_ROWS if faiss_file is None else faiss_file):
+        path = snapshot.folder / free_name(snapshot.folder, "index", ".faiss", version)
+        files = write_files(choice, dimension, rows, snapshot.sample, snapshot.read_blocks, path, budget)
     return {
-        "file": name,
+        "file": files[0]["file"] if files else None,
+        "files": files,
         "kind": choice.kind,
         "requested": kind,
         "memory_mb": memory_mb,
+        "faiss_file": faiss_file,
         "factory": choice.factory,
         "why": choice.why,
         "rows": rows,
+        "bytes": sum(file["bytes"] for file in files) or None,
         "parameters": choice.parameters,
         "tuned": None,
-        **record,
     }
 
 
-def same_build(folder: Path, writer: BuildWriter, kind: str) -> bool:
+def same_build(folder: Path, writer: BuildWriter, kind: str, faiss_file: bool | None) -> bool:
     """Whether the index that is there is what this build would make, from the same rows of the same corpus."""
     info = read_info(folder)
+    return (
+        len(info["sources"]) == 1
+        and not info["edited"]
+        and (info["index"]["requested"], info["index"]["faiss_file"]) == (kind, faiss_file)
+        and same_config(info["sources"][0], writer)
+        and same_rows(info["sources"][0], writer.corpus)
+    )
+
+
+def repeated_addition(writer: BuildWriter, base: Snapshot) -> int | None:
+    """How many entries this addition made, if it was the last thing done to the index; None if it was not.
+
+    A corpus that can be read only once is never taken for a repeated one.
+    """
+    source = base.info["sources"][-1]
     if (
-        len(info["sources"]) != 1
-        or info["edited"]
-        or info["sources"][0]["config"] != json.loads(json.dumps(writer.config()))
-        or info["index"]["requested"] != kind
+        source.get("version") != base.version
+        or (writer.unfinished() and not writer.committed())
+        or not writer.corpus.repeatable
+        or not same_config(source, writer)
+        or not same_rows(source, writer.corpus)
     ):
-        return False
+        return None
+    return int(source["entries"])
+
+
+def same_config(source: dict[str, Any], writer: BuildWriter) -> bool:
+    """Whether a corpus went in as `writer` would take it in."""
+    before, now = source["config"], json.loads(json.dumps(writer.config()))
+    return all(before.get(name) == value for name, value in now.items() if name != "base_version")
+
+
+def same_rows(source: dict[str, Any], corpus: Corpus) -> bool:
+    """Whether a corpus has the very rows that are on record."""
     digest = hashlib.sha256()
     rows = 0
-    for item in writer.corpus:
+    for item in corpus:
         rows += 1
+        if rows > source["corpus_rows"]:
+            return False
         digest.update(item.digest_bytes() if isinstance(item, Document) else b"bad row")
         digest.update(b"\n")
-    source = info["sources"][0]
     return rows == source["corpus_rows"] and digest.hexdigest() == source["sha256_of_rows"]
 
 
@@ -230,7 +267,7 @@ def commit_delete(base: Snapshot, rows: list[int]) -> Snapshot:
     return publish(base.folder, info)
 
 
-def commit_compact(base: Snapshot) -> Snapshot:
+def commit_compact(base: Snapshot, budget: MemoryBudget) -> Snapshot:
     """The next version, with the live rows alone, in full segments, and its faiss (and BM25) part made anew.
 
     Raises:
@@ -255,9 +292,11 @@ def commit_compact(base: Snapshot) -> Snapshot:
         info["segments"].append(
             write_segment(base.folder, name, info["dtype"], base.dimension, len(rows), vectors, batches)
         )
+    before, info["index"] = base.info["index"], {"files": []}
     compacted = Snapshot(base.folder, info)
-    before = base.info["index"]
-    info["index"] = write_faiss(compacted, info["version"], before["requested"], before["memory_mb"])
+    info["index"] = write_faiss(
+        compacted, info["version"], before["requested"], before["memory_mb"], before["faiss_file"], budget
+    )
     if info["index"]["kind"] == before["kind"]:
         info["index"]["parameters"] = before["parameters"]
     if info["bm25"] is not None:
@@ -265,10 +304,12 @@ def commit_compact(base: Snapshot) -> Snapshot:
     return publish(base.folder, info)
 
 
-def commit_reindex(base: Snapshot, kind: str, memory_mb: int | None) -> Snapshot:
+def commit_reindex(
+    base: Snapshot, kind: str, memory_mb: int | None, faiss_file: bool | None, budget: MemoryBudget
+) -> Snapshot:
     """The next version, with another kind of index over the same rows."""
     info = next_version(base)
-    info["index"] = write_faiss(base, info["version"], kind, memory_mb)
+    info["index"] = write_faiss(base, info["version"], kind, memory_mb, faiss_file, budget)
     return publish(base.folder, info)
 
 

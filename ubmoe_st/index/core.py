@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from .budget import BATCH_TOKENS, WINDOW_TOKENS, MemoryBudget, token_bytes
 from .builder import BuildWriter
 from .commit import (
     OWN_PREFIXES,
@@ -24,6 +26,7 @@ from .commit import (
     commit_parameters,
     commit_reindex,
     discard_unfinished,
+    repeated_addition,
     same_build,
     writing,
 )
@@ -69,6 +72,8 @@ class Hit:
     """Other fields of the corpus row."""
     row: int
     """Row number in this version of the index."""
+    index: str
+    """Folder of the index."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -114,10 +119,12 @@ class EmbeddingIndex:
         on_bad_row: OnBadRow = "raise",
         kind: str = "auto",
         memory_mb: int | None = None,
+        memory_budget: int | str | None = None,
+        faiss_file: bool | None = None,
         dtype: str = "float32",
         truncate_dim: int | None = None,
-        batch_tokens: int = 4096,
-        window_tokens: int = 65536,
+        batch_tokens: int | None = None,
+        window_tokens: int | None = None,
         segment_rows: int = 1 << 17,
         overwrite: bool = False,
         progress: bool | ProgressCallback = False,
@@ -149,10 +156,15 @@ class EmbeddingIndex:
             kind: `auto` (chosen by rows, dimension and memory; `info["index"]["why"]` tells), `flat`, `int8`, `hnsw`,
                 `hnsw-int8`, `ivf-flat`, `ivf-pq`, `binary`, or `faiss:FACTORY` with a faiss factory string.
             memory_mb: Memory the index may take when searched, MiB, for `auto`. None: a quarter of the machine's.
+            memory_budget: Memory the build may take beside the model and the libraries, `"512MB"` or bytes, whatever
+                the size of the corpus: bounds windows, batches, the training sample and the making of the index, which
+                becomes several faiss files where one would not fit. None: half of the machine's.
+            faiss_file: Whether a flat index, which is searched in the stored vectors, has a faiss file, too, for other
+                programs. None: up to 50,000 rows.
             dtype: Type of the stored vectors, float32 or float16.
             truncate_dim: Keep only the first dimensions (Matryoshka).
-            batch_tokens: Tokens per batch, padding included.
-            window_tokens: Tokens between two commits; what a kill can cost, and what bounds the memory.
+            batch_tokens: Tokens per batch, padding included. None: 4,096, or fewer if the budget is small.
+            window_tokens: Tokens between two commits: what a kill can cost. None: 65,536.
             segment_rows: Rows per segment folder.
             overwrite: Replace an index that is already there (only once the new one is whole), and throw away an
                 unfinished build that does not match.
@@ -167,6 +179,7 @@ class EmbeddingIndex:
             ValueError: For wrong arguments, a changed model, or an index that is already there.
             RuntimeError: If another writer is at work in `out`.
         """
+        require_libraries()
         folder = Path(out)
         fields = CorpusFields(
             id_field,
@@ -179,8 +192,8 @@ class EmbeddingIndex:
             chunk_tokens=chunk_tokens,
             overlap_tokens=overlap_tokens,
             with_title=with_title,
-            batch_tokens=batch_tokens,
-            window_tokens=window_tokens,
+            batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
+            window_tokens=WINDOW_TOKENS if window_tokens is None else window_tokens,
             on_duplicate=on_duplicate,
             on_bad_row=on_bad_row,
         )
@@ -188,6 +201,8 @@ class EmbeddingIndex:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
         if segment_rows < 1:
             raise ValueError(f"segment_rows must be at least 1, got {segment_rows}")
+        budget = MemoryBudget.of(memory_budget)
+        budget.check_row(max_row_bytes)
         choose(kind, FEWEST_ROWS, 64)  # refuses an unknown kind before hours of embedding
         if engine not in ("local", "ray"):
             raise ValueError(f"engine is local or ray, got {engine!r}")
@@ -195,24 +210,28 @@ class EmbeddingIndex:
         embedder = Embedder(model, model_id, truncate_dim)
         with contextlib.ExitStack() as stack:
             stack.enter_context(WriterLock(folder))
+            fitting = budget.window(embedder.dimension)
+            fitting["batch_tokens"] = budget.batch_tokens(token_bytes(embedder.model, embedder.dimension))
+            given = {"batch_tokens": batch_tokens, "window_tokens": window_tokens}
+            sizes: dict[str, Any] = fitting | {name: value for name, value in given.items() if value is not None}
+            options = replace(options, **sizes)
             writer = BuildWriter(
                 folder, embedder, rows, options, dtype, None, show(stack, progress), segment_rows=segment_rows
             )
             if (folder / INFO_FILE).is_file():
                 if not overwrite:
-                    if same_build(folder, writer, kind):
+                    if same_build(folder, writer, kind, faiss_file):
                         remove(folder / "build")
                         return cls(Snapshot(folder), embedder)
                     raise ValueError(
-                        f"{folder} already holds an index of something else: give another folder, or replace it with "
-                        "overwrite=True"
+                        f"{folder} already holds an index of another corpus, model or options: give another folder, or "
+                        "replace it with overwrite=True"
                     )
             elif strangers := strange_names(folder):
                 raise ValueError(f"{folder} holds {strangers[0]!r}, which is no part of an index: give another folder")
             if engine == "ray":
                 sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model
                 writer.engine = RayEngine(sent, truncate_dim, workers, worker_resources)
-                stack.callback(writer.engine.close)
             writer.begin(restart=overwrite)
             try:
                 writer.run()
@@ -221,7 +240,7 @@ class EmbeddingIndex:
                     raise
                 writer.begin_anew()
                 writer.run()
-            snapshot = commit_build(writer, kind, memory_mb)
+            snapshot = commit_build(writer, kind, memory_mb, faiss_file, budget)
         return cls(snapshot, embedder)
 
     @classmethod
@@ -241,6 +260,7 @@ class EmbeddingIndex:
             FileNotFoundError: If there is no finished index.
             ValueError: If a file is missing, truncated or changed, or the model is another one.
         """
+        require_libraries()
         snapshot = open_snapshot(Path(path))
         own = snapshot.info["model"]["truncate_dim"]
         if truncate_dim is not None and truncate_dim != own:
@@ -259,8 +279,7 @@ class EmbeddingIndex:
         return isinstance(identity, str) and bool(self._snapshot.rows_of(identity))
 
     def __iter__(self) -> Iterator[str]:
-        snapshot = self._snapshot
-        return (name for row, name, *_ in snapshot.names() if snapshot.is_alive(row))
+        return self._snapshot.ids()
 
     def __repr__(self) -> str:
         return f"EmbeddingIndex({str(self.path)!r}, rows={len(self):,}, dimension={self.dimension}, kind={self.kind!r})"
@@ -283,7 +302,7 @@ class EmbeddingIndex:
     @property
     def kind(self) -> str:
         """The index kind, `flat` for exact search."""
-        return self.info["index"]["kind"] if self.info["index"] is not None else "flat"
+        return str(self.info["index"]["kind"])
 
     @property
     def version(self) -> int:
@@ -312,6 +331,17 @@ class EmbeddingIndex:
         probes = np.array(map_npy(self.path / stored["probes"]["file"]))
         check_probes(embedder.probes(), probes)
         self._embedder = embedder
+
+    def check_same_model(self, other: EmbeddingIndex) -> None:
+        """Refuse when `other` was built with another model, prompt or number of dimensions.
+
+        Raises:
+            ValueError: Saying what differs.
+        """
+        mine, theirs = (
+            np.array(map_npy(index.path / index.info["model"]["probes"]["file"])) for index in (self, other)
+        )
+        check_probes(mine, theirs)
 
     def _model(self) -> Embedder:
         with self._lock:
@@ -394,9 +424,8 @@ class EmbeddingIndex:
             Scores, float32, (Q, K), and ids, Q lists of K.
         """
         scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
-        snapshot = self._snapshot
-        ids = [snapshot.ids_at(line[line >= 0]) + [""] * int((line < 0).sum()) for line in rows]
-        return scores, ids
+        names = iter(self.ids_at(rows[rows >= 0]))
+        return scores, [[next(names) if row >= 0 else "" for row in line] for line in rows.tolist()]
 
     def search_entries(
         self,
@@ -411,7 +440,7 @@ class EmbeddingIndex:
         """The nearest entries of each query with texts, spans and metadata, best first. Arguments as in `search`."""
         scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
         return [
-            [self._hit(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
+            [self.hit_at(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
             for line, values in zip(rows, scores)
         ]
 
@@ -425,18 +454,17 @@ class EmbeddingIndex:
         parameters: dict[str, int] | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (Q, K) and rows (Q, K); -1 is no row."""
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-            raise ValueError(f"k is a whole number of at least 1, got {k!r}")
         if mode not in ("dense", "bm25", "hybrid"):
             raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
-        searcher, keywords = self._searcher, self._keywords
         texts = [queries] if isinstance(queries, str) else queries
         if mode != "dense" and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise TypeError(f"mode={mode!r} needs queries as texts, got {type(queries).__name__}")
+        check_k(k)
         vectors = self.query_vectors(queries)
-        allowed = searcher.allowed(spec)
         if mode == "dense":
-            return searcher.search(vectors, int(k), allowed, exact, parameters)
+            return self.nearest(vectors, k, filter=spec, exact=exact, parameters=parameters)
+        searcher, keywords = self._searcher, self._keywords
+        allowed = searcher.allowed(spec)
         depth = max(FUSION_DEPTH, 4 * int(k))
         lists = [[rows] for rows in keywords.search(texts, depth, allowed)]
         if mode == "hybrid":
@@ -452,10 +480,41 @@ class EmbeddingIndex:
             scores[number, : len(line)] = pair_scores(vectors[number], searcher.snapshot.vectors_at(line))
         return scores, rows
 
-    def _hit(self, row: int, score: float) -> Hit:
+    def nearest(
+        self,
+        vectors: np.ndarray,
+        k: int,
+        *,
+        filter: Filter | None = None,
+        exact: bool = False,
+        parameters: dict[str, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and row numbers of the nearest entries of each query, best first.
+
+        Args:
+            vectors: From `query_vectors`, (Q, D).
+            k: As in `search`, like the rest.
+            filter: As in `search`.
+            exact: As in `search`.
+            parameters: As in `search`.
+
+        Returns:
+            Scores, float32, (Q, K), and rows of this version, int64, (Q, K).
+        """
+        check_k(k)
+        searcher = self._searcher
+        return searcher.search(vectors, int(k), searcher.allowed(filter), exact, parameters)
+
+    def ids_at(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of some rows of this version."""
+        return self._snapshot.ids_at(rows)
+
+    def hit_at(self, row: int, score: float) -> Hit:
+        """A row of this version as a search result with this score."""
         entry = self._snapshot.entry_at(row)
         metadata = json.loads(entry.metadata) if entry.metadata else {}
-        return Hit(entry.id, score, entry.text, entry.title, entry.parent, entry.start, entry.end, metadata, row)
+        span = (entry.start, entry.end)
+        return Hit(entry.id, score, entry.text, entry.title, entry.parent, *span, metadata, row, str(self.path))
 
     def _rows(self, ids: Iterable[str]) -> list[int]:
         rows = []
@@ -499,9 +558,10 @@ class EmbeddingIndex:
     ) -> int:
         """Index more rows with the model and the options of the build; the number of entries that are new.
 
-        Streams and resumes as `build` does: killed and called again with the same corpus it goes on. New entries are
-        found at once, by exact comparison, until `reindex` or `compact` takes them into an approximate index. Readers
-        that are open keep their version.
+        Streams and resumes as `build` does: killed and called again with the same corpus it goes on, and where that
+        corpus was the last thing added (killed right after, or called twice) nothing is done. New entries are found at
+        once, by exact comparison, until `reindex` or `compact` takes them into an approximate index. Readers that are
+        open keep their version.
 
         Args:
             corpus: As in `build`.
@@ -541,6 +601,10 @@ class EmbeddingIndex:
                 show(stack, progress),
                 segment_rows=base.info["segment_rows"],
             )
+            if (entries := repeated_addition(writer, base)) is not None:
+                remove(writer.work)
+                self._move_to(base)
+                return entries
             writer.begin(restart=False)
             writer.run()
             self._move_to(commit_add(writer, base))
@@ -568,20 +632,37 @@ class EmbeddingIndex:
             self._move_to(commit_delete(base, rows) if rows else base)
             return len(set(rows))
 
-    def compact(self) -> None:
-        """Write the index anew without deleted and replaced rows, in full segments, and make its index again."""
-        with writing(self.path) as base:
-            self._move_to(commit_compact(base))
+    def compact(self, *, memory_budget: int | str | None = None) -> None:
+        """Write the index anew without deleted and replaced rows, in full segments, and make its index again.
 
-    def reindex(self, kind: str = "auto", *, memory_mb: int | None = None) -> str:
+        Args:
+            memory_budget: As in `build`.
+        """
+        budget = MemoryBudget.of(memory_budget)
+        with writing(self.path) as base:
+            self._move_to(commit_compact(base, budget))
+
+    def reindex(
+        self,
+        kind: str = "auto",
+        *,
+        memory_mb: int | None = None,
+        memory_budget: int | str | None = None,
+        faiss_file: bool | None = None,
+    ) -> str:
         """Make another kind of index over the same vectors; the sentence that explains the choice.
+
+        `reindex("flat", faiss_file=True)` writes all vectors as one `IndexFlatIP` for other programs.
 
         Args:
             kind: As in `build`.
             memory_mb: As in `build`.
+            memory_budget: As in `build`.
+            faiss_file: As in `build`.
         """
+        budget = MemoryBudget.of(memory_budget)
         with writing(self.path) as base:
-            self._move_to(commit_reindex(base, kind, memory_mb))
+            self._move_to(commit_reindex(base, kind, memory_mb, faiss_file, budget))
         return str(self.info["index"]["why"])
 
     def build_bm25(self) -> None:
@@ -620,7 +701,7 @@ class EmbeddingIndex:
         if save and report.reached:
             summary = {name: value for name, value in report.as_dict().items() if name != "trials"}
             with writing(self.path) as base:
-                if base.info["index"]["file"] != self.info["index"]["file"]:
+                if base.info["index"]["files"] != self.info["index"]["files"]:
                     raise ValueError("the index was made anew meanwhile: tune it again")
                 self._move_to(commit_parameters(base, dict(report.chosen.parameters), summary))
         return report
@@ -632,6 +713,23 @@ class EmbeddingIndex:
     def discard_unfinished(self) -> bool:
         """Throw away an addition that was stopped; True if there was one. What is committed stays."""
         return discard_unfinished(self.path)
+
+
+def require_libraries() -> None:
+    """Refuse to go on without the libraries of an index.
+
+    Raises:
+        ImportError: Naming what is missing and how to install it.
+    """
+    missing = [name for name in ("faiss", "pyarrow") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"an index needs {' and '.join(missing)}: pip install 'ubmoe-st[index]'")
+
+
+def check_k(k: Any) -> None:
+    """Refuse a number of results that is none."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k is a whole number of at least 1, got {k!r}")
 
 
 def strange_names(folder: Path) -> list[str]:

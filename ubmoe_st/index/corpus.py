@@ -19,6 +19,9 @@ from typing import Any, BinaryIO
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 
+PARQUET_BYTES = 4 << 20
+"""Rows of a Parquet file decoded at a time, in bytes by the file's own count."""
+
 
 class CorpusError(ValueError):
     """A corpus, or a row of it, that cannot be indexed."""
@@ -102,6 +105,11 @@ class Corpus:
             isinstance(self.source, str) or isinstance(self.source, Iterable)
         ):
             raise TypeError(f"a corpus is a path or an iterable of rows, got {type(self.source).__name__}")
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once: not so for a generator."""
+        return isinstance(self.source, str) or iter(self.source) is not self.source
 
     @property
     def name(self) -> str:
@@ -274,7 +282,8 @@ class Corpus:
         import pyarrow.parquet
 
         try:
-            parquet = pyarrow.parquet.ParquetFile(file, memory_map=True)
+            # Read in pieces and not mapped: the pages of a map would add up to the file.
+            parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)
         except pyarrow.ArrowInvalid as error:
             raise CorpusError(f"{name} is not a readable parquet file ({error})") from error
         if self.fields.text not in parquet.schema_arrow.names:
@@ -282,8 +291,10 @@ class Corpus:
                 f"{name} has no column {self.fields.text!r}, only {parquet.schema_arrow.names}: name the text column"
             )
         number = 0
+        size = sum(parquet.metadata.row_group(n).total_byte_size for n in range(parquet.num_row_groups))
+        rows = max(1, min(256, PARQUET_BYTES * parquet.metadata.num_rows // max(1, size)))
         with parquet:
-            for batch in parquet.iter_batches(batch_size=256):
+            for batch in parquet.iter_batches(batch_size=rows):
                 for row in batch.to_pylist():
                     yield f"{name} row {number}", row
                     number += 1
@@ -338,7 +349,6 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
-def key_of(identity: str) -> tuple[int, int]:
-    """The 128-bit key of an id, as two unsigned 64-bit halves."""
-    digest = hashlib.blake2b(identity.encode(), digest_size=16).digest()
-    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+def key_of(identity: str) -> bytes:
+    """The 128-bit key of an id."""
+    return hashlib.blake2b(identity.encode(), digest_size=16).digest()

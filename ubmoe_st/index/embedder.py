@@ -116,7 +116,7 @@ class Embedder:
         self.truncate_dim = truncate_dim
         limit = getattr(model, "max_seq_length", None)
         self.max_tokens = limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
-        self._tokenizer: Any = None
+        self._probes: np.ndarray | None = None
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of documents, float32, (N, D). A row without direction or with NaN is NaN all over."""
@@ -145,7 +145,14 @@ class Embedder:
 
     def probes(self) -> np.ndarray:
         """Vectors of the probe texts as documents and as queries, (2, P, D)."""
-        return np.stack([self.documents(PROBES), self.queries(PROBES)])
+        if self._probes is None:
+            self._probes = np.stack([self.documents(PROBES), self.queries(PROBES)])
+        return self._probes
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return int(self.probes().shape[-1])
 
     def prompts(self) -> dict[str, str]:
         """The prompts of the model, by name."""

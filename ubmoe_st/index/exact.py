@@ -11,19 +11,22 @@ from collections.abc import Iterable
 
 import numpy as np
 
+SPARE = 8
+"""Rows of a list, beyond K, that are scored exactly because rounding might have hidden one of the best."""
+
 
 def pair_scores(query: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Cosines of a unit query, (D,), with stored vectors, (n, D), summed in float64 in a fixed order: (n,)."""
+    """Cosines, (..., n), of unit queries, (..., D), with stored vectors, (..., n, D): float64 sums in a fixed order."""
     wide = vectors.astype(np.float64)
-    products = (wide * query.astype(np.float64)).sum(axis=1)
-    norms = np.sqrt((wide * wide).sum(axis=1))
+    products = (wide * query.astype(np.float64)[..., None, :]).sum(axis=-1)
+    norms = np.sqrt((wide * wide).sum(axis=-1))
     return (products / np.where(norms > 0, norms, 1.0)).astype(np.float32)
 
 
 def best(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The K highest scores with their rows: falling score, then rising row."""
-    order = np.lexsort((rows, -scores))[:k]
-    return scores[order], rows[order]
+    """The K highest scores, along the last axis, with their rows: falling score, then rising row."""
+    order = np.lexsort((rows, -scores), axis=-1)[..., :k]
+    return np.take_along_axis(scores, order, -1), np.take_along_axis(rows, order, -1)
 
 
 class TopK:
@@ -37,8 +40,8 @@ class TopK:
 
     def __init__(self, queries: np.ndarray, k: int, slack: float) -> None:
         self._queries, self._k, self._slack = queries, k, slack
-        self._scores = [np.zeros(0, np.float32) for _ in queries]
-        self._rows = [np.zeros(0, np.int64) for _ in queries]
+        self._scores = np.full((len(queries), k), -np.inf, np.float32)
+        self._rows = np.full((len(queries), k), -1, np.int64)
 
     def add(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Take in a block: rows, (n,), and their vectors, (n, D) of any float type."""
@@ -46,45 +49,63 @@ class TopK:
             return
         block = np.ascontiguousarray(vectors, dtype=np.float32)
         products = self._queries @ block.T  # (Q, n)
+        thresholds = self._scores[:, -1] - self._slack
         for number, line in enumerate(products):
-            self._choose(number, line, rows, block)
+            chosen = np.flatnonzero(line >= thresholds[number])
+            if len(chosen) > self._k:
+                values = line[chosen]
+                top = float(np.partition(values, len(values) - self._k)[len(values) - self._k])
+                chosen = chosen[values >= top - 2 * self._slack]
+            if len(chosen):
+                self._keep(number, pair_scores(self._queries[number], block[chosen]), rows[chosen])
 
-    def add_for(self, number: int, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Take in rows, (n,), with float32 vectors, (n, D), for query `number` alone."""
-        if len(rows):
-            self._choose(number, vectors @ self._queries[number], rows, vectors)
+    def add_lists(self, first: int, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Take in a list of rows for each query from number `first` on.
 
-    def _choose(self, number: int, line: np.ndarray, rows: np.ndarray, block: np.ndarray) -> None:
-        """Of a block with float32 products `line`, (n,), score those exactly that can be among the best K."""
-        kept = self._scores[number]
-        threshold = float(kept[-1]) - self._slack if len(kept) == self._k else -np.inf
-        chosen = np.flatnonzero(line >= threshold)
-        if len(chosen) > self._k:
-            products = line[chosen]
-            top = float(np.partition(products, len(products) - self._k)[len(products) - self._k])
-            chosen = chosen[products >= top - 2 * self._slack]
-        if len(chosen):
-            self.offer(number, rows[chosen], block[chosen])
+        Args:
+            first: Number of the first query.
+            rows: (q, W), -1 for none.
+            vectors: Of these rows, float32, (q, W, D).
+        """
+        queries = self._queries[first : first + len(rows)]
+        width = self._k + SPARE
+        if rows.shape[1] > width:
+            products = np.matmul(vectors, queries[:, :, None])[:, :, 0]  # (q, W)
+            products[rows < 0] = -np.inf
+            order = np.argpartition(-products, width - 1, axis=1)[:, :width]
+            kept = np.take_along_axis(products, order, 1)
+            top = np.partition(kept, SPARE, axis=1)[:, SPARE]
+            unsure = (kept[:, -1] >= top - 2 * self._slack) & (kept[:, -1] > -np.inf)
+            for number in np.flatnonzero(unsure).tolist():  # more than SPARE nearly tie with the last of the best
+                found = rows[number] >= 0
+                scores = pair_scores(queries[number], vectors[number][found])
+                self._keep(first + number, scores, rows[number][found])
+            rows = np.take_along_axis(rows, order, 1)
+            rows[unsure] = -1
+            vectors = np.take_along_axis(vectors, order[:, :, None], 1)
+        scores = pair_scores(queries, vectors)
+        scores[rows < 0] = -np.inf
+        self._keep(slice(first, first + len(rows)), scores, rows)
 
-    def offer(self, number: int, rows: np.ndarray, vectors: np.ndarray) -> None:
-        """Score some rows exactly for query `number` and keep the best."""
-        scores = pair_scores(self._queries[number], vectors)
-        self._scores[number], self._rows[number] = best(
-            np.concatenate([self._scores[number], scores]), np.concatenate([self._rows[number], rows]), self._k
+    def _keep(self, numbers: int | slice, scores: np.ndarray, rows: np.ndarray) -> None:
+        """Merge exactly scored rows into what is kept for a query or several."""
+        self._scores[numbers], self._rows[numbers] = best(
+            np.concatenate([self._scores[numbers], scores], axis=-1),
+            np.concatenate([self._rows[numbers], rows], axis=-1),
+            self._k,
         )
 
-    def short(self, k: int) -> np.ndarray:
+    def short(self) -> np.ndarray:
         """Queries with fewer than K rows so far."""
-        return np.array([number for number, rows in enumerate(self._rows) if len(rows) < k], np.int64)
+        return np.flatnonzero(self._rows[:, -1] < 0)
 
     def replace(self, numbers: np.ndarray, other: TopK) -> None:
         """Put the results of `other` in place for the queries `numbers`."""
-        for position, number in enumerate(numbers.tolist()):
-            self._scores[number], self._rows[number] = other._scores[position], other._rows[position]
+        self._scores[numbers], self._rows[numbers] = other._scores, other._rows
 
-    def result(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Per query: scores and rows, falling score."""
-        return list(zip(self._scores, self._rows))
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows, (Q, K), falling score; -1 where there was no row."""
+        return self._scores, self._rows
 
 
 SLACK = {"float32": 2e-6, "float16": 2e-3}

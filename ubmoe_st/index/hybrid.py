@@ -26,7 +26,7 @@ def import_bm25s() -> Any:
     try:
         import bm25s
     except ImportError as error:
-        raise ImportError("keyword search needs bm25s: pip install bm25s") from error
+        raise ImportError("keyword search needs bm25s: pip install 'ubmoe-st[index]'") from error
     return bm25s
 
 

@@ -6,16 +6,18 @@ Every kind but `flat` only proposes candidates: the scores that come back are ex
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .budget import MemoryBudget, physical_memory
 from .storage import disk_full_explained, record_of, remove, replacing, sync_directory
 
 FLAT_ROWS = 50_000
@@ -24,8 +26,6 @@ HNSW_ROWS = 5_000_000
 """Beyond this many rows `auto` takes IVF-PQ: a graph takes hours to build."""
 FEWEST_ROWS = 1_000
 """Below this, kinds that need training are replaced by `flat`."""
-TRAINING_BYTES = 256 << 20
-"""Largest training sample, in bytes of float32."""
 HNSW_LINKS = 32
 
 
@@ -35,17 +35,16 @@ class Kind:
 
     name: str
     factory: Callable[[int, int], str]
-    """The faiss factory string for (rows, dimension)."""
+    """The faiss factory string for (IVF cells, dimension)."""
     bytes_per_row: Callable[[int], float]
     """Memory of the searchable structure, by dimension."""
     parameters: dict[str, int]
     """Search parameters to begin with; `rerank` is the number of candidates per result."""
-    trained: bool = True
 
 
-def lists_for(rows: int) -> int:
-    """Number of IVF cells: 4 sqrt(N) as a power of two, with at least 39 rows each to train on."""
-    return max(1, 2 ** int(math.log2(max(1, min(4 * math.sqrt(rows), rows / 39)))))
+def lists_for(rows: int, sample: int) -> int:
+    """Number of IVF cells: 4 sqrt(N) as a power of two, with at least 39 rows of the sample each to train on."""
+    return max(1, 2 ** int(math.log2(max(1, min(4 * math.sqrt(rows), min(rows, sample) / 39)))))
 
 
 def subquantizers_for(dimension: int) -> int:
@@ -56,14 +55,13 @@ def subquantizers_for(dimension: int) -> int:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("flat", lambda n, d: "Flat", lambda d: 4 * d, {}, trained=False),
+        Kind("flat", lambda n, d: "Flat", lambda d: 4 * d, {}),
         Kind("int8", lambda n, d: "SQ8", lambda d: d, {"rerank": 4}),
         Kind(
             "hnsw",
             lambda n, d: f"HNSW{HNSW_LINKS},Flat",
             lambda d: 4 * d + 8 * HNSW_LINKS + 16,
             {"efSearch": 64, "rerank": 2},
-            trained=False,
         ),
         Kind(
             "hnsw-int8",
@@ -71,10 +69,10 @@ KINDS = {
             lambda d: d + 8 * HNSW_LINKS + 16,
             {"efSearch": 64, "rerank": 4},
         ),
-        Kind("ivf-flat", lambda n, d: f"IVF{lists_for(n)},Flat", lambda d: 4 * d + 8, {"nprobe": 16, "rerank": 2}),
+        Kind("ivf-flat", lambda n, d: f"IVF{n},Flat", lambda d: 4 * d + 8, {"nprobe": 16, "rerank": 2}),
         Kind(
             "ivf-pq",
-            lambda n, d: f"OPQ{subquantizers_for(d)},IVF{lists_for(n)},PQ{subquantizers_for(d)}x4fs",
+            lambda n, d: f"OPQ{subquantizers_for(d)},IVF{n},PQ{subquantizers_for(d)}x4fs",
             lambda d: subquantizers_for(d) / 2 + 8,
             {"nprobe": 32, "rerank": 16},
         ),
@@ -93,15 +91,9 @@ class Choice:
     parameters: dict[str, int]
 
 
-def physical_memory_mb() -> int:
-    """Memory of the machine, MiB; 4096 where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    except (AttributeError, ValueError, OSError):
-        return 4096
-
-
-def choose(kind: str, rows: int, dimension: int, memory_mb: int | None = None) -> Choice:
+def choose(
+    kind: str, rows: int, dimension: int, memory_mb: int | None = None, budget: MemoryBudget | None = None
+) -> Choice:
     """The kind to build, with a sentence that explains it.
 
     Args:
@@ -109,62 +101,56 @@ def choose(kind: str, rows: int, dimension: int, memory_mb: int | None = None) -
         rows: N.
         dimension: D.
         memory_mb: Memory the index may take when it is searched, MiB. None: a quarter of the machine's.
+        budget: Of the build, which bounds the training sample and with it the number of IVF cells.
 
     Raises:
         ValueError: If there is no such kind.
     """
+    lists = lists_for(rows, (budget or MemoryBudget.of(None)).training_rows(dimension))
+
+    def choice(name: str, why: str) -> Choice:
+        return Choice(name, KINDS[name].factory(lists, dimension), why, dict(KINDS[name].parameters))
+
     if kind.startswith("faiss:"):
         return Choice(kind, kind.removeprefix("faiss:"), "asked for", {"rerank": 4})
     if kind != "auto":
         if kind not in KINDS:
             raise ValueError(f"kind is auto, {', '.join(KINDS)} or faiss:FACTORY, got {kind!r}")
         if kind != "flat" and rows < FEWEST_ROWS:
-            return _choice("flat", rows, dimension, f"{kind} was asked for, but {rows:,} rows are too few to train it")
-        return _choice(kind, rows, dimension, "asked for")
-    budget = memory_mb if memory_mb is not None else physical_memory_mb() // 4
+            return choice("flat", f"{kind} was asked for, but {rows:,} rows are too few to train it")
+        return choice(kind, "asked for")
+    allowed = memory_mb if memory_mb is not None else physical_memory() >> 22
 
     def size(name: str) -> float:
         return rows * KINDS[name].bytes_per_row(dimension) / (1 << 20)
 
     shape = f"{rows:,} rows of {dimension} dimensions"
     if rows <= FLAT_ROWS:
-        return _choice("flat", rows, dimension, f"{shape}: up to {FLAT_ROWS:,} rows exact search is quick enough")
-    if rows <= HNSW_ROWS and size("hnsw-int8") <= budget:
+        return choice("flat", f"{shape}: up to {FLAT_ROWS:,} rows exact search is quick enough")
+    if rows <= HNSW_ROWS and size("hnsw-int8") <= allowed:
         why = (
-            f"{shape}: a graph over int8 vectors takes about {size('hnsw-int8'):,.0f} MiB of the {budget:,} MiB there "
+            f"{shape}: a graph over int8 vectors takes about {size('hnsw-int8'):,.0f} MiB of the {allowed:,} MiB there "
             f"are (flat would take {size('flat'):,.0f})"
         )
-        return _choice("hnsw-int8", rows, dimension, why)
+        return choice("hnsw-int8", why)
     cause = (
         f"a graph takes too long to build beyond {HNSW_ROWS:,} rows"
         if rows > HNSW_ROWS
-        else f"hnsw-int8 would take {size('hnsw-int8'):,.0f} MiB, more than the {budget:,} MiB there are"
+        else f"hnsw-int8 would take {size('hnsw-int8'):,.0f} MiB, more than the {allowed:,} MiB there are"
     )
     why = f"{shape}: {cause}; 4-bit codes take about {size('ivf-pq'):,.0f} MiB"
-    return _choice("ivf-pq", rows, dimension, why)
+    return choice("ivf-pq", why)
 
 
-def _choice(kind: str, rows: int, dimension: int, why: str) -> Choice:
-    return Choice(kind, KINDS[kind].factory(rows, dimension), why, dict(KINDS[kind].parameters))
-
-
-def make(
-    choice: Choice,
-    dimension: int,
-    rows: int,
-    sample: Callable[[np.ndarray], np.ndarray],
-    blocks: Iterator[np.ndarray],
-    seed: int = 0,
-) -> Any:
-    """A faiss index of `choice`, trained on a sample and filled block by block.
+def train(choice: Choice, dimension: int, rows: int, sample: Callable[[int], np.ndarray], most: int) -> Any:
+    """An empty faiss index of `choice`, trained.
 
     Args:
         choice: From `choose`.
         dimension: D.
         rows: N.
-        sample: Gives the vectors of some sorted rows, float32.
-        blocks: All vectors in order, (n, D) each.
-        seed: Of the sample.
+        sample: Gives the vectors of so many rows, float32.
+        most: Largest sample, rows.
     """
     import faiss as untyped
 
@@ -182,12 +168,54 @@ def make(
             transform.niter, transform.niter_pq, transform.niter_pq_0 = 10, 4, 10
             transform.max_train_points = 20_000
     if not index.is_trained:
-        count = min(rows, max(FEWEST_ROWS, TRAINING_BYTES // (4 * dimension)), max(65_536, 64 * lists_for(rows)))
-        chosen = np.sort(np.random.default_rng(seed).choice(rows, count, replace=False))
-        index.train(sample(chosen))
-    for block in blocks:
-        index.add(np.ascontiguousarray(block, np.float32))
+        index.train(sample(min(rows, most, max(65_536, 64 * cells_of(index)))))
     return index
+
+
+def write_files(
+    choice: Choice,
+    dimension: int,
+    rows: int,
+    sample: Callable[[int], np.ndarray],
+    blocks: Callable[[int, int], Iterator[np.ndarray]],
+    path: Path,
+    budget: MemoryBudget,
+) -> list[dict[str, Any]]:
+    """Make the faiss index of all rows and write it, in several files where one would not fit in the budget.
+
+    All files share one training; together they find what one would.
+
+    Args:
+        choice: From `choose`.
+        dimension: D.
+        rows: N.
+        sample: Gives the vectors of so many rows, float32.
+        blocks: The vectors of the rows from one number to another, (n, D) each.
+        path: The first file; the others are numbered.
+        budget: What may be held in memory.
+
+    Returns:
+        The part of the manifest for each file.
+    """
+    import faiss
+
+    if choice.kind == "flat":
+        return [{"file": path.name, "first_row": 0, "rows": rows, **write_flat(path, dimension, rows, blocks(0, rows))}]
+    index = train(choice, dimension, rows, sample, budget.training_rows(dimension))
+    row_bytes = KINDS[choice.kind].bytes_per_row(dimension) if choice.kind in KINDS else index.sa_code_size() + 300
+    count = math.ceil(rows / min(rows, budget.shard_rows(row_bytes)))
+    empty: Any = faiss.serialize_index(index) if count > 1 else None
+    borders = [rows * number // count for number in range(count + 1)]
+    records = []
+    for number, (first, last) in enumerate(itertools.pairwise(borders)):
+        if number:
+            index = faiss.deserialize_index(empty)
+        for block in blocks(first, last):
+            index.add(np.ascontiguousarray(block, np.float32))
+        file = path if not number else path.with_name(f"{path.stem}.{number}{path.suffix}")
+        records.append({"file": file.name, "first_row": first, "rows": last - first, **write_index(file, index)})
+        del index
+    return records
 
 
 def write_flat(path: Path, dimension: int, rows: int, blocks: Iterator[np.ndarray]) -> dict[str, Any]:
@@ -249,16 +277,28 @@ def write_index(path: Path, index: Any) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> Any:
-    """Open a faiss file, mapped into memory where faiss can."""
+    """Open a faiss file, mapped into memory where faiss can.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
     import faiss
 
-    for flags in (faiss.IO_FLAG_MMAP_IFC, 0):
-        try:
-            return faiss.read_index(str(path), flags)
-        except RuntimeError:
-            if flags == 0:
-                raise
-    raise ValueError(f"{path} cannot be read by faiss")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: restore it from a copy, or make it anew with reindex()")
+    flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)  # faiss 1.11 and newer
+    try:
+        return faiss.read_index(str(path), flags)
+    except RuntimeError:
+        return faiss.read_index(str(path))
+
+
+def cells_of(index: Any) -> int:
+    """IVF cells of a faiss index; 0 for another."""
+    import faiss
+
+    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    return int(inner.nlist) if isinstance(inner, faiss.IndexIVF) else 0
 
 
 def can_select(index: Any) -> bool:
@@ -270,19 +310,42 @@ def can_select(index: Any) -> bool:
 
 
 def candidates(
-    index: Any, queries: np.ndarray, count: int, parameters: dict[str, int], allowed: np.ndarray | None
+    shards: Sequence[tuple[int, Any]],
+    queries: np.ndarray,
+    count: int,
+    parameters: dict[str, int],
+    allowed: np.ndarray | None,
 ) -> np.ndarray:
     """Rows that may be among the nearest, (Q, count); -1 where there are no more.
 
-    No state of `index` is changed, so threads may search with different parameters.
+    No state of an index is changed, so threads may search with different parameters.
 
     Args:
-        index: A faiss index.
+        shards: faiss indexes with the number of their first row.
         queries: Unit vectors, (Q, D).
         count: Candidates per query.
         parameters: nprobe, efSearch.
         allowed: Rows that may be found, bool (N,); None: all. Needs `can_select`.
     """
+    import faiss
+
+    queries = np.ascontiguousarray(queries, np.float32)
+    found, scores = [], []
+    for first, index in shards:
+        mask = None if allowed is None else allowed[first : first + index.ntotal]
+        settings = search_settings(index, count, parameters, mask)
+        values, rows = index.search(queries, min(count, index.ntotal), params=settings)
+        found.append(np.where(rows < 0, rows, rows + first))
+        scores.append(-values if index.metric_type == faiss.METRIC_INNER_PRODUCT else values)
+    if len(found) == 1:
+        return found[0]
+    rows, values = np.concatenate(found, axis=1), np.concatenate(scores, axis=1)
+    order = np.argsort(values, axis=1, kind="stable")[:, :count]
+    return np.take_along_axis(rows, order, axis=1)
+
+
+def search_settings(index: Any, count: int, parameters: dict[str, int], allowed: np.ndarray | None) -> Any:
+    """The faiss search parameters of one search."""
     import faiss as untyped
 
     faiss: Any = untyped
@@ -300,8 +363,7 @@ def candidates(
         settings = faiss.SearchParameters(**options)
     if inner is not index and settings is not None:
         settings = faiss.SearchParametersPreTransform(index_params=settings)
-    _, rows = index.search(np.ascontiguousarray(queries, np.float32), count, params=settings)
-    return rows
+    return settings
 
 
 def parameter_grid(index: Any, rows: int) -> list[dict[str, int]]:

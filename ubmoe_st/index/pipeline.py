@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import queue
+import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
+from .budget import BATCH_TOKENS, WINDOW_BYTES, WINDOW_ROWS, WINDOW_TOKENS
 from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of
 from .embedder import TokenCounter, chunk_spans
 from .segments import Entry
-from .storage import map_npy, write_npy
 
 OnDuplicate = Literal["raise", "skip", "upsert"]
 OnBadRow = Literal["raise", "skip"]
 
-SPILL_KEYS = 1 << 15
-"""Ids remembered in memory before they move to a sorted file."""
-SPILL_RUNS = 8
-"""Sorted files of that size that are made into one, so that few have to be looked through."""
+SEEN_CACHE_KIB = 8192
+"""Memory for the table of known ids."""
 TOKENISE_ROWS = 128
 """Rows tokenised in one call of the tokenizer."""
 TOKENISE_CHARACTERS = 1 << 20
@@ -45,16 +42,16 @@ class PipelineOptions:
     """Tokens that neighbouring chunks share."""
     with_title: bool = True
     """Put the title on a line before the text the model reads."""
-    batch_tokens: int = 4096
+    batch_tokens: int = BATCH_TOKENS
     """Tokens per batch, padding included."""
     batch_rows: int = 256
     """Rows per batch, at most."""
-    window_tokens: int = 65536
+    window_tokens: int = WINDOW_TOKENS
     """Tokens after which a window closes: it is sorted by length, embedded and committed."""
-    window_rows: int = 8192
+    window_rows: int = WINDOW_ROWS
     """Rows after which a window closes."""
-    window_bytes: int = 16 << 20
-    """Bytes of text after which a window closes."""
+    window_bytes: int = WINDOW_BYTES
+    """Bytes of text and metadata after which a window closes."""
     on_duplicate: OnDuplicate = "raise"
     """An id that is already there: refuse the corpus, keep the first row, or let the last one win."""
     on_bad_row: OnBadRow = "raise"
@@ -135,62 +132,50 @@ def token_batches(lengths: Sequence[int], batch_tokens: int, batch_rows: int) ->
 
 
 class SeenIds:
-    """Every document id met so far and the row it begins at; memory stays bounded, the rest is in sorted files.
+    """Every document id met so far and the row it begins at, in a table on disk with a cache of fixed size.
 
-    Ids are compared by 128 bits of their hash.
+    Ids are compared by 128 bits of their hash. A thread other than the one that made it may use it.
 
     Args:
-        folder: Where the sorted files go; nothing in it needs to survive.
+        folder: Where the table goes; nothing in it needs to survive.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._recent: dict[tuple[int, int], int] = {}
-        self._runs: list[np.ndarray] = []
-        self._small = self._written = 0
+        folder.mkdir(parents=True, exist_ok=True)
+        self._table = sqlite3.connect(folder / "seen.sqlite", isolation_level=None, check_same_thread=False)
+        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{SEEN_CACHE_KIB}"):
+            self._table.execute(f"PRAGMA {setting}")
+        self._table.execute("CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        self._table.execute("BEGIN")
 
     def add(self, identity: str, row: int) -> int | None:
-        """Remember that `identity` begins at `row`; the row it began at before, or None."""
+        """Remember that `identity` begins at `row` if it is new; else the row it is known to begin at.
+
+        Raises:
+            OSError: If the disk is full.
+        """
         key = key_of(identity)
-        before = self._recent.get(key)
-        if before is None:
-            before = self._spilled(key)
-        self._recent[key] = row
-        if len(self._recent) >= SPILL_KEYS:
-            self._spill()
-        return before
+        if self._write("INSERT OR IGNORE INTO seen VALUES (?, ?)", key, row):
+            return None
+        return int(self._table.execute("SELECT row FROM seen WHERE key = ?", (key,)).fetchone()[0])
 
-    def __contains__(self, identity: str) -> bool:
-        key = key_of(identity)
-        return key in self._recent or self._spilled(key) is not None
+    def move(self, identity: str, row: int) -> None:
+        """Remember that `identity` begins at `row` from now on, known or not."""
+        self._write("REPLACE INTO seen VALUES (?, ?)", key_of(identity), row)
 
-    def _spilled(self, key: tuple[int, int]) -> int | None:
-        for run in reversed(self._runs):
-            position = int(np.searchsorted(run[0], np.uint64(key[0])))
-            while position < run.shape[1] and int(run[0, position]) == key[0]:
-                if int(run[1, position]) == key[1]:
-                    return int(run[2, position])
-                position += 1
-        return None
+    def _write(self, statement: str, key: bytes, row: int) -> int:
+        """Rows of the table that were written."""
+        try:
+            return self._table.execute(statement, (key, row)).rowcount
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"the table of known ids cannot be written ({error}); everything committed before is intact: free some "
+                "space and run the same command again"
+            ) from error
 
-    def _spill(self) -> None:
-        run = np.array([(*key, row) for key, row in self._recent.items()], dtype=np.uint64).T
-        self._recent = {}
-        self._small += 1
-        if self._small == SPILL_RUNS:
-            earlier = self._runs[-(SPILL_RUNS - 1) :]
-            del self._runs[-(SPILL_RUNS - 1) :]
-            run = np.concatenate([*earlier, run], axis=1)
-            self._small = 0
-        age = np.arange(run.shape[1])
-        run = run[:, np.lexsort((age, run[1], run[0]))]
-        newest = np.ones(run.shape[1], bool)
-        newest[:-1] = (run[0, :-1] != run[0, 1:]) | (run[1, :-1] != run[1, 1:])
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{self._written:06d}.npy"
-        self._written += 1
-        write_npy(path, run[:, newest])
-        self._runs.append(map_npy(path))  # (3, N)
+    def close(self) -> None:
+        """Let go of the file."""
+        self._table.close()
 
 
 class WindowMaker:
@@ -265,7 +250,8 @@ class WindowMaker:
             for item in pending:
                 if isinstance(item, tuple):
                     entry, text, replaced, position = item
-                    yield entry, next(counts), replaced, position, len(text.encode())
+                    size = len(text.encode()) + len(entry.id) + len(entry.metadata or "")
+                    yield entry, next(counts), replaced, position, size
                 else:
                     yield item
             pending.clear()
@@ -306,25 +292,26 @@ class WindowMaker:
             skip = self._start.chunk if number == self._start.row else 0
             replaced = None
             if not skip:
-                if options.on_duplicate != "upsert" and item.id in self._seen:
-                    if options.on_duplicate == "raise":
-                        raise CorpusError(
-                            f"{item.place}: id {item.id!r} is already there; keep the first row with "
-                            "on_duplicate='skip' or the last one with on_duplicate='upsert'"
-                        )
+                replaced = self._seen.add(item.id, self._row)
+                if replaced is not None and options.on_duplicate == "raise":
+                    raise CorpusError(
+                        f"{item.place}: id {item.id!r} is already there; keep the first row with "
+                        "on_duplicate='skip' or the last one with on_duplicate='upsert'"
+                    )
+                if replaced is not None and options.on_duplicate == "skip":
                     yield None
                     yield after
                     continue
-                replaced = self._seen.add(item.id, self._row)
-            entries = list(self._entries(item))
-            for chunk, entry in enumerate(entries):
-                if chunk < skip:
-                    continue
-                done = after if chunk == len(entries) - 1 else Position(number, chunk + 1, before)
+                if replaced is not None:
+                    self._seen.move(item.id, self._row)
+            spans = self._spans(item.text)
+            for chunk in range(skip, len(spans)):
+                entry = self._entry(item, chunk, *spans[chunk])
+                done = after if chunk == len(spans) - 1 else Position(number, chunk + 1, before)
                 yield entry, entry.model_input(options.with_title), replaced, done
                 replaced = None
                 self._row += 1
-            if not entries:
+            if not spans:
                 yield after
         if number + 1 <= self._start.row:
             self._compare(digest.hexdigest() if number >= 0 else "", number + 1)
@@ -336,23 +323,18 @@ class WindowMaker:
                 "changed; give the same corpus, or begin again with overwrite=True"
             )
 
-    def _entries(self, document: Document) -> Iterator[Entry]:
-        text = document.text
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the entries of a document begin and end, in characters."""
+        options = self._options
+        if options.chunk_tokens is None:
+            return [(0, len(text))]
+        return chunk_spans(text, self._counter, options.chunk_tokens, options.overlap_tokens)
+
+    def _entry(self, document: Document, chunk: int, start: int, end: int) -> Entry:
+        text, title, metadata = document.text[start:end], document.title, document.metadata
         if self._options.chunk_tokens is None:
-            yield Entry(document.id, text, document.title, None, 0, 0, len(text), document.metadata)
-            return
-        spans = chunk_spans(text, self._counter, self._options.chunk_tokens, self._options.overlap_tokens)
-        for chunk, (start, end) in enumerate(spans):
-            yield Entry(
-                f"{document.id}#{chunk}",
-                text[start:end],
-                document.title,
-                document.id,
-                chunk,
-                start,
-                end,
-                document.metadata,
-            )
+            return Entry(document.id, text, title, None, chunk, start, end, metadata)
+        return Entry(f"{document.id}#{chunk}", text, title, document.id, chunk, start, end, metadata)
 
 
 def ahead(items: Iterable[Any], size: int = 1) -> Iterator[Any]:
@@ -373,13 +355,17 @@ def ahead(items: Iterable[Any], size: int = 1) -> Iterator[Any]:
         return False
 
     def work() -> None:
+        iterator = iter(items)
         try:
-            for item in items:
+            for item in iterator:
                 if not put("item", item):
                     return
             put("end", None)
         except BaseException as error:
             put("error", error)
+        finally:
+            if isinstance(iterator, Generator):
+                iterator.close()
 
     thread = threading.Thread(target=work, name="ubmoe-index-reader", daemon=True)
     thread.start()

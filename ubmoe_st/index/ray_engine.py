@@ -1,42 +1,55 @@
-"""The embedding step of a build on a Ray cluster: actors hold the model, windows go out and come back in order."""
+"""A build on Ray Data: a task reads the corpus, actors hold the model and write the parts, the driver commits them."""
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+import pickle
+import tempfile
+import uuid
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .embedder import Embedder
-from .pipeline import PipelineOptions, Window
+from .parts import Part, PartMaker, Reading
+from .pipeline import Window
 
-WINDOWS_PER_WORKER = 2
-"""Windows an actor has in hand, so that it never waits for the next one."""
+BLOCK_BYTES = 1
+"""Ray Data joins rows into blocks up to this size: so a window is a block, and goes out as soon as it is full."""
 
 
-class _Worker:
-    """Lives in an actor: one copy of the model."""
+class _Embed:
+    """Lives in an actor: one copy of the model. Takes a window, leaves its part in the index folder."""
 
-    def __init__(self, model: Any, truncate_dim: int | None) -> None:
+    def __init__(self, model: Any, truncate_dim: int | None, maker: PartMaker) -> None:
+        import ray
+
+        model = ray.get(model) if isinstance(model, ray.ObjectRef) else model
         self._embedder = Embedder(model, truncate_dim=truncate_dim)
+        self._maker = maker
 
-    def embed(self, batches: list[list[str]]) -> list[np.ndarray]:
-        """Unit vectors of each batch."""
-        return [self._embedder.documents(batch) for batch in batches]
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One window in, one part out; an error of the reader is passed on."""
+        item = pickle.loads(batch["item"][0])
+        if isinstance(item, Window):
+            item = self._maker.make(self._embedder, item)
+        return {"item": [pickle.dumps(item)]}
 
 
 class RayEngine:
-    """Embeds windows on Ray actors.
+    """Embeds windows on the actors of a Ray cluster.
 
-    Reading, numbering and committing stay with the caller, in order: so the rows and the vectors are those of a local
-    build on the same kind of machine, and such a build resumes like any other.
+    One read task makes the windows, the same ones a local build makes, because where they begin and end depends on
+    what came before. `map_batches` spreads them over actors, which write vectors and entries straight into the index
+    folder and hand back no more than size, checksum and position. The caller commits these in order. So the rows and
+    the vectors are those of a local build on the same kind of machine, and a stopped build goes on with either.
 
     Args:
         model: A folder or Hub id that every worker can load, or a model object, which is sent to them.
         truncate_dim: As in `Embedder`.
         workers: Actors.
-        resources: For `ray.remote`: `{"num_gpus": 1}`. Default: one CPU each.
+        resources: What an actor takes, for `map_batches`: `{"num_gpus": 1}`. None: one CPU each.
 
     Raises:
         ImportError: If ray is not installed.
@@ -47,41 +60,80 @@ class RayEngine:
     ) -> None:
         try:
             import ray
+            import ray.data
         except ImportError as error:
-            raise ImportError("engine='ray' needs ray: pip install ray") from error
+            raise ImportError("engine='ray' needs Ray Data: pip install 'ubmoe-st[ray]'") from error
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
         self._ray: Any = ray
         if not ray.is_initialized():
             ray.init(include_dashboard=False)
-        shared = model if isinstance(model, str) else ray.put(model)
-        actor: Any = ray.remote(**(resources or {"num_cpus": 1}))(_Worker)
-        self._actors = [actor.remote(shared, truncate_dim) for _ in range(workers)]
+        self._model = model if isinstance(model, str) else ray.put(model)
+        self._truncate_dim, self._workers = truncate_dim, workers
+        self._resources = resources or {"num_cpus": 1}
 
-    def embed(self, windows: Iterator[Window], options: PipelineOptions) -> Iterator[tuple[Window, np.ndarray | None]]:
-        """Each window with its vectors, (n, D), in the order of the windows; None for a window without entries."""
-        waiting: deque[tuple[Window, list[list[int]], Any]] = deque()
-        limit = WINDOWS_PER_WORKER * len(self._actors)
-        for number, window in enumerate(windows):
-            batches = list(window.batches(options))
-            texts = [[window.entries[i].model_input(options.with_title) for i in batch] for batch in batches]
-            actor = self._actors[number % len(self._actors)]
-            waiting.append((window, batches, actor.embed.remote(texts)))
-            if len(waiting) >= limit:
-                yield self._finished(*waiting.popleft())
-        while waiting:
-            yield self._finished(*waiting.popleft())
+    def parts(self, reading: Reading, maker: PartMaker) -> Iterator[Part]:
+        """The parts of what is left of a corpus, in order.
 
-    def _finished(self, window: Window, batches: list[list[int]], result: Any) -> tuple[Window, np.ndarray | None]:
-        parts = self._ray.get(result)
-        if not parts:
-            return window, None
-        vectors = np.empty((len(window.entries), parts[0].shape[1]), np.float32)
-        for batch, part in zip(batches, parts):
-            vectors[batch] = part
-        return window, vectors
+        Raises:
+            CorpusError: As the reader raised it.
+            TypeError: If the corpus cannot be sent to the reader.
+        """
+        if not reading.corpus.repeatable:
+            raise TypeError(
+                "engine='ray' needs a corpus that another process can read: a file, a folder, a list or a dataset, "
+                f"got {reading.corpus.name}"
+            )
+        data = self._ray.data
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        windows = data.read_datasource(_source(reading), override_num_blocks=1, num_cpus=0)
+        context = windows.context
+        context.target_max_block_size = BLOCK_BYTES
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.execution_options.preserve_order = True
+        parts = windows.map_batches(
+            _Embed,
+            batch_size=1,
+            batch_format="numpy",
+            compute=data.ActorPoolStrategy(size=self._workers),
+            fn_constructor_args=(
+                self._model,
+                self._truncate_dim,
+                replace(maker, suffix=f"-{uuid.uuid4().hex[:8]}"),
+            ),
+            **self._resources,
+        )
+        for row in parts.iter_rows():
+            item = pickle.loads(row["item"])
+            if isinstance(item, BaseException):
+                raise item
+            yield item
 
-    def close(self) -> None:
-        """End the actors."""
-        for actor in self._actors:
-            self._ray.kill(actor)
+
+def _source(reading: Reading) -> Any:
+    """A Ray Data source of one task, whose rows are pickled windows, and the error that ended them, if one did."""
+    import pyarrow as pa
+    from ray.data import Datasource
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import ReadTask
+
+    def block(item: Any) -> Any:
+        return pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
+
+    def read() -> Iterator[Any]:
+        with tempfile.TemporaryDirectory(prefix="ubmoe-index-") as folder:
+            try:
+                for window in replace(reading, scratch=Path(folder) / "seen").windows():
+                    yield block(window)
+            except Exception as error:
+                yield block(error)
+
+    class Windows(Datasource):
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, *_: Any, **__: Any) -> list[Any]:
+            unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(read, unknown)]
+
+    return Windows()

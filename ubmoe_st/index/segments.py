@@ -8,17 +8,22 @@ rows as for a hundred million.
 from __future__ import annotations
 
 import bisect
+import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .corpus import key_of
-from .storage import check_size, map_npy, replacing
+from .storage import check_size, map_file, map_npy, replacing
 
 ENTRY_FIELDS = ("id", "parent", "chunk", "start", "end", "title", "text", "metadata")
+KEPT_BATCHES = 256
+"""Record batches of a segment whose places are remembered; their content stays in the map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,45 +98,42 @@ class EntryFile:
         import pyarrow as pa
 
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._reader = pa.ipc.open_file(map_file(path))
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): it is missing or truncated") from error
-        self._path = path
+        self._batch = lru_cache(KEPT_BATCHES)(self._reader.get_batch)
         self._ends: list[int] | None = None
 
     def _batch_ends(self) -> list[int]:
         if self._ends is None:
-            total, ends = 0, []
-            for number in range(self._reader.num_record_batches):
-                total += self._reader.get_batch(number).num_rows
-                ends.append(total)
-            self._ends = ends
+            numbers = range(self._reader.num_record_batches)
+            self._ends = list(itertools.accumulate(self._reader.get_batch(number).num_rows for number in numbers))
         return self._ends
+
+    def _place(self, row: int) -> tuple[Any, int]:
+        """The record batch that holds a row, and the row's position in it."""
+        ends = self._batch_ends()
+        number = bisect.bisect_right(ends, row)
+        return self._batch(number), row - (ends[number - 1] if number else 0)
 
     def batches(self) -> Iterator[Any]:
         """All record batches in order."""
         for number in range(self._reader.num_record_batches):
             yield self._reader.get_batch(number)
 
+    def values(self, row: int, names: Sequence[str]) -> list[Any]:
+        """Some fields of one row."""
+        batch, local = self._place(row)
+        return [batch.column(name)[local].as_py() for name in names]
+
     def entry(self, row: int) -> Entry:
         """One row."""
-        ends = self._batch_ends()
-        number = bisect.bisect_right(ends, row)
-        batch = self._reader.get_batch(number)
-        local = row - (ends[number - 1] if number else 0)
-        return Entry(**{name: batch.column(name)[local].as_py() for name in ENTRY_FIELDS})
+        return Entry(**dict(zip(ENTRY_FIELDS, self.values(row, ENTRY_FIELDS))))
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """The ids of some rows, in their order."""
-        ends = self._batch_ends()
-        cache: dict[int, Any] = {}
-        found = []
-        for row in rows:
-            number = bisect.bisect_right(ends, row)
-            if number not in cache:
-                cache[number] = self._reader.get_batch(number).column("id")
-            found.append(cache[number][row - (ends[number - 1] if number else 0)].as_py())
-        return found
+        places = [self._place(row) for row in rows]
+        return [batch.column("id")[local].as_py() for batch, local in places]
 
 
 def keys_of_batches(batches: Iterator[Any]) -> np.ndarray:
@@ -139,18 +141,22 @@ def keys_of_batches(batches: Iterator[Any]) -> np.ndarray:
 
     The document id of a chunk is a key too, beside the chunk's own.
     """
-    hashes: list[int] = []
-    rows: list[int] = []
+    hashes, rows = array("Q"), array("Q")
     row = 0
     for batch in batches:
         ids, parents = batch.column("id").to_pylist(), batch.column("parent").to_pylist()
         for identity, parent in zip(ids, parents):
             for name in (identity,) if parent is None else (identity, parent):
-                hashes.append(key_of(name)[0])
+                hashes.append(short_key(name))
                 rows.append(row)
             row += 1
-    keys = np.array([hashes, rows], dtype=np.uint64)
+    keys = np.stack([np.array(hashes, np.uint64), np.array(rows, np.uint64)])
     return keys[:, np.argsort(keys[0], kind="stable")]  # (2, N)
+
+
+def short_key(identity: str) -> int:
+    """The first 64 bits of an id's key."""
+    return int.from_bytes(key_of(identity)[:8], "little")
 
 
 class Segment:
@@ -180,7 +186,7 @@ class Segment:
 
     def rows_of(self, identity: str) -> list[int]:
         """Rows whose id, or whose document's id, is `identity`."""
-        wanted = np.uint64(key_of(identity)[0])
+        wanted = np.uint64(short_key(identity))
         hashes = self.keys[0]
         first = int(np.searchsorted(hashes, wanted, side="left"))
         last = int(np.searchsorted(hashes, wanted, side="right"))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from .segments import Entry, Segment
+from .segments import Entry, EntryFile, Segment
 from .storage import check_size, map_npy
 
 INFO_FILE = "index_info.json"
@@ -48,6 +48,13 @@ def read_info(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has layout version {version}, this package reads up to {FORMAT_VERSION}: upgrade ubmoe-st"
         )
+    index = info["index"]
+    if "files" not in index:  # as the first builds wrote it: one file, always
+        only = {name: index.pop(name) for name in ("file", "sha256")}
+        index |= {
+            "files": [{**only, "first_row": 0, "rows": index["rows"], "bytes": index["bytes"]}],
+            "faiss_file": None,
+        }
     return info
 
 
@@ -80,6 +87,8 @@ class Snapshot:
         if self.info["dead"] is not None:
             check_size(folder / self.info["dead"]["file"], self.info["dead"])
             self.dead = np.array(map_npy(folder / self.info["dead"]["file"]))
+        for file in self.info["index"]["files"]:
+            check_size(folder / file["file"], file)
         self._alive: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -106,18 +115,38 @@ class Snapshot:
             for local in range(max(0, first_row - start), segment.rows, step):
                 yield start + local, segment.vectors[local : local + step]
 
-    def read_blocks(self) -> Iterator[np.ndarray]:
-        """All vectors in order, (n, D) at a time, read and not mapped: pages once mapped count as memory in use."""
+    def read_blocks(self, first_row: int, last_row: int) -> Iterator[np.ndarray]:
+        """Vectors of the rows from one number to another, (n, D) at a time; read, because pages of a map add up."""
         step = max(1, READ_BYTES // (4 * self.dimension))
-        for segment in self.segments:
-            if not segment.rows:
+        for start, segment in zip(self.starts.tolist(), self.segments):
+            begin, end = max(first_row - start, 0), min(last_row - start, segment.rows)
+            if begin >= end:
                 continue
-            offset, dtype = getattr(segment.vectors, "offset", 0), segment.vectors.dtype
-            with (self.folder / segment.record["folder"] / "vectors.npy").open("rb") as file:
-                file.seek(offset)
-                for local in range(0, segment.rows, step):
-                    count = min(step, segment.rows - local)
-                    yield np.fromfile(file, dtype, count * self.dimension).reshape(count, self.dimension)
+            with self._vectors_file(segment) as file:
+                file.seek(begin * segment.vectors.strides[0], 1)
+                for local in range(begin, end, step):
+                    yield self._read(file, segment, min(step, end - local))
+
+    def sample(self, count: int, seed: int = 0) -> np.ndarray:
+        """Vectors of random stored rows as float32, (count, D); read, because pages of a map add up."""
+        wanted = np.sort(np.random.default_rng(seed).choice(self.stored_rows, count, replace=False))
+        found = np.empty((count, self.dimension), np.float32)
+        for segment, start, positions in self._by_segment(wanted):
+            with self._vectors_file(segment) as file:
+                begin = file.tell()
+                for position in positions.tolist():
+                    file.seek(begin + (int(wanted[position]) - start) * segment.vectors.strides[0])
+                    found[position] = self._read(file, segment, 1)
+        return found
+
+    def _vectors_file(self, segment: Segment) -> BinaryIO:
+        """The vectors of a segment as an open file, at its first row."""
+        file = (self.folder / segment.record["folder"] / "vectors.npy").open("rb")
+        file.seek(-segment.vectors.nbytes, 2)
+        return file
+
+    def _read(self, file: BinaryIO, segment: Segment, rows: int) -> np.ndarray:
+        return np.fromfile(file, segment.vectors.dtype, rows * self.dimension).reshape(rows, self.dimension)
 
     def _by_segment(self, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Segment, int, np.ndarray]]:
         """(segment, its first row, positions within `rows`)."""
@@ -157,19 +186,17 @@ class Snapshot:
         return [row for row in rows if self.is_alive(row)]
 
     def documents(self) -> Iterator[tuple[str, int]]:
-        """Every live document id with the row it begins at."""
-        for row, name, _, parent, chunk in self.names():
+        """Every live document id with the row it begins at; each segment is mapped anew and let go again."""
+        files = (EntryFile(self.folder / segment.record["folder"] / "entries.arrow") for segment in self.segments)
+        for row, name, parent, chunk in names_in(files):
             if chunk == 0 and self.is_alive(row):
                 yield (name if parent is None else parent), row
 
-    def names(self) -> Iterator[tuple[int, str, str, str | None, int]]:
-        """(row, id, document id, parent, chunk number) of every stored row."""
-        row = 0
-        for segment in self.segments:
-            for batch in segment.entries.batches():
-                for name, parent, chunk in zip(*(batch.column(key).to_pylist() for key in ("id", "parent", "chunk"))):
-                    yield row, name, name if parent is None else parent, parent, chunk
-                    row += 1
+    def ids(self) -> Iterator[str]:
+        """The ids of all live rows, in order."""
+        for row, name, _, _ in names_in(segment.entries for segment in self.segments):
+            if self.is_alive(row):
+                yield name
 
     def batches_of(self, rows: np.ndarray, size: int) -> Iterator[Any]:
         """Arrow batches of some sorted rows, at most `size` rows each."""
@@ -184,22 +211,25 @@ class Snapshot:
 
     def end_of_document(self, row: int) -> int:
         """The row after the last chunk of the document that begins at `row`."""
+        parent, _ = self._parent_and_chunk(row)
         end = row + 1
-        if self.entry_at(row).parent is None:
-            return end
-        while end < self.stored_rows:
-            entry = self.entry_at(end)
-            if entry.parent is None or entry.chunk == 0:
+        while parent is not None and end < self.stored_rows:
+            other, chunk = self._parent_and_chunk(end)
+            if other != parent or chunk == 0:
                 break
             end += 1
         return end
+
+    def _parent_and_chunk(self, row: int) -> list[Any]:
+        owner = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.segments[owner].entries.values(row - int(self.starts[owner]), ("parent", "chunk"))
 
     def files(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Every file on record: relative name and {"bytes", "sha256"}."""
         for record in self.info["segments"]:
             for name, file in record["files"].items():
                 yield f"{record['folder']}/{name}", file
-        for part in (self.info["dead"], self.info["index"], self.info["model"]["probes"]):
+        for part in (self.info["dead"], *self.info["index"]["files"], self.info["model"]["probes"]):
             if part is not None:
                 yield part["file"], part
         if self.info["bm25"] is not None:
@@ -207,10 +237,21 @@ class Snapshot:
                 yield f"{self.info['bm25']['folder']}/{name}", file
 
 
+def names_in(files: Iterable[EntryFile]) -> Iterator[tuple[int, str, str | None, int]]:
+    """(row, id, parent, chunk number) of every row, numbered from 0."""
+    row = 0
+    for file in files:
+        for batch in file.batches():
+            for name, parent, chunk in zip(*(batch.column(key).to_pylist() for key in ("id", "parent", "chunk"))):
+                yield row, name, parent, chunk
+                row += 1
+
+
 def referenced(info: dict[str, Any]) -> set[str]:
     """First-level names (and segment folders) a manifest needs; everything else may go."""
     names = {record["folder"] for record in info["segments"]}
-    names |= {part["file"] for part in (info["dead"], info["index"], info["model"]["probes"]) if part is not None}
+    parts = (info["dead"], *info["index"]["files"], info["model"]["probes"])
+    names |= {part["file"] for part in parts if part is not None}
     names |= {source["bad_rows_file"] for source in info["sources"] if source.get("bad_rows_file")}
     if info["bm25"] is not None:
         names.add(info["bm25"]["folder"])

@@ -129,21 +129,35 @@ def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
         return file.record()
 
 
+def map_file(path: Path) -> Any:
+    """A file mapped into memory, as an Arrow buffer. It holds no file descriptor: an index may have thousands of files.
+
+    Raises:
+        OSError: If the file is missing or empty.
+    """
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
 def map_npy(path: Path) -> np.ndarray:
-    """Memory-map a .npy file; an empty array is read instead, because zero bytes cannot be mapped.
+    """Map a C-order .npy file into memory, read-only.
 
     Raises:
         ValueError: If the file is missing, truncated or no .npy file, naming it.
     """
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        with contextlib.suppress(ValueError, OSError, EOFError):
-            array = np.load(path, allow_pickle=False)
-            if not array.size:
-                return array
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran_order, dtype = header(file)
+            offset = file.tell()
+        if fortran_order or dtype.hasobject:
+            raise ValueError("it is not in C order, or holds objects")
+        return np.ndarray(shape, dtype, buffer=map_file(path), offset=offset)
+    except (ValueError, TypeError, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be mapped ({error}): it is missing, truncated or not a .npy file") from error
-    return mapped
 
 
 def sha256_of(path: Path) -> str:

@@ -81,8 +81,8 @@ def tune(
     """
     if not 0 < recall <= 1:
         raise ValueError(f"recall is above 0 and at most 1, got {recall}")
-    index = searcher.faiss_index
-    if index is None:
+    shards = searcher.shards
+    if not shards:
         raise ValueError("this index is flat: every search is exact, there is nothing to tune")
     snapshot = searcher.snapshot
     own: np.ndarray | None = None
@@ -103,7 +103,7 @@ def tune(
     truth, flat_speed = run(True, None)
     trials: list[Trial] = []
     floor: dict[str, int] = {}
-    for parameters in parameter_grid(index, snapshot.stored_rows):
+    for parameters in parameter_grid(shards[0][1], snapshot.stored_rows):
         main = next((value for name, value in parameters.items() if name != "rerank"), 0)
         best = max((t.queries_per_second for t in trials if t.recall >= recall), default=0.0)
         if best and main > 4 * floor.get("main", main):

@@ -1,0 +1,251 @@
+"""Exports beside the checkpoint: `python -m benchmarks.exports --model models/ubmoe-135m`.
+
+Each export is opened in a process of its own by the engine that it is for, takes turns with torch fp32 in the same run,
+and is compared by cosine, by Spearman on STSBenchmark dev, and by the tokens a second of one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from benchmarks import data as local
+from benchmarks.results import RESULTS, SCHEMA, command_line, fingerprint, run_record, write_json
+
+EXPORTS: dict[str, tuple[str, str | None]] = {
+    "onnx": ("onnx", None),
+    "onnx-int8": ("onnx", "int8"),
+    "openvino": ("openvino", None),
+    "openvino-int8": ("openvino", "int8"),
+    "gguf": ("gguf", None),
+    "gguf-f16": ("gguf", "f16"),
+    "gguf-int8": ("gguf", "int8"),
+}
+LABELS = {
+    "torch": "torch, fp32",
+    "onnx": "onnxruntime, fp32",
+    "onnx-int8": "onnxruntime, int8",
+    "openvino": "OpenVINO, fp32",
+    "openvino-int8": "OpenVINO, int8",
+    "gguf": "llama.cpp, F32",
+    "gguf-f16": "llama.cpp, F16",
+    "gguf-int8": "llama.cpp, Q8_0",
+}
+
+
+def encoder(system: str, path: str, threads: int) -> Any:
+    """A function from a list of texts to vectors (N, D), in the engine of `system`.
+
+    Args:
+        system: A key of `LABELS`.
+        path: The checkpoint, or the export.
+        threads: Threads of the engine.
+    """
+    if system == "torch":
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        torch.set_num_threads(threads)
+        model = SentenceTransformer(path, device="cpu")
+        return lambda texts: model.encode(texts, batch_size=len(texts))
+    if system.startswith("gguf"):
+        from llama_cpp import Llama
+
+        llama = Llama(path, n_ctx=4096, n_batch=4096, n_ubatch=4096, embedding=True, n_threads=threads, verbose=False)
+        return lambda texts: np.array(llama.embed(list(texts), normalize=True))
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
+
+    def inputs(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        batch = tokenizer.encode_batch(list(texts))
+        return {
+            "input_ids": np.array([x.ids for x in batch]),
+            "attention_mask": np.array([x.attention_mask for x in batch]),
+        }
+
+    if system.startswith("onnx"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(Path(path) / "onnx" / "model.onnx"), options)
+        return lambda texts: session.run(["sentence_embedding"], inputs(texts))[0]
+    import openvino
+
+    model = openvino.compile_model(
+        Path(path) / "openvino" / "openvino_model.xml",
+        "CPU",
+        {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"},
+    )
+    return lambda texts: np.array(model(inputs(texts))["sentence_embedding"])
+
+
+def worker(task: dict[str, Any]) -> dict[str, Any]:
+    """Encode the texts of a task in batches of similar length; seconds for each repeat."""
+    run = encoder(task["system"], task["path"], task["threads"])
+    texts: list[str] = task["texts"]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    size = task["batch_size"]
+    seconds, vectors = [], np.zeros(0)
+    run([texts[i] for i in order[:size]])
+    for _ in range(task["repeats"]):
+        start = time.perf_counter()
+        rows = [run([texts[i] for i in order[first : first + size]]) for first in range(0, len(order), size)]
+        seconds.append(time.perf_counter() - start)
+        sorted_rows = np.concatenate(rows)
+        vectors = np.empty_like(sorted_rows)
+        vectors[order] = sorted_rows
+    np.save(task["out"], vectors)
+    return {"seconds": seconds}
+
+
+def in_process(task: dict[str, Any]) -> tuple[np.ndarray, list[float]]:
+    """Run `worker` in a new process: vectors (N, D), and seconds.
+
+    Raises:
+        RuntimeError: If it fails, with its last lines.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.exports", "worker"],
+            input=json.dumps({**task, "out": file.name}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            tail = " / ".join(done.stderr.strip().splitlines()[-2:])
+            raise RuntimeError(f"Expected vectors of {task['system']}, got: {tail}")
+        return np.load(file.name), json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of each pair of rows, (N,)."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def spearman(vectors: np.ndarray, gold: Sequence[float]) -> float:
+    """Spearman x100 of the cosines of rows 2n and 2n + 1 with the gold scores."""
+    from scipy.stats import spearmanr
+
+    return 100 * float(spearmanr(cosines(vectors[::2], vectors[1::2]), gold).statistic)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the encoder's files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if "generator" not in file.parts]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(name="worker", hidden=True)
+def worker_command() -> None:
+    """Run one measurement read from the standard input."""
+    typer.echo(json.dumps(worker(json.loads(sys.stdin.read()))))
+
+
+@app.command(name="run")
+def main(
+    model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
+    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
+    exports: Annotated[Path, typer.Option(help="Folder of the exports; what is there is not written again.")] = Path(
+        "runs/exports"
+    ),
+    systems: Annotated[str, typer.Option(help="Systems, with commas between.")] = ",".join(EXPORTS),
+    pairs: Annotated[int, typer.Option(help="Pairs of STSBenchmark dev, from the start of a seeded order.")] = 1500,
+    rounds: Annotated[int, typer.Option(help="Turns each system takes.")] = 1,
+    batch_size: int = 32,
+    threads: int = 1,
+    seed: int = 0,
+) -> None:
+    """Write the exports of a checkpoint and measure them beside torch fp32."""
+    from ubmoe_st.export import export
+
+    try:
+        wanted = [name.strip() for name in systems.split(",") if name.strip()]
+        unknown = [name for name in wanted if name not in EXPORTS]
+        if unknown:
+            raise ValueError(f"systems must be of {', '.join(EXPORTS)}, got {unknown[0]!r}")
+        dev = local.sts_pairs(local.data_dir(data_dir), "STSBenchmark", "validation")
+        chosen = np.random.default_rng(seed).permutation(len(dev["score"]))[:pairs]
+        texts = [dev[side][index] for index in chosen for side in ("sentence1", "sentence2")]
+        gold = [dev["score"][index] for index in chosen]
+        record = run_record(
+            command_line("benchmarks.exports"),
+            seed=seed,
+            packages=("onnxruntime", "openvino", "nncf", "gguf", "llama-cpp-python"),
+            dtype="float32",
+            prompt="none",
+            pooling="mean",
+            pairs=len(gold),
+            fingerprint=fingerprint(model),
+        )
+        record["threads"] = threads
+        paths = {"torch": str(model)}
+        for name in wanted:
+            format, quantize = EXPORTS[name]
+            target = exports / (f"{model.name}-{name}" + (".gguf" if format == "gguf" else ""))
+            if not target.exists():
+                typer.echo(f"writing {target}")
+                export(str(model), target, format=format, quantize=quantize)  # type: ignore[arg-type]
+            paths[name] = str(target)
+        vectors: dict[str, np.ndarray] = {}
+        seconds: dict[str, list[float]] = {name: [] for name in paths}
+        for _ in range(rounds):
+            for name, path in paths.items():
+                task = {"system": name, "path": path, "texts": texts, "batch_size": batch_size, "threads": threads}
+                vectors[name], taken = in_process({**task, "repeats": 1})
+                seconds[name] += taken
+                typer.echo(f"{LABELS[name]}: {len(texts) / min(taken):.1f} texts/s")
+        reference = spearman(vectors["torch"], gold)
+        peer = float(np.median([len(texts) / taken for taken in seconds["torch"]]))
+        rows = []
+        for name, path in paths.items():
+            close, found = cosines(vectors[name], vectors["torch"]), spearman(vectors[name], gold)
+            rates = [len(texts) / taken for taken in seconds[name]]
+            rows.append(
+                [
+                    LABELS[name],
+                    f"{size_of(Path(path)) / 1e6:.0f}",
+                    f"{close.mean():.5f}",
+                    f"{close.min():.5f}",
+                    f"{found:.2f} ({found - reference:+.2f})",
+                    f"{np.median(rates):.1f} [{min(rates):.1f}, {max(rates):.1f}]",
+                    f"{np.median(rates) / peer:.2f}",
+                ]
+            )
+            typer.echo(" | ".join(rows[-1]))
+        columns = ["engine", "MB", "mean cosine", "smallest cosine", "STSB-dev", "texts/s [range]", "x torch"]
+        write_json(
+            Path(out) / f"exports-{model.name}.json",
+            {
+                "schema": SCHEMA,
+                "benchmark": "exports",
+                "row": model.name,
+                "label": model.name,
+                "run": record,
+                "scores": [],
+                "tables": {"exports": {"columns": columns, "rows": rows}},
+            },
+        )
+    except (ValueError, FileNotFoundError, RuntimeError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app()

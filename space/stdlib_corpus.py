@@ -1,0 +1,1 @@
+../examples/stdlib_corpus.py

@@ -1,0 +1,64 @@
+"""The index commands: several folders, the memory budget, faiss files and keywords."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import TEXTS
+from typer.testing import CliRunner
+
+from ubmoe_st.cli import app
+
+ROWS = [{"id": f"t{n}", "text": text} for n, text in enumerate([*TEXTS, "a blue house", "the old bird"])]
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint, tmp_path_factory):
+    """Indexes of all rows (`whole`) and of two halves (`one`, `two`)."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, rows in {"whole": ROWS, "one": ROWS[:3], "two": ROWS[3:]}.items():
+        corpus = folder / f"{name}.jsonl"
+        corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ["--memory", "64MB", "--no-faiss"] if name == "whole" else ["--bm25"]
+        run("index", corpus, "--model", checkpoint, "--out", folder / name, *flags)
+    return folder
+
+
+def test_several_folders_are_searched_as_one(made):
+    whole = json.loads(run("search", made / "whole", "the cat", "-k", 5, "--json").stdout)
+    parts = json.loads(run("search", made / "one", made / "two", "the cat", "-k", 5, "--json").stdout)
+    assert [hit["id"] for hit in parts] == [hit["id"] for hit in whole]
+    assert [hit["score"] for hit in parts] == pytest.approx([hit["score"] for hit in whole], abs=1e-5)
+    assert {hit["id"] for hit in parts} & {"t0", "t1", "t2"}
+    assert {hit["id"] for hit in parts} & {"t3", "t4", "t5"}
+    answer = json.loads(run("ask", made / "one", made / "two", "the cat", "--max-new-tokens", 3, "--json").stdout)
+    assert [hit["id"] for hit in answer["entries"]] == [hit["id"] for hit in whole[:3]]
+
+
+def test_options_of_the_build_arrive(made):
+    info = json.loads((made / "whole" / "index_info.json").read_text())
+    assert info["index"]["file"] is None
+    assert info["options"]["window_bytes"] == 64_000_000 // 32
+    pytest.importorskip("bm25s")
+    hits = json.loads(run("search", made / "two", "blue", "--mode", "bm25", "--json").stdout)
+    assert [hit["id"] for hit in hits] == ["t4"]
+
+
+def test_what_does_not_fit_together_is_refused_in_one_line(made, checkpoint):
+    cases = {
+        "searches one index, got 2": ("search", made / "one", made / "two", "the", "--mode", "hybrid"),
+        "call build_bm25": ("search", made / "whole", "the", "--mode", "hybrid"),
+        "a size is a number": ("index", made / "one.jsonl", "--model", checkpoint, "--out", "x", "--memory", "lots"),
+        "at least 64 MB": ("index", made / "one.jsonl", "--model", checkpoint, "--out", "x", "--memory", "1MB"),
+    }
+    for message, arguments in cases.items():
+        stderr = run(*arguments, code=1).stderr
+        assert message in stderr
+        assert len(stderr.strip().splitlines()) == 1

@@ -1,0 +1,301 @@
+"""Publishing: a checkpoint folder becomes one commit on the Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ubmoe_st import checkpoint as layout
+from ubmoe_st.bases import hub_errors, hub_problem
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+    from huggingface_hub.hf_api import ModelInfo
+
+CARD = "README.md"
+_MAIN = "main"
+_GENERATOR_INDEX = f"{layout.GENERATOR_FOLDER}/{layout.INDEX_FILE}"
+_GENERATOR_SHARED = f"{layout.GENERATOR_FOLDER}/{layout.SHARED_FILE}"
+_EMPTY = {".gitattributes"}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file of the commit.
+
+    Attributes:
+        path: In the repository.
+        source: The file on disk, or its content where that differs from the folder's.
+        size: Bytes.
+        sha256: Of the content; files with the same one are sent once.
+    """
+
+    path: str
+    source: Path | bytes
+    size: int
+    sha256: str
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    exist_ok: bool = False,
+    card: str | os.PathLike[str] | None = None,
+    keep_card: bool = False,
+) -> CommitInfo:
+    """Publish a checkpoint in one commit: either all of it is on the Hub afterwards, or nothing has changed.
+
+    What was uploaded before an interruption is kept by the Hub, so the same call goes on where it was. Weights of
+    an older checkpoint in the repository are removed in the same commit.
+
+    Args:
+        folder: The checkpoint; every byte must match its `SHA256SUMS`.
+        repo_id: `owner/name`, or `name` for the owner of the token. Created if it does not exist.
+        token: With the right to write. None: of `HF_TOKEN`, or of the last `hf auth login`.
+        private: Whether a new repository is private. None: as the owner's settings say.
+        revision: Branch, created if it does not exist. None: main.
+        commit_message: None: `Upload` and the name of the folder.
+        create_pr: Open a pull request against the branch instead of committing to it.
+        exist_ok: Whether a repository that has files already may be changed.
+        card: Model card to publish instead of the folder's README.md.
+        keep_card: Leave the card that the repository has, if it has one.
+
+    Returns:
+        The commit, with its `commit_url`, `oid` and `pr_url`; the last one if there was nothing to change.
+
+    Raises:
+        CheckpointError: If the folder is no checkpoint or does not match its checksums.
+        ValueError: If the repository id is not one, or the repository is public and `private` is True.
+        FileExistsError: If the repository has files and neither `exist_ok` nor `create_pr` is given.
+        PermissionError: If there is no token.
+        ConnectionError: If the Hub cannot be reached or refuses; says whether anything was committed.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    uploads = plan(folder, repo_id, card=card)
+    if not (token or get_token()):
+        raise PermissionError("no Hub token found: log in with `hf auth login`, or set HF_TOKEN; it needs write access")
+    api = HfApi(token=token, library_name="ubmoe-st")
+    name = Path(folder).resolve().name
+    try:
+        repo_id, state = _open_repository(api, repo_id, private, revision, exist_ok=exist_ok, create_pr=create_pr)
+        files = {sibling.rfilename for sibling in state.siblings or []}
+        if keep_card and CARD in files:
+            kept = api.hf_hub_download(repo_id, CARD, revision=state.sha)
+            uploads = _with_card(uploads, Path(kept).read_bytes())
+        additions = _upload(api, repo_id, uploads, revision, create_pr)
+    except hub_errors() as error:
+        if isinstance(error, FileExistsError):
+            raise
+        raise ConnectionError(
+            f"cannot publish {name} as {repo_id}: {hub_problem(error)}; nothing was committed, "
+            "run again to go on from here"
+        ) from error
+    except RuntimeError as error:  # the client wraps what happens to a large file
+        raise ConnectionError(
+            f"the upload to {repo_id} broke off: {hub_problem(error)}; nothing was committed, "
+            "run again and what was uploaded is not sent again"
+        ) from error
+    return _commit(api, repo_id, additions, files, state, commit_message or f"Upload {name}", revision, create_pr)
+
+
+def plan(folder: str | os.PathLike[str], repo_id: str, *, card: str | os.PathLike[str] | None = None) -> list[Upload]:
+    """Verify a checkpoint and list what a push of it uploads; needs no network.
+
+    The files are those of `SHA256SUMS`. Three differ on the Hub: paths in the card become the repository's id; the
+    folder `generator` names the shared tensors as a file of its own (the same content, stored once), because the
+    Hub resolves no path out of a subfolder; and `SHA256SUMS` says so.
+
+    Args:
+        folder: The checkpoint.
+        repo_id: Where it is to go.
+        card: Model card instead of the folder's README.md.
+
+    Raises:
+        CheckpointError: If the folder is no checkpoint or does not match its checksums.
+        ValueError: If the repository id is not one.
+        FileNotFoundError: If there is no such folder or card.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    root = Path(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no Hub id: {hub_problem(error)}") from error
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; expected a checkpoint made by `ubmoe build`")
+    if card is not None and not Path(card).is_file():
+        raise FileNotFoundError(f"the model card {card} does not exist")
+    layout.verify_sums(root)
+    layout.check_checkpoint(root)
+    uploads = _listed(root)
+    if card is not None or CARD in uploads:
+        file = Path(card) if card is not None else root / CARD
+        text = file.read_text(encoding="utf-8")
+        _check_front_matter(text, file)
+        uploads[CARD] = _content(CARD, _card_on_the_hub(text, root.resolve().name, repo_id).encode())
+    _name_shared_tensors(uploads)
+    return _with_sums(list(uploads.values()))
+
+
+def _listed(root: Path) -> dict[str, Upload]:
+    uploads = {}
+    for line in (root / layout.SUMS_FILE).read_text(encoding="utf-8").splitlines():
+        digest, _, path = line.partition("  ")
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise layout.CheckpointError(f"{layout.SUMS_FILE} names {path}, which is not in {root}")
+        uploads[path] = Upload(path, root / path, (root / path).stat().st_size, digest)
+    return uploads
+
+
+def _content(path: str, source: bytes) -> Upload:
+    return Upload(path, source, len(source), hashlib.sha256(source).hexdigest())
+
+
+def _check_front_matter(text: str, file: Path) -> None:
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"the front matter of {file} is not valid: {' '.join(str(error).split())}") from error
+
+
+def _card_on_the_hub(text: str, name: str, repo_id: str) -> str:
+    """The card with the folder's path replaced by the repository's id in its quoted strings."""
+    path = rf'"(?:[\w.-]+/)*{re.escape(name)}'
+    text = re.sub(rf'{path}/{layout.GENERATOR_FOLDER}"', f'"{repo_id}", subfolder="{layout.GENERATOR_FOLDER}"', text)
+    return re.sub(rf'{path}"', f'"{repo_id}"', text)
+
+
+def _name_shared_tensors(uploads: dict[str, Upload]) -> None:
+    index = uploads.get(_GENERATOR_INDEX)
+    if index is None or not isinstance(index.source, Path):
+        return
+    content = json.loads(index.source.read_text(encoding="utf-8"))
+    outside = f"../{layout.SHARED_FILE}"
+    if outside not in content["weight_map"].values():
+        return
+    content["weight_map"] = {
+        key: layout.SHARED_FILE if file == outside else file for key, file in content["weight_map"].items()
+    }
+    uploads[_GENERATOR_INDEX] = _content(_GENERATOR_INDEX, f"{json.dumps(content, indent=2)}\n".encode())
+    uploads[_GENERATOR_SHARED] = replace(uploads[layout.SHARED_FILE], path=_GENERATOR_SHARED)
+
+
+def _with_sums(uploads: Sequence[Upload]) -> list[Upload]:
+    files = sorted((upload for upload in uploads if upload.path != layout.SUMS_FILE), key=lambda upload: upload.path)
+    sums = "".join(f"{upload.sha256}  {upload.path}\n" for upload in files)
+    return [*files, _content(layout.SUMS_FILE, sums.encode())]
+
+
+def _with_card(uploads: Sequence[Upload], card: bytes) -> list[Upload]:
+    return _with_sums([*(upload for upload in uploads if upload.path != CARD), _content(CARD, card)])
+
+
+def _open_repository(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, *, exist_ok: bool, create_pr: bool
+) -> tuple[str, ModelInfo]:
+    """Find or make repository and branch; its full id, and what is at the branch now."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if "/" not in repo_id:
+        repo_id = f"{api.whoami()['name']}/{repo_id}"
+    try:
+        found = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private)
+    else:
+        if private and not found.private:
+            raise ValueError(
+                f"{repo_id} exists and is public, but private was asked for; change its visibility in its settings, "
+                "or choose another name"
+            )
+        if not (exist_ok or create_pr) and {file.rfilename for file in found.siblings or []} - _EMPTY:
+            raise FileExistsError(
+                f"{repo_id} exists and has files; choose another name, allow changing it (--exist-ok, exist_ok=True), "
+                "or open a pull request (--create-pr, create_pr=True)"
+            )
+    if revision not in (None, _MAIN) and not create_pr and not str(revision).startswith("refs/"):
+        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+    return repo_id, api.model_info(repo_id, revision=revision or _MAIN)
+
+
+def _upload(
+    api: HfApi, repo_id: str, uploads: Sequence[Upload], revision: str | None, create_pr: bool
+) -> list[CommitOperationAdd]:
+    from huggingface_hub import CommitOperationAdd
+
+    first: list[CommitOperationAdd] = []
+    again: list[CommitOperationAdd] = []
+    seen: set[str] = set()
+    for upload in uploads:
+        source = str(upload.source) if isinstance(upload.source, Path) else upload.source
+        # The second name of a content follows when the Hub has the content, so that it is not sent twice.
+        (again if upload.sha256 in seen else first).append(CommitOperationAdd(upload.path, source))
+        seen.add(upload.sha256)
+    for additions in (first, again):
+        if additions:
+            api.preupload_lfs_files(
+                repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False, num_threads=2
+            )
+    return first + again
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    additions: Sequence[CommitOperationAdd],
+    files: set[str],
+    state: ModelInfo,
+    message: str,
+    revision: str | None,
+    create_pr: bool,
+) -> CommitInfo:
+    # `create_commit` and not `upload_folder`, which may split a folder into several commits.
+    from huggingface_hub import CommitOperationDelete
+    from huggingface_hub.errors import HfHubHTTPError
+
+    expected: tuple[type[Exception], ...] = (*hub_errors(), ValueError, RuntimeError)
+    stale = _stale(files, {addition.path_in_repo for addition in additions})
+    try:
+        return api.create_commit(
+            repo_id,
+            [*(CommitOperationDelete(path) for path in stale), *additions],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=None if create_pr else state.sha,
+        )
+    except expected as error:
+        answered = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+        refused = answered or type(error) is ValueError  # the client's own check of what it is to send
+        outcome = (
+            "nothing was committed, run again to go on from here"
+            if refused
+            else f"whether the commit was made is not known: look at {api.endpoint}/{repo_id}, or run again, "
+            "what is there already is not committed twice"
+        )
+        raise ConnectionError(f"cannot commit to {repo_id}: {hub_problem(error)}; {outcome}") from error
+
+
+def _stale(files: set[str], new: set[str]) -> list[str]:
+    """Files of an older checkpoint, which loaders would take for parts of this one."""
+    ours = {file for file in files if file.startswith(f"{layout.GENERATOR_FOLDER}/")}
+    ours |= {file for file in files if "/" not in file and file.endswith(".safetensors")}
+    return sorted(ours - new)

@@ -1,0 +1,124 @@
+"""Several indexes searched as one: shards that were built apart, by one model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .core import EmbeddingIndex, Hit
+from .filters import Filter
+
+
+class IndexGroup:
+    """Searches several indexes of one model together, each as it is.
+
+    The results are those of one index over the rows of all, in the order given: scores are exact cosines, and equal
+    scores come in that order.
+
+    Args:
+        indexes: Open indexes.
+
+    Raises:
+        ValueError: If there is none, or their vectors are of different models.
+    """
+
+    def __init__(self, indexes: Sequence[EmbeddingIndex]) -> None:
+        if not indexes:
+            raise ValueError("a group needs at least one index, got none")
+        self.indexes = list(indexes)
+        first = self.indexes[0]
+        for index in self.indexes[1:]:
+            try:
+                index.check_same_model(first)
+            except ValueError as error:
+                raise ValueError(f"{index.path} cannot be searched together with {first.path}: {error}") from error
+
+    @classmethod
+    def open(cls, paths: Sequence[str | os.PathLike[str]], *, model: Any = None, verify: bool = False) -> IndexGroup:
+        """Open several index folders.
+
+        Args:
+            paths: The folders.
+            model: The model for text queries, as in `EmbeddingIndex.open`. None loads the one the first remembers.
+            verify: Check every file first.
+        """
+        group = cls([EmbeddingIndex.open(path, verify=verify) for path in paths])
+        if model is not None:
+            group.use_model(model)
+        return group
+
+    def __len__(self) -> int:
+        return sum(len(index) for index in self.indexes)
+
+    def __repr__(self) -> str:
+        return f"IndexGroup({len(self.indexes)} indexes, rows={len(self):,}, dimension={self.dimension})"
+
+    @property
+    def dimension(self) -> int:
+        """Dimensions of the stored vectors."""
+        return self.indexes[0].dimension
+
+    @property
+    def model(self) -> Any:
+        """The embedding model."""
+        return self.indexes[0].model
+
+    def use_model(self, model: Any) -> None:
+        """Take `model` for text queries, after checking that it is the one the indexes were built with."""
+        self.indexes[0].use_model(model)
+
+    def refresh(self) -> bool:
+        """Move every index to its newest committed version; True if there was a newer one."""
+        return any([index.refresh() for index in self.indexes])
+
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        filter: Filter | None = None,
+        exact: bool = False,
+        parameters: dict[str, int] | None = None,
+    ) -> tuple[np.ndarray, list[list[str]]]:
+        """Cosines and ids of the nearest entries of all indexes, best first. Arguments as in `EmbeddingIndex.search`.
+
+        Returns:
+            Scores, float32, (Q, K), and ids, Q lists of K.
+        """
+        scores, members, rows = self._nearest(queries, k, filter, exact, parameters)
+        ids = [[""] * len(line) for line in rows]
+        for number, index in enumerate(self.indexes):
+            places = np.argwhere(members == number)
+            for (query, column), name in zip(places.tolist(), index.ids_at(rows[members == number])):
+                ids[query][column] = name
+        return scores, ids
+
+    def search_entries(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        filter: Filter | None = None,
+        exact: bool = False,
+        parameters: dict[str, int] | None = None,
+    ) -> list[list[Hit]]:
+        """The nearest entries of all indexes, best first; `Hit.index` says which each is from."""
+        found = self._nearest(queries, k, filter, exact, parameters)
+        return [
+            [self.indexes[member].hit_at(row, score) for score, member, row in zip(*line)]
+            for line in zip(*(part.tolist() for part in found))
+        ]
+
+    def _nearest(
+        self, queries: Any, k: int, spec: Filter | None, exact: bool, parameters: dict[str, int] | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores, numbers of the indexes and rows in them, (Q, K) each."""
+        vectors = self.indexes[0].query_vectors(queries)
+        parts = [index.nearest(vectors, k, filter=spec, exact=exact, parameters=parameters) for index in self.indexes]
+        scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*parts))
+        members = np.repeat(np.arange(len(parts)), [part.shape[1] for part, _ in parts])
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, order, 1), members[order], np.take_along_axis(rows, order, 1)
