@@ -12,9 +12,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ubmoe_st"
-ORDER = ["configuration", "bases", "checkpoint", "hub", "experts", "generator", "model", "upcycling", "cli"]
+ORDER = [
+    "configuration",
+    "bases",
+    "checkpoint",
+    "hub",
+    "experts",
+    "generator",
+    "model",
+    "upcycling",
+    "export_gguf",
+    "export",
+    "cli",
+]
 BESIDE = {"dependence": {"configuration", "experts", "generator", "model"}, "index": {"configuration"}}
 LAZY = {"faiss", "mteb", "lm_eval", "peft", "pyarrow", "matplotlib", "bm25s", "ray", "gguf"}
+LAZY |= {"onnx", "onnxruntime", "openvino", "nncf"}
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
