@@ -425,6 +425,15 @@ with torch.inference_mode():
     logits = lm(**tokenizer(json.loads(sys.argv[1])[0], return_tensors="pt")).logits
 print(json.dumps({"vectors": vectors.tolist(), "logits": logits.tolist()}))
 """
+BASE = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+lm, tokenizer = AutoModelForCausalLM.from_pretrained("FOLDER").eval(), AutoTokenizer.from_pretrained("FOLDER")
+with torch.inference_mode():
+    logits = lm(**tokenizer(json.loads(sys.argv[1])[0], return_tensors="pt")).logits
+print(json.dumps({"logits": logits.tolist()}))
+"""
 OFFLINE = """
 import json, sys
 from sentence_transformers import SentenceTransformer
@@ -469,15 +478,14 @@ def test_loading_from_the_hub_and_then_from_the_cache(checkpoint, base, client, 
         hub.log.clear()
 
         stock = fresh(HIDE + STOCK, tmp_path, environment(hub.url, home))
-        assert np.array_equal(np.array(stock["vectors"], dtype=np.float32), expected)
+        assert np.allclose(stock["vectors"], expected, atol=1e-6)
         asked = hub.requested(REPO)
         assert {"model-shared.safetensors", "model-bi.safetensors", "modules.json"} <= asked
         assert not [path for path in asked if path.startswith("generator/")], "the encoder needs none of it"
 
-        untouched = AutoModelForCausalLM.from_pretrained(base).eval()
-        with torch.inference_mode():
-            logits = untouched(**local.tokenizer(TEXTS[0], return_tensors="pt")).logits
-        assert torch.equal(torch.tensor(stock["logits"]), logits)
+        # In a process as fresh as the other: this one may run other kernels (threads) after so many tests.
+        untouched = fresh(BASE.replace("FOLDER", str(base)), tmp_path, environment(hub.url, home))
+        assert stock["logits"] == untouched["logits"]
         asked = hub.requested("org/ubmoe-lm")
         assert "generator/model-uni.safetensors" in asked
         assert not {"model-bi.safetensors", "model-shared.safetensors"} & asked
