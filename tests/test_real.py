@@ -33,6 +33,12 @@ def base():
     return resolve_base("smollm2-135m").path
 
 
+def test_digits_are_split_as_the_gguf_says(base):
+    """Its pre-tokenizer `smollm` (llama.cpp) cuts at every digit first, so blanks before a number stay together."""
+    tokens = AutoTokenizer.from_pretrained(base).tokenize("x\n\n 42 items  77%")
+    assert tokens == ["x", "ĊĊĠ", "4", "2", "Ġitems", "ĠĠ", "7", "7", "%"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_p1_logits_and_tokens_are_those_of_the_base(base, dtype):
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).eval()

@@ -11,10 +11,11 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID}
+_CONVERSION = 2  # Part of the name of a converted GGUF: another one converts anew.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
 
 
@@ -213,7 +214,7 @@ def _from_gguf(file: Path, name: str) -> Base:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"reading {file.name} needs the gguf package: pip install 'ubmoe-st[gguf]'")
     cache = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st"))
-    folder = cache / "bases" / f"{file.stem}-{file_sha256(file)[:16]}"
+    folder = cache / "bases" / f"{file.stem}-{file_sha256(file)[:16]}-{_CONVERSION}"
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -239,4 +240,18 @@ def _convert_gguf(file: Path, out: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(out)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    _restore_pre_tokenizer(tokenizer, file)
+    tokenizer.save_pretrained(out)
+
+
+def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
+    """Split digits where the GGUF says so: transformers reads its merges, but not the name of its pre-tokenizer."""
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
