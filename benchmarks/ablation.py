@@ -45,6 +45,10 @@ ROWS: dict[str, str] = {
 }
 """Row names, which are the recipe's `train` or a peer, and how the table calls them."""
 
+PAGES_AT_ONCE = 2
+"""WikiText-2 windows per batch: the logits of one window of 2,048 tokens over 49k words are 0.4 GB, and lm-eval takes
+their logarithms beside them."""
+
 DEFAULT_ROWS = ("base-causal", "base-bidirectional", "ffn", "attention", "ffn+attention", "embeddings", "all")
 TABLE = "ablation"
 
@@ -103,7 +107,7 @@ def measure(
         seed: Of samples.
         limit: STS pairs per task; None: all.
         pages: WikiText-2 pages; None: all.
-        batch_size: Texts per batch.
+        batch_size: Texts per batch of the encoder.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -122,7 +126,7 @@ def measure(
     built = generation.build_tasks("wikitext", folder)
     samples = generation.choose_samples({key: len(task.eval_docs) for key, task in built.items()}, pages, seed)
     length = min(generation.MAX_TOKENS, lm.config.max_position_embeddings)
-    hf = HFLM(pretrained=lm, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=length)
+    hf = HFLM(pretrained=lm, tokenizer=tokenizer, backend="causal", batch_size=PAGES_AT_ONCE, max_length=length)
     perplexity = generation.evaluate(hf, "wikitext", built, samples, seed=seed, resamples=2)[0]["value"]
     return {"scores": scores, "wikitext_word_perplexity": perplexity}
 
