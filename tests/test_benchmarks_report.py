@@ -100,12 +100,12 @@ def numbers_of(value) -> set[str]:
 
 
 def printed_numbers(text: str) -> list[str]:
-    """Numbers in the cells of the tables of all regions; headers are words."""
+    """Numbers in the cells of the tables of all regions; headers are words, and so is a shortened commit."""
     found = []
     for region in report.REGION.finditer(text):
         rows = [line for line in region.group(0).splitlines() if line.startswith("|")]
         for row in rows[2:]:
-            found += re.findall(r"\d+(?:\.\d+)?", row)
+            found += re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)", row)
     return found
 
 
