@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-venv test-min test-space model demo space train train-smoke bench report help
+.PHONY: install check test test-real test-venv test-min test-space model demo space serve train train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -54,6 +54,9 @@ demo: model ## index the standard library's docstrings, search, answer, check lo
 space: model ## the Gradio Space on this machine: search, answer, lossless check
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]"
 	UBMOE_MODEL=$(MODEL) UBMOE_INDEX=indexes/stdlib UBMOE_BASE=smollm2-135m $(BIN)/python space/app.py
+
+serve: model ## embeddings and chat on this machine, by the OpenAI protocol, from one process
+	$(BIN)/python -m examples.serve $(MODEL)
 
 train-smoke: install ## both training stages on a few hundred sentences
 	$(BIN)/python -m training.contrastive training/recipes/smoke.yaml

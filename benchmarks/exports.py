@@ -58,10 +58,15 @@ def encoder(system: str, path: str, threads: int) -> Any:
         model = SentenceTransformer(path, device="cpu")
         return lambda texts: model.encode(texts, batch_size=len(texts))
     if system.startswith("gguf"):
-        from llama_cpp import Llama
+        from examples.serve import server
 
-        llama = Llama(path, n_ctx=4096, n_batch=4096, n_ubatch=4096, embedding=True, n_threads=threads, verbose=False)
-        return lambda texts: np.array(llama.embed(list(texts), normalize=True))
+        llama = server(Path(path), "encoder", embedding=True, port=0, threads=threads)
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            found = llama.handle_embeddings({"input": list(texts)})
+            return np.array([entry["embedding"] for entry in found["data"]])
+
+        return embed
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(Path(path) / "tokenizer.json"))
@@ -187,7 +192,7 @@ def main(
         record = run_record(
             command_line("benchmarks.exports"),
             seed=seed,
-            packages=("onnxruntime", "openvino", "nncf", "gguf", "llama-cpp-python"),
+            packages=("onnxruntime", "openvino", "nncf", "gguf", "xllamacpp"),
             dtype="float32",
             prompt="none",
             pooling="mean",

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -85,24 +86,30 @@ print(json.dumps(run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["l
 """
 ENGINES = {"onnx": ONNX_SCRIPT, "openvino": OPENVINO_SCRIPT}
 LLAMA_SCRIPT = """
-import itertools, json, sys
-from llama_cpp import GGML_TYPE_F32, Llama, llama_pooling_type
+import json, sys
+from urllib.request import Request, urlopen
+import xllamacpp
 path, mode, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+params = xllamacpp.CommonParams()
+params.model.path, params.embedding, params.n_ctx = path, mode == "encode", 128
+params.n_parallel, params.cpuparams.n_threads, params.warmup, params.verbosity = 1, 1, False, 0
 # The cache in fp32: the default, fp16, moves near ties of a random model.
-model = Llama(
-    path, embedding=mode == "encode", n_ctx=128, n_threads=1, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, verbose=False
-)
-result = {"ids": [model.tokenize(text.encode(), add_bos=True, special=False) for text in texts]}
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server = xllamacpp.Server(params)
+def post(endpoint, **request):
+    body = Request(server.listening_address + endpoint, json.dumps(request).encode())
+    return json.load(urlopen(body, timeout=60))
+result = {"ids": [post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"] for text in texts]}
 if mode == "encode":
-    result |= {"vectors": [model.embed(text) for text in texts], "pooling": llama_pooling_type(model.ctx)}
+    result["vectors"] = [entry["embedding"] for entry in post("/v1/embeddings", input=texts)["data"]]
 else:
-    new = (model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0) for ids in result["ids"])
-    result["tokens"] = [list(itertools.islice(tokens, 12)) for tokens in new]
+    choice = {"n_predict": 12, "temperature": 0, "top_k": 1, "repeat_penalty": 1, "return_tokens": True}
+    result["tokens"] = [post("/completion", prompt=ids, **choice)["tokens"] for ids in result["ids"]]
 print(json.dumps(result))
 """
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra onnx")
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the extra openvino")
-needs_llama = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
+needs_llama = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the extra serve")
 
 
 def in_process(script: str, *arguments: object, hidden: tuple[str, ...] = ("ubmoe_st",)) -> object:
@@ -347,7 +354,6 @@ def test_gguf_encoder_in_llama_cpp(name, gguf_checkpoint_of, tmp_path):
     found = in_process(LLAMA_SCRIPT, tmp_path / "model.gguf", "encode", json.dumps(GGUF_TEXTS))
     model = UBMoE(str(checkpoint))
     assert found["ids"] == model.tokenizer(GGUF_TEXTS)["input_ids"]
-    assert found["pooling"] == 1
     expected = model.encode(GGUF_TEXTS)
     assert cosine(found["vectors"], expected).min() > 0.9999
     model[0].model.config.is_causal = True
@@ -381,6 +387,36 @@ def test_gguf_generator_gives_the_tokens_of_the_base(name, gguf_checkpoint_of, t
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         new = lm.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
         assert tokens[: len(new)] == new
+
+
+@needs_llama
+def test_the_serving_example_embeds_and_chats_in_one_process(gguf_checkpoint_of, tmp_path):
+    base, checkpoint = gguf_checkpoint_of("llama")
+    command = [sys.executable, "-m", "examples.serve", str(checkpoint), "--folder", str(tmp_path), "--threads", "1"]
+    ports = ["--encoder-port", "0", "--generator-port", "0"]
+    with subprocess.Popen([*command, *ports], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as run:
+        try:
+            embeddings, chat = (next(line for line in run.stdout if line.startswith("http")).strip() for _ in range(2))
+
+            def post(address, **request):
+                with urlopen(Request(address, json.dumps(request).encode()), timeout=60) as answer:
+                    return json.load(answer)
+
+            found = post(embeddings, model="encoder", input=GGUF_TEXTS)["data"]
+            expected = UBMoE(str(checkpoint)).encode(GGUF_TEXTS)
+            assert cosine([entry["embedding"] for entry in found], expected).min() > 0.9999
+            assert np.abs(cosine(expected[:1], expected[1:]) - 1).max() > 0.01
+            messages = [{"role": "user", "content": "the cat"}]
+            said = post(chat, model="generator", messages=messages, max_tokens=4, temperature=0)
+            assert said["usage"]["completion_tokens"] == 4
+            text = post(chat.replace("chat/", ""), model="generator", prompt="the cat", max_tokens=6, temperature=0)
+            lm, tokenizer = AutoModelForCausalLM.from_pretrained(base), UBMoE(str(checkpoint)).tokenizer
+            ids = torch.tensor([tokenizer("the cat")["input_ids"]])
+            new = lm.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+            assert text["choices"][0]["text"] == tokenizer.decode(new)
+        finally:
+            run.terminate()
+    assert run.returncode == 0
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
