@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -116,23 +117,61 @@ def test_p4_threads_that_encode_and_generate_get_the_serial_results(checkpoint):
     assert np.abs(causal.encode(TEXTS) - vectors).max() > 1e-3  # a mixed-up thread would be noticed
     wrong: list[str] = []
 
-    def work(check):
-        for _ in range(60):
-            if not check():
-                wrong.append(check.__name__)
-
     def encode():
         return np.array_equal(model.encode(TEXTS), vectors)
 
     def generate():
         return model.generate(PROMPTS[0], max_new_tokens=6) == text
 
-    threads = [threading.Thread(target=work, args=(check,)) for check in (encode, generate, encode, generate)]
+    def work(check):
+        for _ in range(60):
+            try:
+                if not check():
+                    wrong.append(check.__name__)
+            except Exception as error:
+                wrong.append(f"{check.__name__}: {error}")
+
+    in_threads(work, encode, generate, encode, generate)
+    assert not wrong
+
+
+def test_p4_threads_share_a_tokenizer_that_pads_for_one_and_not_for_the_other(checkpoint_of, monkeypatch):
+    """A fast tokenizer keeps its padding as state; without a lock one thread takes another's away."""
+    module = load(checkpoint_of("llama"))[0]
+    texts, wrong = ["a cat", "the dog sits on the mat", "it"], []
+    batch, ids = module.preprocess(texts)["input_ids"], module.token_ids("a cat")
+    assert batch.shape[1] > len(ids)  # padded, so that the threads need different states
+    set_state = module.tokenizer.set_truncation_and_padding
+
+    def set_slowly(*args, **kwargs):
+        set_state(*args, **kwargs)
+        time.sleep(0.002)  # every other thread has a turn between state and use
+
+    monkeypatch.setattr(module.tokenizer, "set_truncation_and_padding", set_slowly)
+
+    def pad():
+        assert torch.equal(module.preprocess(texts)["input_ids"], batch)
+
+    def leave():
+        assert module.token_ids("a cat") == ids
+
+    def work(check):
+        try:
+            for _ in range(40):
+                check()
+        except Exception as error:
+            wrong.append(f"{check.__name__}: {error}")
+
+    in_threads(work, pad, leave, pad, leave)
+    assert not wrong, wrong[0]
+
+
+def in_threads(work, *checks):
+    threads = [threading.Thread(target=work, args=(check,)) for check in checks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -56,6 +56,9 @@ _TEXT_ONLY: dict[str, Any] = {
 _STOCK_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__qualname__}"
 # One lock for all models: a lock on the object could not be pickled for multi-process encoding.
 _BUILD_LOCK = threading.RLock()
+# A fast tokenizer keeps padding and truncation as state: each call sets what it needs, then tokenises. Between the two
+# another thread that needs something else must not come in. Of the module for the same reason.
+_TOKENIZER_LOCK = threading.RLock()
 
 
 class UBMoETransformer(Transformer):
@@ -155,12 +158,23 @@ class UBMoETransformer(Transformer):
             if not (prompt or "").strip():
                 filler = self._filler_token()
                 texts = [text if text and self._has_tokens(text) else filler for text in texts]
-        return super().preprocess(texts, prompt=prompt, **kwargs)
+        with _TOKENIZER_LOCK:
+            return super().preprocess(texts, prompt=prompt, **kwargs)
 
     def _has_tokens(self, text: str) -> bool:
         # Only short texts can be empty after tokenisation; longer ones are not tokenised twice.
+        return len(text) > 8 or bool(self.token_ids(text))
+
+    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of one text, neither padded nor cut; safe while other threads encode.
+
+        Args:
+            text: The text.
+            add_special_tokens: Put BOS and the like where the tokenizer wants them.
+        """
         tokenizer: Any = self.tokenizer
-        return len(text) > 8 or bool(tokenizer(text)["input_ids"])
+        with _TOKENIZER_LOCK:
+            return tokenizer(text, add_special_tokens=add_special_tokens, truncation=False)["input_ids"]
 
     def _filler_token(self) -> str:
         tokenizer: Any = self.tokenizer
@@ -570,12 +584,12 @@ class UBMoE(SentenceTransformer):
         rows = []
         for position, prompt in enumerate(batch):
             if isinstance(prompt, str):
-                ids = self.tokenizer(prompt, truncation=False)["input_ids"]
+                ids = self._views.token_ids(prompt)
             elif _is_chat(prompt):
                 if self.tokenizer.chat_template is None:
                     raise ValueError("this checkpoint has no chat template; give the prompt as a text")
                 text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-                ids = self.tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+                ids = self._views.token_ids(text, add_special_tokens=False)
             else:
                 raise TypeError(
                     f"the prompt at position {position} must be a text or a list of messages with 'role' and "

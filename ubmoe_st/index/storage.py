@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +17,10 @@ import numpy as np
 
 COPY_BYTES = 1 << 20
 """Bytes moved at a time when a file is copied or hashed."""
+
+# numpy reads a header as a Python literal, and CPython 3.11's parser counts its depth across threads: two at once may
+# end in "AST constructor recursion depth mismatch".
+_HEADER_LOCK = threading.Lock()
 
 
 class HashingWriter:
@@ -151,7 +156,8 @@ def map_npy(path: Path) -> np.ndarray:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = header(file)
+            with _HEADER_LOCK:
+                shape, fortran_order, dtype = header(file)
             offset = file.tell()
         if fortran_order or dtype.hasobject:
             raise ValueError("it is not in C order, or holds objects")
