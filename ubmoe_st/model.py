@@ -757,14 +757,24 @@ def _check_texts(inputs: object) -> None:
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
+        from huggingface_hub import constants
+
+        wanted = "a checkpoint folder or the Hub id of one"
+        offline = kwargs.get("local_files_only", False)
         path = download(
             str(name),
-            wanted="a checkpoint folder or the Hub id of one",
+            wanted=wanted,
             revision=kwargs.get("revision"),
             cache_dir=kwargs.get("cache_folder"),
             token=kwargs.get("token"),
-            local_files_only=kwargs.get("local_files_only", False),
+            local_files_only=offline,
         )
+        if (offline or constants.HF_HUB_OFFLINE) and not layout.is_checkpoint(path):
+            # huggingface_hub 1 gives what there is; version 2 refuses by itself.
+            raise FileNotFoundError(
+                f"{str(name)!r} is no local folder, and not all of it is in the cache; expected {wanted}. Load it once "
+                "with a network"
+            )
     if not layout.is_checkpoint(path):
         raise CheckpointError(
             f"{layout.GENERATOR_CONFIG} is missing from {path}: not a UBMoE checkpoint. "
