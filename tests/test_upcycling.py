@@ -10,10 +10,10 @@ from conftest import SIZES, TEXTS, make_base, make_tokenizer, random_experts
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe_st import UBMoE, UBMoETransformer, upcycle
-from ubmoe_st.bases import resolve_base
+from ubmoe_st.bases import resolve_base, save_tokenizer
 from ubmoe_st.upcycling import export_experts
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -32,6 +32,17 @@ def vectors_of(backbone):
         with torch.inference_mode():
             rows.append(torch.nn.functional.normalize(backbone(ids).last_hidden_state[0].mean(0), dim=0).numpy())
     return np.stack(rows)
+
+
+def test_a_checkpoint_is_the_same_bytes_with_and_without_a_network(base, tmp_path):
+    """transformers keeps the switch of HF_HUB_OFFLINE in the tokenizer's file."""
+    files = []
+    for offline in (False, True):
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=offline)
+        assert tokenizer.init_kwargs["local_files_only"] is offline
+        save_tokenizer(tokenizer, tmp_path / str(offline))
+        files.append((tmp_path / str(offline) / "tokenizer_config.json").read_bytes())
+    assert files[0] == files[1]
 
 
 def test_without_experts_the_encoder_is_the_base_made_bidirectional(base, tmp_path):

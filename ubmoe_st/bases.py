@@ -242,7 +242,22 @@ def _convert_gguf(file: Path, out: Path) -> None:
     plain.save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     _restore_pre_tokenizer(tokenizer, file)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
+    """Write a tokenizer so that the same one gives the same bytes everywhere.
+
+    transformers keeps `local_files_only` among what it saves, and sets it where `HF_HUB_OFFLINE` is set.
+
+    Args:
+        tokenizer: A tokenizer, or a processor.
+        folder: Of the model.
+    """
+    loaded_with = getattr(tokenizer, "init_kwargs", {})
+    if "local_files_only" in loaded_with:
+        loaded_with["local_files_only"] = False
+    tokenizer.save_pretrained(folder)
 
 
 def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:

@@ -24,6 +24,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from ubmoe_st import checkpoint as layout
+from ubmoe_st.bases import save_tokenizer
 from ubmoe_st.export_gguf import generator_state, write_gguf
 from ubmoe_st.model import REQUIREMENTS, UBMoE
 
@@ -305,7 +306,7 @@ def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:
         batches: Whether `tokenizer.json` itself pads and truncates, for readers without transformers.
     """
     tokenizer: Any = model.tokenizer
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":

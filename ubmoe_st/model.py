@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint as layout
-from ubmoe_st.bases import Base, download, resolve_base
+from ubmoe_st.bases import Base, download, resolve_base, save_tokenizer
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -407,7 +407,7 @@ class UBMoETransformer(Transformer):
         state = self.encoder_state()
         self._save_encoder(out, state)
         self._save_generator(out, state)
-        self.processor.save_pretrained(output_path)
+        save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
 
     def _alignment(self) -> int:
