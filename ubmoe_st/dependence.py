@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -91,12 +92,13 @@ def dependence(
             attention through `AttentionInterface`.
         TypeError: If a document is not a text.
     """
+    ids_of: Callable[[str], list[int]]
     if isinstance(model, UBMoE):
-        lm, tokenizer = model.generator_for(routing), model.tokenizer
-    else:
-        lm = model
-    if tokenizer is None:
+        lm, ids_of = model.generator_for(routing), model.token_ids
+    elif tokenizer is None:
         raise ValueError("dependence of a plain causal language model needs tokenizer=...")
+    else:
+        lm, ids_of = model, partial(_plain_ids, tokenizer)
     flat = [end for bucket in buckets for end in bucket]
     if not flat or flat != sorted(flat) or any(low >= high for low, high in buckets):
         raise ValueError(f"buckets must be (more than, at most) in ascending order, got {list(buckets)}")
@@ -106,7 +108,7 @@ def dependence(
     for text in documents:
         if not isinstance(text, str):
             raise TypeError(f"documents must be texts, got {type(text).__name__}")
-        ids = tokenizer(text, truncation=True, max_length=buckets[-1][1], return_tensors="pt")["input_ids"]
+        ids = torch.tensor([ids_of(text)[: buckets[-1][1]]])  # (1, T)
         bucket = next((b for b in buckets if b[0] < ids.shape[1] <= b[1]), None)
         full = bucket is not None and per_bucket is not None and counts[bucket] >= per_bucket
         if bucket is None or full or ids.shape[1] < _MIN_TOKENS:
@@ -117,6 +119,11 @@ def dependence(
         if per_bucket is not None and min(counts.values()) >= per_bucket:
             break
     return {f"{low}-{high}": _mean(sums[low, high], counts[low, high]) for low, high in buckets if (low, high) in sums}
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # Cut by the caller: `truncation=True` would stay in the tokenizer as state.
+    return tokenizer(text, truncation=False, verbose=False)["input_ids"]
 
 
 def _mean(total: Tensor, count: int) -> BucketDependence:

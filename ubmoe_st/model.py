@@ -174,7 +174,8 @@ class UBMoETransformer(Transformer):
         """
         tokenizer: Any = self.tokenizer
         with _TOKENIZER_LOCK:
-            return tokenizer(text, add_special_tokens=add_special_tokens, truncation=False)["input_ids"]
+            ids = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
+            return ids["input_ids"]
 
     def _filler_token(self) -> str:
         tokenizer: Any = self.tokenizer
@@ -579,6 +580,10 @@ class UBMoE(SentenceTransformer):
             sequences = sequences.sequences
         texts = self.tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return texts[0] if single and len(texts) == 1 else texts
+
+    def token_ids(self, text: str) -> list[int]:
+        """Token ids of one text, neither padded nor cut; safe while other threads encode or generate."""
+        return self._views.token_ids(text)
 
     def _generation_inputs(self, batch: list[str | Chat], device: torch.device) -> dict[str, Tensor]:
         rows = []
