@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-venv test-min test-space model demo space serve train train-smoke bench report help
+.PHONY: install check test test-real test-venv test-min test-core test-space model demo space serve train train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -31,14 +31,22 @@ test-space: install ## the Gradio Space in headless Chromium; screenshots in CI_
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]" playwright
 	$(BIN)/python -m pytest -m space -rs
 
-# Needs a Python that has wheels of these versions: 3.10 to 3.12.
-MIN := runs/venv-min
+# Another Python: `make test-core PYTHON=python3.13`, `make test-min PYTHON=python3.10` (the lowest versions have wheels for
+# 3.10 to 3.12).
+PYTAG = $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
+MIN = runs/venv-min$(PYTAG)
+CORE = runs/venv-core$(PYTAG)
 CORE_TESTS := architecture checkpoint cli dependence experts export hub index model promises stock
 
 test-min: ## core tests on the lowest supported versions of everything
 	test -x $(MIN)/bin/python || $(PYTHON) -m venv $(MIN)
 	$(MIN)/bin/python -m pip install -q --disable-pip-version-check -c constraints-min.txt -e ".[gguf,index]" pytest
 	$(MIN)/bin/python -m pytest -m "not real and not venv" $(CORE_TESTS:%=tests/test_%.py)
+
+test-core: ## core tests and training on the tested versions, for another Python
+	test -x $(CORE)/bin/python || $(PYTHON) -m venv $(CORE)
+	$(CORE)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gguf,index,train]" pytest
+	$(CORE)/bin/python -m pytest -m "not real and not venv" $(CORE_TESTS:%=tests/test_%.py) tests/test_training.py tests/test_router.py
 
 test-real: model ## tests on the 135M model
 	$(BIN)/python -m pytest -m real

@@ -59,6 +59,19 @@ def of(results: Results, benchmark: str) -> Results:
     return [content for content in results if content.get("benchmark") == benchmark and not content.get("limit")]
 
 
+def of_generation(results: Results) -> Results:
+    """The generation files; of a task measured on several samples only the largest."""
+    files = []
+    for content in of(results, "generation"):
+        largest: dict[tuple[str, str], dict[str, Any]] = {}
+        for score in content["scores"]:
+            key = (score["task"], score["metric"])
+            if key not in largest or score["n"] > largest[key]["n"]:
+                largest[key] = score
+        files.append({**content, "scores": list(largest.values())})
+    return files
+
+
 def inside_noise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether a difference is below 1.96 bootstrap deviations of the two values taken as independent.
 
@@ -174,8 +187,8 @@ def _by_task(results: Results, metric: str) -> str:
 
 
 def generation(results: Results) -> str:
-    """lm-eval scores of the base and of the generator view; `=` where every single answer is the base's."""
-    files = of(results, "generation")
+    """lm-eval scores of the base and of the generator view (number of samples); `=` where every single answer is the base's."""
+    files = of_generation(results)
     if not files:
         return NOT_MEASURED
     base = _row_of(files, "base")
@@ -192,7 +205,9 @@ def generation(results: Results) -> str:
     note = "\n\n`=`: every answer equals the base's to the last bit." if len(rows) > 1 else ""
     if any(INSIDE in cell for row in rows for cell in row):
         note += f" {INSIDE}: the difference from the base is inside the noise."
-    return table(["model", *(TASK_LABELS.get(task, task) for task in tasks)], rows) + note
+    sizes = {task: sorted({s["n"] for c in files for s in c["scores"] if s["task"] == task}) for task in tasks}
+    header = [f"{TASK_LABELS.get(task, task)} ({'/'.join(map(str, sizes[task]))})" for task in tasks]
+    return table(["model", *header], rows) + note
 
 
 def retrieval(results: Results) -> str:
@@ -323,7 +338,7 @@ def model_index(results: Results, row: str = MODEL) -> str:
         for score in content["scores"] if content["row"] == row else ():
             if score["metric"] == "nDCG@10":
                 found.append(("Retrieval", "beir", score["task"], score, "nDCG@10 x100"))
-    for content in of(results, "generation"):
+    for content in of_generation(results):
         for score in content["scores"] if content["row"] == row else ():
             if score["metric"] == METRICS.get(score["task"], ("acc",))[0]:
                 label = TASK_LABELS.get(score["task"], score["task"])
@@ -422,7 +437,7 @@ def _grouped(groups: Sequence[str], series: Sequence[tuple[str, list[dict[str, A
 
 
 def _draw_generation(results: Results) -> Any:
-    files = sorted(of(results, "generation"), key=lambda c: (c["row"] != "base", c["row"]))
+    files = sorted(of_generation(results), key=lambda c: (c["row"] != "base", c["row"]))
     tasks = [t for t in METRICS if t != "wikitext" and any(_pick(c, task=t) for c in files)]
     if not files or not tasks:
         return None

@@ -100,11 +100,12 @@ def numbers_of(value) -> set[str]:
 
 
 def printed_numbers(text: str) -> list[str]:
-    """Numbers in the cells of the tables of all regions; headers are words, and so is a shortened commit."""
+    """Numbers in the cells of the tables of all regions; headers are words, and so is the 12-digit commit."""
     found = []
     for region in report.REGION.finditer(text):
         rows = [line for line in region.group(0).splitlines() if line.startswith("|")]
         for row in rows[2:]:
+            row = re.sub(r"\| [0-9a-f]{12} (?=\|)", "", row)  # may be digits only
             found += re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)", row)
     return found
 
@@ -148,6 +149,17 @@ def test_equal_answers_are_marked_equal(root):
     lines = {row: next(line for line in text.splitlines() if row in line) for row in ("**ubmoe-135m**", "router")}
     assert "| = 41.5 |" in lines["**ubmoe-135m**"]
     assert "=" not in lines["router"]
+
+
+def test_of_several_samples_of_a_task_the_largest_is_shown(root):
+    file = root / "results" / "generation-ubmoe-135m-router.json"
+    content = json.loads(file.read_text())
+    content["scores"].append(score("winogrande", 47.5, "acc", answers_sha256="z") | {"n": 40})
+    content["scores"].append(score("winogrande", 12.5, "acc", answers_sha256="z") | {"n": 20})
+    file.write_text(json.dumps(content))
+    text = report.generation(read_all(root / "results"))
+    assert "47.5" in text and "42.0" not in text and "12.5" not in text
+    assert "Winogrande (10/40)" in text
 
 
 def test_figures_are_the_same_bytes_twice(root):
