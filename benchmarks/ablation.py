@@ -65,7 +65,7 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
     """
     from benchmarks.peers import MAX_TOKENS, Encoder, open_encoder, open_generator
     from training.contrastive import SUMMARY_FILE, causal_model, encoder_of, load_run, train
-    from training.trainers import TRAINED_FILE
+    from training.trainers import RECIPE_FILE, TRAINED_FILE
     from ubmoe_st.bases import resolve_base
 
     base = resolve_base(recipe.base)
@@ -76,6 +76,11 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
     wanted = dataclasses.replace(recipe, train=row, out=str(out))  # type: ignore[arg-type]
     if not (out / TRAINED_FILE).is_file():
         train(wanted, export=False)
+    budget = read_json(out / RECIPE_FILE)["trainer"]
+    if budget != wanted.trainer:
+        raise ValueError(
+            f"{out} was trained with {budget}, asked for is {wanted.trainer}; delete it, or set another out"
+        )
     _, model = load_run(out)
     module = encoder_of(model)
     module.max_seq_length = MAX_TOKENS

@@ -1,4 +1,4 @@
-"""Exports beside the checkpoint: `python -m benchmarks.exports --model models/ubmoe-135m`.
+"""Exports beside the checkpoint: `python -m benchmarks.exports run --model models/ubmoe-135m`.
 
 Each export is opened in a process of its own by the engine that it is for, takes turns with torch fp32 in the same run,
 and is compared by cosine, by Spearman on STSBenchmark dev, and by the tokens a second of one thread.

@@ -533,6 +533,7 @@ def main(
     import torch
 
     from benchmarks.peers import base_folder, open_generator
+    from ubmoe_st.checkpoint import read_config
 
     for name in ("lm-eval", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -553,9 +554,14 @@ def main(
                 number = sum(map(len, samples.values()))
                 typer.echo(f"{name}: {number} samples, {count_tokens(built, samples, tokenizer):,} tokens")
             return
-        for routing in rows or ["base", "uni"]:
+        routings = rows or ["base", "uni"]
+        # Before the first of hours: every row can be measured.
+        for routing in routings:
             if routing not in ("base", "uni", "router"):
                 raise ValueError(f"Expected base, uni or router, got {routing!r}. Check --rows.")
+            if routing != "base" and model.is_dir() and read_config(model).router is None and routing == "router":
+                raise ValueError(f"{model} has no token routers; leave out --rows router, or train them first")
+        for routing in routings:
             path = base_name if routing == "base" else str(model)
             lm, lm_tokenizer = open_generator(path, routing=routing)
             row = {"base": "base", "uni": model.name, "router": f"{model.name}-router"}[routing]

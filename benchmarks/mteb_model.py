@@ -50,7 +50,7 @@ def model_meta(path: str | Path | None = None, *, revision: str = "local", name:
             "framework": ["Sentence Transformers", "PyTorch"],
             "similarity_fn_name": ScoringFunction.COSINE,
             "use_instructions": False,
-            "training_datasets": set(),
+            "training_datasets": {"Tatoeba"},  # its English sentences, without their translations
             "adapted_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "modalities": ["text"],
         }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from benchmarks.embedding import AVG7, SICK_TEST
@@ -43,6 +44,19 @@ TASK_LABELS = {
     "arc_challenge": "ARC-c",
     "wikitext": "WikiText-2 ppl",
 }
+MTEB_DATASETS = {
+    "STS12": "mteb/sts12-sts",
+    "STS13": "mteb/sts13-sts",
+    "STS14": "mteb/sts14-sts",
+    "STS15": "mteb/sts15-sts",
+    "STS16": "mteb/sts16-sts",
+    "STSBenchmark": "mteb/stsbenchmark-sts",
+    "SICK-R": "mteb/sickr-sts",
+    "BIOSSES": "mteb/biosses-sts",
+    "STS17": "mteb/sts17-crosslingual-sts",
+    "Banking77Classification": "mteb/banking77",
+}
+"""Where mteb has its tasks from; every other collection is a local one."""
 METRIC_LABELS = {"RR@10": "MRR@10", "R@100": "Recall@100"}
 
 Results = list[dict[str, Any]]
@@ -73,13 +87,24 @@ def of_generation(results: Results) -> Results:
 
 
 def inside_noise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether a difference is below 1.96 bootstrap deviations of the two values taken as independent.
+    """Whether a difference may be chance, at the 95 % level.
 
-    Both systems see the same samples, so the true test is sharper: what is marked may still differ.
+    Where both kept what each sample gave, the differences of the same samples are tested (mean against 1.96 standard
+    errors). Elsewhere the two bootstrap deviations are taken as independent, which is too wide: what is marked there
+    may still differ.
     """
     if "sd" not in first or "sd" not in second:
         return False
+    ours, theirs = _outcomes(first), _outcomes(second)
+    if len(ours) > 1 and len(ours) == len(theirs) and first.get("samples") == second.get("samples"):
+        differences = ours - theirs
+        return bool(abs(differences.mean()) <= 1.96 * differences.std(ddof=1) / math.sqrt(len(differences)))
     return abs(first["value"] - second["value"]) < 1.96 * math.hypot(first["sd"], second["sd"])
+
+
+def _outcomes(score: Mapping[str, Any]) -> np.ndarray:
+    """What each sample gave: right or wrong, a value, or the log-likelihood of a page."""
+    return np.array([float(o[0] if isinstance(o, list) else o) for o in score.get("outcomes") or ()])
 
 
 def _number(score: Mapping[str, Any] | None, reference: Mapping[str, Any] | None = None, digits: int = 1) -> str:
@@ -187,7 +212,7 @@ def _by_task(results: Results, metric: str) -> str:
 
 
 def generation(results: Results) -> str:
-    """lm-eval scores of the base and of the generator view (number of samples); `=` where every single answer is the base's."""
+    """lm-eval scores of the base and of the generator view (number of samples); `=`: all answers are the base's."""
     files = of_generation(results)
     if not files:
         return NOT_MEASURED
@@ -309,7 +334,7 @@ def render(name: str, results: Results) -> str:
         return own[name]
     if name in TABLES:
         return TABLES[name](results)
-    if name.startswith(("ablation", "dependence", "index", "training")):
+    if name.startswith(("ablation", "dependence", "exports", "index", "training")):
         return NOT_MEASURED
     known = [*TABLES, *own]
     raise ValueError(f"Expected a table name in `<!-- results:NAME -->`, got {name!r} ({nearest(name, known)}).")
@@ -333,22 +358,26 @@ def model_index(results: Results, row: str = MODEL) -> str:
         for score in content["scores"] if content["row"] == row else ():
             if score["split"] == "test" and score["metric"] in kinds and score["task"] != SICK_TEST:
                 kind, label = kinds[score["metric"]]
-                found.append((kind, "mteb", f"MTEB {score['task']}", score, label))
+                source = MTEB_DATASETS.get(score["task"])
+                name = f"MTEB {score['task']}" if source else f"{score['task']} (local collection)"
+                found.append((kind, source or score["task"], name, score, label))
     for content in of(results, "retrieval"):
         for score in content["scores"] if content["row"] == row else ():
             if score["metric"] == "nDCG@10":
-                found.append(("Retrieval", "beir", score["task"], score, "nDCG@10 x100"))
+                name = f"{score['task']} (local collection)"
+                found.append(("Retrieval", score["task"], name, score, "nDCG@10 x100"))
     for content in of_generation(results):
         for score in content["scores"] if content["row"] == row else ():
             if score["metric"] == METRICS.get(score["task"], ("acc",))[0]:
                 label = TASK_LABELS.get(score["task"], score["task"])
-                found.append(("text-generation", "lm-eval", label, score, score["metric"]))
+                name = f"{label} ({score['n']} samples)"
+                found.append(("text-generation", score["task"], name, score, f"lm-eval {score['metric']}"))
     if not found:
         return ""
     evaluations = [
         EvalResult(
             task_type=kind,
-            dataset_type=f"{source}/{score['task'].lower()}",
+            dataset_type=source,
             dataset_name=name,
             dataset_split=score["split"] if "split" in score else None,
             metric_type=score["metric"],
@@ -480,7 +509,10 @@ def main(
 ) -> None:
     """Fill the tables and draw the figures from the result files."""
     try:
-        wanted = outputs(read_all(results_dir), root)
+        results = read_all(results_dir)
+        if not results:
+            raise ValueError(f"expected result files (*.json) in {results_dir}, found none; run a benchmark first")
+        wanted = outputs(results, root)
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

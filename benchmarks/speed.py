@@ -1,4 +1,4 @@
-"""Speed and memory: `python -m benchmarks.speed --model models/ubmoe-135m --base ...`.
+"""Speed and memory: `python -m benchmarks.speed run --model models/ubmoe-135m --base ...`.
 
 Each system runs in a process of its own (so that its memory is its own), systems take turns, and every ratio is against
 a peer named in the same file. Encode throughput counts the tokens of the texts, without padding.
@@ -123,19 +123,19 @@ def _generate(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _memory(task: dict[str, Any]) -> dict[str, Any]:
+    # All libraries before the first look, so that what is added is the model's.
     import torch
+    from sentence_transformers import SentenceTransformer
     from transformers import AutoModelForCausalLM
 
-    system = task["system"]
-    before = resident_bytes()
-    if system in ("ubmoe", "low"):
-        from ubmoe_st import UBMoE
+    from ubmoe_st import UBMoE
 
+    system = task["system"]
+    resident, private = resident_bytes(), private_bytes()
+    if system in ("ubmoe", "low"):
         model = UBMoE(task["model"], device="cpu", **({"low_memory": True} if system == "low" else {}))
         modules = [model, model.generator]
     elif system == "two":
-        from sentence_transformers import SentenceTransformer
-
         encoder = SentenceTransformer(task["model"], device="cpu")
         modules = [encoder, AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.float32)]
     else:
@@ -144,7 +144,8 @@ def _memory(task: dict[str, Any]) -> dict[str, Any]:
     for module in modules:  # touch every weight, so that mapped files are in memory
         for parameter in module.parameters():
             parameter.sum()
-    return {"weights": sum(parameters.values()), "resident": resident_bytes() - before, "private": private_bytes()}
+    weights = sum(parameters.values())
+    return {"weights": weights, "resident": resident_bytes() - resident, "private": private_bytes() - private}
 
 
 def in_process(task: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from typer.testing import CliRunner
 
 pytest.importorskip("matplotlib")
@@ -144,6 +146,26 @@ def test_noise_is_marked_by_the_spread_of_both(root):
     assert report.INSIDE not in next(row for row in rows if row.startswith("| far"))
 
 
+def test_noise_of_the_same_samples_is_tested_in_pairs():
+    """A difference of 1 in each of 20 samples that spread by 30 is none by the spread, but is by the pairs."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(50, 30, 20)
+    facts = {"sd": 6.7, "n": 20, "samples": {"t": list(range(20))}}
+    first = {**facts, "value": values.mean(), "outcomes": values.tolist()}
+    shifted = values + 1 + rng.normal(0, 0.5, 20)
+    second = {**facts, "value": shifted.mean(), "outcomes": shifted.tolist()}
+    assert scipy.stats.ttest_rel(values, shifted).pvalue < 0.01
+    assert not report.inside_noise(first, second)
+    assert report.inside_noise(first, {**second, "samples": {"t": list(range(1, 21))}})
+    noisy = values + rng.normal(0, 30, 20)
+    assert scipy.stats.ttest_rel(values, noisy).pvalue > 0.1
+    assert report.inside_noise(first, {**second, "value": noisy.mean(), "outcomes": noisy.tolist()})
+    assert report.inside_noise({**first, "outcomes": "0110"}, {**first, "outcomes": "0110"})
+    assert not report.inside_noise(
+        {**first, "outcomes": [[-9.0, 3]] * 2}, {**first, "outcomes": [[-7.0, 3], [-8.0, 3]]}
+    )
+
+
 def test_equal_answers_are_marked_equal(root):
     text = report.generation(read_all(root / "results"))
     lines = {row: next(line for line in text.splitlines() if row in line) for row in ("**ubmoe-135m**", "router")}
@@ -158,7 +180,9 @@ def test_of_several_samples_of_a_task_the_largest_is_shown(root):
     content["scores"].append(score("winogrande", 12.5, "acc", answers_sha256="z") | {"n": 20})
     file.write_text(json.dumps(content))
     text = report.generation(read_all(root / "results"))
-    assert "47.5" in text and "42.0" not in text and "12.5" not in text
+    assert "47.5" in text
+    assert "42.0" not in text
+    assert "12.5" not in text
     assert "Winogrande (10/40)" in text
 
 
@@ -180,8 +204,8 @@ def test_the_model_index_is_read_back_by_the_hub_library(root):
     assert card.data.library_name == "sentence-transformers"
     values = {result.dataset_name: result.metric_value for result in card.data.eval_results}
     assert values["MTEB STS12"] == 70.0
-    assert values["toy"] == 33.5
-    assert values["Winogrande"] == 41.5
+    assert values["toy (local collection)"] == 33.5
+    assert values["Winogrande (10 samples)"] == 41.5
     assert call(root, "--check").exit_code == 0
 
 
@@ -199,3 +223,16 @@ def test_the_documents_of_this_repository_are_up_to_date():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} differs; run python -m benchmarks.report"
         if path.suffix == ".md":
             assert set(printed_numbers(text)) <= numbers_of(results), path.name
+
+
+def test_the_card_names_the_datasets_that_mteb_reads():
+    mteb = pytest.importorskip("mteb")
+    for name, path in report.MTEB_DATASETS.items():
+        assert mteb.get_task(name).metadata.dataset["path"] == path
+
+
+def test_a_folder_without_results_wipes_nothing(root):
+    outcome = call(root, "--results-dir", str(root / "result"))
+    assert outcome.exit_code == 1
+    assert "expected result files" in outcome.output
+    assert not (root / "README.md").exists() or "results:" in (root / "README.md").read_text()

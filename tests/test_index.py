@@ -357,6 +357,52 @@ def test_a_dataset_is_read(tmp_path, encoder):
         assert list(index) == [row["id"] for row in corpus]
 
 
+def test_a_damaged_gzip_is_refused(tmp_path, encoder):
+    rows = b"".join(b'{"id": "%d", "text": "row %d"}\n' % (n, n * n * 7919) for n in range(3000))
+    damaged = bytearray(gzip.compress(rows))
+    damaged[40:60] = b"\xff" * 20
+    (tmp_path / "c.jsonl.gz").write_bytes(damaged)
+    with pytest.raises(CorpusError, match="damaged"):
+        EmbeddingIndex.build(encoder, tmp_path / "c.jsonl.gz", tmp_path / "a")
+
+
+def test_rows_that_no_reader_takes_are_reported_with_their_place(tmp_path, encoder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "n.jsonl").write_text(
+        '{"id": "a", "text": "cat"}\n{"id": "b", "text": "dog", "n": ' + "9" * 5000 + "}\n"
+    )
+    (tmp_path / "q.csv").write_text('id,text\n1,cat\n2,"open\n' + "".join(f"{n},row {n}\n" for n in range(3, 9)))
+    offsets = np.array([0, 2, 4], np.int32).tobytes()
+    text = pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(b"ok\xff\xfe")])
+    pq.write_table(pa.table({"id": ["1", "2"], "text": text}), tmp_path / "p.parquet")
+    for name, place in {"n.jsonl": "line 2", "q.csv": "line 3", "p.parquet": "row 1"}.items():
+        with pytest.raises(CorpusError, match=rf"{name} {place}"):
+            EmbeddingIndex.build(encoder, tmp_path / name, tmp_path / f"{name}-strict")
+        index = EmbeddingIndex.build(encoder, tmp_path / name, tmp_path / f"{name}-i", on_bad_row="skip")
+        assert len(index) == 1
+
+
+def test_a_csv_with_columns_of_one_name_or_an_endless_line_is_refused(tmp_path, encoder):
+    (tmp_path / "c.csv").write_text("id,text,text\n1,a,b\n")
+    with pytest.raises(CorpusError, match="same name"):
+        EmbeddingIndex.build(encoder, tmp_path / "c.csv", tmp_path / "a")
+    (tmp_path / "d.csv").write_text("id,text\n1," + "a" * 5000 + "\n")
+    with pytest.raises(CorpusError, match="line 2 has more than max_row_bytes"):
+        EmbeddingIndex.build(encoder, tmp_path / "d.csv", tmp_path / "b", max_row_bytes=1000)
+
+
+def test_whole_numbers_are_ids_everywhere(tmp_path, encoder):
+    index = EmbeddingIndex.build(encoder, [{"id": n, "text": f"row {n}"} for n in range(5)], tmp_path / "a")
+    assert index.texts([1, "2"]) == ["row 1", "row 2"]
+    assert index.texts(3) == ["row 3"]
+    assert index.delete([1]) == 1
+    assert len(index) == 4
+    with pytest.raises(TypeError, match="a text or a whole number"):
+        index.delete([None])
+
+
 def test_a_truncated_gzip_is_refused(tmp_path, encoder):
     data = gzip.compress("".join(json.dumps(row) + "\n" for row in rows(2000)).encode())
     (tmp_path / "c.jsonl.gz").write_bytes(data[: len(data) // 2])

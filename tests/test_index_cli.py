@@ -42,6 +42,17 @@ def test_several_folders_are_searched_as_one(made):
     assert [hit["id"] for hit in answer["entries"]] == [hit["id"] for hit in whole[:3]]
 
 
+def test_a_filter_of_the_command_line(checkpoint, tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({**row, "n": n}) + "\n" for n, row in enumerate(ROWS)))
+    run("index", corpus, "--model", checkpoint, "--out", tmp_path / "i")
+    hits = json.loads(run("search", tmp_path / "i", "the cat", "--filter", '{"n": {">=": 3}}', "--json").stdout)
+    assert sorted(hit["metadata"]["n"] for hit in hits) == [3, 4, 5]
+    for bad in ("n=3", "[3]"):
+        outcome = run("search", tmp_path / "i", "the cat", "--filter", bad, code=1)
+        assert "--filter: expected" in outcome.output
+
+
 def test_options_of_the_build_arrive(made):
     info = json.loads((made / "whole" / "index_info.json").read_text())
     assert info["index"]["file"] is None

@@ -284,6 +284,26 @@ def test_filters_mean_what_they_say(flat, encoder, queries, spec, keep):
     np.testing.assert_allclose(scores, expected[:, :width], atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("spec", "kind", "said"),
+    [
+        ({"year": {}}, ValueError, "expected an operator"),
+        ({"year": {"in": 5}}, TypeError, "takes a list"),
+        ({"lang": {"not in": "en"}}, TypeError, "takes a list"),
+        ({1: 2, "a": 3}, TypeError, "names fields by text"),
+    ],
+)
+def test_a_filter_of_the_wrong_form_is_refused(flat, queries, spec, kind, said):
+    with pytest.raises(kind, match=said):
+        flat.search(queries, 3, filter=spec)
+
+
+def test_a_field_that_no_row_has_is_said(flat, queries, caplog):
+    flat.search(queries, 3, filter={"langs": {"!=": "en"}})
+    assert "no row of" in caplog.text
+    assert "'langs'; it has even, lang, year" in caplog.text
+
+
 def test_an_unknown_operator_is_refused(flat, queries):
     with pytest.raises(ValueError, match="no operator '~'"):
         flat.search(queries, 3, filter={"year": {"~": 3}})

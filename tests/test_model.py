@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from conftest import TEXTS, make_tokenizer, random_experts
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE, UBMoETransformer
+from ubmoe_st.model import group_by_length
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +183,51 @@ def test_modules_made_by_hand_train_and_save(base, tmp_path):
 def test_a_stock_first_module_is_refused(checkpoint):
     with pytest.raises(ValueError, match="must be a UBMoETransformer"):
         UBMoE(modules=list(SentenceTransformer(str(checkpoint))))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_of_similar_length_cost_least(seed):
+    """Against every way to cut the sorted rows."""
+    rng = np.random.default_rng(seed)
+    lengths, pass_tokens = rng.integers(1, 60, 8).tolist(), int(rng.integers(1, 80))
+    order = sorted(lengths, reverse=True)
+
+    def cost(groups):
+        return sum(max(group) * len(group) + pass_tokens for group in groups)
+
+    best = min(
+        cost([order[a:b] for a, b in zip((0, *cuts), (*cuts, len(order)))])
+        for count in range(len(order))
+        for cuts in itertools.combinations(range(1, len(order)), count)
+    )
+    groups = group_by_length(lengths, pass_tokens)
+    assert sorted(row for group in groups for row in group) == list(range(8))
+    assert cost([[lengths[row] for row in group] for group in groups]) == best
+    assert group_by_length([]) == []
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_computed_and_changes_nothing(checkpoint, monkeypatch, side):
+    model = UBMoE(str(checkpoint))
+    model.tokenizer.padding_side = side
+    texts = ["cat", "the cat sat on the mat " * 6, "a dog", "the dog ran " * 3]
+    features = model.preprocess(texts)
+    features = {k: v for k, v in features.items() if isinstance(v, torch.Tensor)}
+    mask = features["attention_mask"].bool()
+    seen = []
+    embeddings = model[0].model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    with torch.inference_mode():
+        whole = Transformer.forward(model[0], dict(features))["token_embeddings"]
+        assert seen == [tuple(mask.shape)]
+        seen.clear()
+        monkeypatch.setattr("ubmoe_st.model.group_by_length", lambda lengths: group_by_length(lengths, 1))
+        grouped = model[0](dict(features))["token_embeddings"]
+        assert len(seen) > 1
+        assert sum(rows * length for rows, length in seen) < mask.numel() / 1.5
+    assert grouped.shape == whole.shape
+    assert (grouped - whole)[mask].abs().max() < 1e-5
+    assert grouped[mask].abs().max() > 1e-2
+    seen.clear()
+    model[0](dict(features))  # with gradients, as in training: one pass
+    assert seen == [tuple(mask.shape)]

@@ -16,10 +16,11 @@ from conftest import TEXTS, WORDS, make_tokenizer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, TrainingArguments
 
 pytest.importorskip("peft")
 
+from training import contrastive
 from training.contrastive import (
     HEAD,
     ContrastiveRecipe,
@@ -35,7 +36,15 @@ from training.contrastive import (
 from training.data import Mixture, read_sentences, sts_pairs
 from training.teacher import Teacher
 from training.teacher import main as teacher_vectors_main
-from training.trainers import LengthBuckets, TokenBudget, check_same_recipe, read_recipe, trained_parameters
+from training.trainers import (
+    LengthBuckets,
+    TokenBudget,
+    arguments_of,
+    check_same_recipe,
+    checkpoint_to_resume,
+    read_recipe,
+    trained_parameters,
+)
 from ubmoe_st import UBMoE
 from ubmoe_st.bases import resolve_base
 
@@ -218,11 +227,55 @@ def test_a_run_starts_from_another(recipe, tmp_path):
         train(recipe(out=str(tmp_path / "wide"), rank=3, init_from=str(tmp_path / "first")), export=False)
 
 
-def test_another_recipe_is_refused_in_the_same_folder(recipe, tmp_path):
-    check_same_recipe(recipe(), tmp_path)
+def test_another_recipe_is_refused_where_something_was_trained(recipe, tmp_path):
+    check_same_recipe(recipe(rank=4), tmp_path)
+    check_same_recipe(recipe(), tmp_path)  # the first one trained nothing
+    (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
     check_same_recipe(recipe(trainer={"max_steps": 9}), tmp_path)
     with pytest.raises(ValueError, match="another 'rank'"):
         check_same_recipe(recipe(rank=4), tmp_path)
+    with pytest.raises(ValueError, match=r"another 'trainer\.seed'"):
+        check_same_recipe(recipe(trainer={"seed": 9}), tmp_path)
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
+    for step, state in ((2, "{}"), (10, "{}"), (12, '{"epo'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trained.safetensors").touch()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    arguments = arguments_of(TrainingArguments, {"output_dir": str(tmp_path)})
+    assert checkpoint_to_resume(arguments) == str(tmp_path / "checkpoint-10")
+    arguments.resume_from_checkpoint = str(tmp_path / "checkpoint-2")
+    assert checkpoint_to_resume(arguments) == str(tmp_path / "checkpoint-2")
+    arguments.resume_from_checkpoint = str(tmp_path / "checkpoint-14")
+    with pytest.raises(FileNotFoundError, match="complete checkpoint"):
+        checkpoint_to_resume(arguments)
+    with pytest.raises(ValueError, match="learning_rat"):
+        arguments_of(TrainingArguments, {"learning_rat": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: here\nout: there\npooling: meen\n", "pooling must be one of"),
+        ("base: here\nout: there\nhead: outputt\n", "head must be one of training, output"),
+        ("- base\n", "expected `key: value` lines"),
+        ("base: [\n", "error: "),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(tmp_path, capsys, text, said):
+    file = tmp_path / "recipe.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        contrastive.main([str(file)])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_buckets_hold_every_row_once_in_full_batches_of_similar_length():

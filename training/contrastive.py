@@ -36,7 +36,6 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from training.data import Mixture, data_folder, read_rows, read_sentences, sts_pairs
 from training.teacher import Teacher, teacher_targets, teacher_vectors
@@ -47,8 +46,11 @@ from training.trainers import (
     LengthBuckets,
     TokenBudget,
     TrainedOnly,
+    arguments_of,
     check_same_recipe,
+    checkpoint_to_resume,
     load_trained,
+    one_line_errors,
     read_recipe,
     recipe_of_command,
     trained_parameters,
@@ -210,7 +212,9 @@ class ContrastiveRecipe:
     @property
     def has_noise(self) -> bool:
         """Whether two passes over a sentence differ in training."""
-        return max(self.lora_dropout, self.attention_dropout, self.ffn_dropout) > 0
+        # PEFT drops nothing in front of an embedding.
+        lora = self.lora_dropout if set(self.train.split("+")) - {"embeddings"} else 0.0
+        return max(lora, self.attention_dropout, self.ffn_dropout) > 0
 
 
 # --- the model --------------------------------------------------------------------------------------------------
@@ -517,7 +521,7 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
     if recipe.evaluate and values.get("eval_strategy", "no") != "no":
         values.setdefault("metric_for_best_model", f"eval_{next(iter(recipe.evaluate))}_spearman_cosine")
         values.setdefault("load_best_model_at_end", True)
-    return SentenceTransformerTrainingArguments(**values)
+    return arguments_of(SentenceTransformerTrainingArguments, values)
 
 
 def build_dataset(recipe: ContrastiveRecipe, sentences: Sequence[str] | None) -> Any:
@@ -601,6 +605,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     """
     out = Path(recipe.out)
     args = training_arguments(recipe)
+    evaluators = build_evaluators(recipe) if args.eval_strategy != "no" else None
     base = resolve_base(recipe.base)
     with args.main_process_first(local=False):
         check_same_recipe(recipe, out)
@@ -616,7 +621,6 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
             base, recipe.teacher, sentences, compute=args.world_size == 1, device=str(args.device)
         )
         targets = teacher_targets(vectors, recipe.teacher)
-    evaluators = build_evaluators(recipe) if args.eval_strategy != "no" else None
     collator = None
     if recipe.rough:
         collator = RoughCollator(
@@ -634,7 +638,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer.add_callback(EpochCallback(trainer))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
-    last = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
+    last = checkpoint_to_resume(args)
     if last is not None:
         logger.info("going on from %s", last)
     trainer.train(resume_from_checkpoint=last)
@@ -743,6 +747,7 @@ def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file:
     file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train `bi` experts by a recipe; run it again to go on."""
     recipe = recipe_of_command(ContrastiveRecipe, "python -m training.contrastive", main.__doc__, arguments)

@@ -22,11 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from training.contrastive import encoder_of
 from training.data import read_instructions
-from training.trainers import TrainedOnly, check_same_recipe, recipe_of_command
+from training.trainers import (
+    TrainedOnly,
+    arguments_of,
+    check_same_recipe,
+    checkpoint_to_resume,
+    one_line_errors,
+    recipe_of_command,
+)
 from ubmoe_st import UBMoE
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 from ubmoe_st.experts import TokenRouter, save_routers
@@ -220,7 +226,7 @@ def train(recipe: RouterRecipe) -> Path:
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "save_total_limit": 2,
     }
-    args = TrainingArguments(**(values | recipe.trainer))
+    args = arguments_of(TrainingArguments, values | recipe.trainer)
     check_same_recipe(recipe, out)
     set_seed(args.seed)
     lm, base, tokenizer = build_routed(recipe.checkpoint, recipe.kind)
@@ -241,7 +247,7 @@ def train(recipe: RouterRecipe) -> Path:
         data_collator=pad_answers,
     )
     before = trainer.evaluate() if recipe.held_out else {}
-    last = get_last_checkpoint(str(args.output_dir)) if Path(str(args.output_dir)).is_dir() else None
+    last = checkpoint_to_resume(args)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - start
@@ -267,6 +273,7 @@ def write_routers(checkpoint: str, state: dict[str, Tensor], kind: RouterKind, o
     return out
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train token routers by a recipe; run it again to go on."""
     recipe = recipe_of_command(RouterRecipe, "python -m training.router", main.__doc__, arguments)

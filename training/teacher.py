@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.data import texts_sha256
+from training.trainers import one_line_errors, read_recipe
 from ubmoe_st.bases import Base, resolve_base
 
 logger = logging.getLogger(__name__)
@@ -249,11 +250,11 @@ def teacher_targets(vectors: np.ndarray, teacher: Teacher, *, seed: int = 0) -> 
     return torch.cat([F.normalize((unit(b) - mean.float()) @ components.T * weights, dim=-1) for b in blocks])
 
 
+@one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the teacher vectors of a recipe."""
     from training.contrastive import ContrastiveRecipe
     from training.data import read_sentences
-    from training.trainers import read_recipe
 
     parser = argparse.ArgumentParser(prog="python -m training.teacher", description=main.__doc__)
     parser.add_argument("recipe", help="YAML file with a section `teacher`")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import random
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +26,8 @@ from transformers import TrainerCallback
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 TRAINED_FILE = "trained.safetensors"
 RECIPE_FILE = "recipe.json"
@@ -46,6 +50,8 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) ->
     import yaml
 
     values = _with_floats(yaml.safe_load(Path(file).read_text(encoding="utf-8")))
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected `key: value` lines of a recipe, got {type(values).__name__}")
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
@@ -96,7 +102,11 @@ def _fill(kind: type[R], values: dict[str, Any], where: str) -> R:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
     filled = {}
     for key, value in values.items():
-        options = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
+        is_union = typing.get_origin(hints[key]) in (types.UnionType, typing.Union)
+        options = typing.get_args(hints[key]) if is_union else (hints[key],)
+        names = [name for option in options if typing.get_origin(option) is Literal for name in typing.get_args(option)]
+        if names and value not in names and not (value is None and types.NoneType in options):
+            raise ValueError(f"{where}: {key} must be one of {', '.join(map(str, names))}, got {value!r}")
         section = next((option for option in options if dataclasses.is_dataclass(option)), None)
         filled[key] = _fill(section, value, f"{where}: {key}") if section and isinstance(value, dict) else value  # type: ignore[arg-type]
     try:
@@ -105,26 +115,90 @@ def _fill(kind: type[R], values: dict[str, Any], where: str) -> R:
         raise ValueError(f"{where}: {error}") from error
 
 
-def check_same_recipe(recipe: Any, out: Path) -> None:
-    """Refuse to go on in a folder where another recipe was trained; write the recipe where there is none.
+ORDER_KEYS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys of `trainer` that decide which batch comes when."""
 
-    The section `trainer` may change: more steps, other places to log to.
+
+def check_same_recipe(recipe: Any, out: Path) -> None:
+    """Refuse to go on in a folder where another recipe was trained; write the recipe where nothing was trained yet.
+
+    Of the section `trainer` all but `ORDER_KEYS` may change: more steps, other places to log to.
 
     Raises:
-        ValueError: If the folder holds another recipe.
+        ValueError: If the folder holds checkpoints or results of another recipe.
     """
     file = out / RECIPE_FILE
     now = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if file.is_file():
+    trained = any(out.glob("checkpoints/checkpoint-*")) or any(out.glob("*.safetensors"))
+    if file.is_file() and trained:
         old = json.loads(file.read_text(encoding="utf-8"))
-        other = [key for key in now if key not in ("trainer", "out") and old.get(key) != now[key]]
+        before = {key: old.get(key) for key in now if key not in ("trainer", "out")}
+        before |= {f"trainer.{key}": old.get("trainer", {}).get(key) for key in ORDER_KEYS}
+        wanted = now | {f"trainer.{key}": now.get("trainer", {}).get(key) for key in ORDER_KEYS}
+        other = [key for key in before if before[key] != wanted[key]]
         if other:
             raise ValueError(
-                f"{out} holds a run with another {other[0]!r} ({old.get(other[0])!r}, now {now[other[0]]!r}); "
+                f"{out} holds a run with another {other[0]!r} ({before[other[0]]!r}, now {wanted[other[0]]!r}); "
                 "choose another folder (--set out=...), or delete it"
             )
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: `resume_from_checkpoint`, else the newest one that was written to its end.
+
+    Raises:
+        FileNotFoundError: If the checkpoint that was named is none.
+    """
+    named = args.resume_from_checkpoint
+    if isinstance(named, str):
+        if not _is_complete(Path(named)):
+            raise FileNotFoundError(f"resume_from_checkpoint: expected a complete checkpoint folder, got {named}")
+        return named
+    found = [path for path in Path(str(args.output_dir)).glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name[11:])):
+        if _is_complete(path):
+            return str(path)
+        logger.warning("%s was not written to its end; it is passed over", path)
+    return None
+
+
+def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
+    """`TrainingArguments` of a recipe's section `trainer`.
+
+    Raises:
+        ValueError: If a key is not known.
+    """
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}; its keys are those of {kind.__name__}") from error
+
+
+def _is_complete(folder: Path) -> bool:
+    # The state is the last file that the trainer writes.
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / TRAINED_FILE).is_file()
+
+
+def one_line_errors(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose expected errors are one line on standard error and exit code 1."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        import yaml
+
+        try:
+            function(*args, **kwargs)
+        except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            raise SystemExit(1) from error
+
+    return run
 
 
 class TrainedOnly:

@@ -26,6 +26,8 @@ DELTA_FILE = f"{GENERATOR_FOLDER}/bi_delta.safetensors"
 ROUTER_FILE = f"{GENERATOR_FOLDER}/router.safetensors"
 GENERATOR_CONFIG = f"{GENERATOR_FOLDER}/config.json"
 SUMS_FILE = "SHA256SUMS"
+_LISTED = ("config.json", "modules.json", "tokenizer.json", INDEX_FILE, GENERATOR_CONFIG)
+"""What every checkpoint lists there beside its weights."""
 CONFIG_KEY = "ubmoe"
 
 CACHE_LINE = 64
@@ -36,6 +38,19 @@ _MAX_HEADER_BYTES = 100_000_000
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted: names the file and what is wrong with it."""
+
+
+def refuse_foreign_weights(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds weights, but no checkpoint: saving into it would replace somebody's model.
+
+    Raises:
+        FileExistsError: If it does.
+    """
+    target = Path(path)
+    if target.is_dir() and not is_checkpoint(target):
+        weights = sorted(file.name for file in target.glob("*.safetensors"))
+        if weights:
+            raise FileExistsError(f"{target} holds {weights[0]}, not of a UBMoE checkpoint; choose another folder")
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -135,12 +150,16 @@ def read_shapes(root: Path, name: str) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{name} is missing from {root}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{name} is not a safetensors file: its header is not JSON") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} is not a safetensors file: its header does not describe tensors") from error
     if size != expected:
         state = "truncated" if size < expected else "too long"
         raise CheckpointError(f"{name} is {state}: {size:,} bytes, its header says {expected:,}")
-    return {key: tuple(entry["shape"]) for key, entry in header.items()}
+    return shapes
 
 
 def data_start(path: Path) -> int:
@@ -221,6 +240,8 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
         lines = (root / SUMS_FILE).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise CheckpointError(f"{SUMS_FILE} is missing from {root}: nothing to verify against") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{SUMS_FILE} of {root} is not a list of checksums: {error}") from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     wrong = []
     for name, digest in sums.items():
@@ -228,7 +249,7 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
             wrong.append(f"{name} is missing")
         elif file_sha256(root / name) != digest:
             wrong.append(f"{name} has changed")
-    wrong += [f"{name} is not listed" for name in _weights(root) if name not in sums]
+    wrong += [f"{name} is not listed" for name in (*_weights(root), *_LISTED) if name not in sums]
     if wrong:
         raise CheckpointError(f"{root} does not match {SUMS_FILE}: {'; '.join(wrong)}")
     return list(sums)
@@ -261,7 +282,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> It
     Raises:
         FileExistsError: If the folder is not empty and `overwrite` is False.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     if target.is_file():
         raise FileExistsError(f"{target} is a file; expected a folder")
     if not overwrite and target.is_dir() and any(target.iterdir()):

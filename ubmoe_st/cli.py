@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from ubmoe_st.index import Hit
@@ -39,6 +41,10 @@ ANSWER_PROMPT = (
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder or Hub id.", show_default=False)]
 IndexFolders = Annotated[list[Path], typer.Argument(metavar="INDEX", help="Index folders.", show_default=False)]
+FilterOption = Annotated[
+    str | None,
+    typer.Option("--filter", metavar="JSON", help='Only entries with this metadata, e.g. \'{"year": {">=": 1990}}\'.'),
+]
 RoutingOption = Annotated[
     Literal["uni", "bi", "router"], typer.Option(help="Expert that generates; `uni` is the base model.")
 ]
@@ -56,7 +62,7 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
             except KeyboardInterrupt:
                 err.print("interrupted", style="red")
                 raise typer.Exit(130) from None
-            except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+            except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
                 message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
                 err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
                 raise typer.Exit(1) from None
@@ -94,7 +100,7 @@ def build(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: the base's.")
     ] = None,
-    max_seq_length: Annotated[int | None, typer.Option(help="Longest input of encode, tokens.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(min=1, help="Longest input of encode, tokens.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
     allow_base_mismatch: Annotated[bool, typer.Option(help="Take experts trained on other base weights.")] = False,
     as_json: JsonFlag = False,
@@ -156,6 +162,8 @@ def encode(
     """Embed the texts of a file."""
     if out_file.suffix not in {".npy", ".parquet"}:
         raise ValueError(f"--out must end in .npy or .parquet, got {out_file.name}")
+    if out_file.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ImportError("--out in parquet needs pyarrow: pip install 'ubmoe-st[index]', or write .npy")
     texts = [text for _, text in _read_texts(source)]
     if not texts:
         raise ValueError(f"{source} holds no texts")
@@ -198,10 +206,12 @@ def generate(
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a text, or chat when no prompt is given."""
+    if prompt is None and as_json:
+        raise ValueError("--json answers one prompt: give a PROMPT")
     model = _load(path)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "routing": routing}
-    if temperature:
-        options |= {"do_sample": True, "temperature": temperature}
+    if temperature is not None:
+        options |= {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     if seed is not None:
         import torch
 
@@ -284,16 +294,17 @@ def search(
     mode: Annotated[
         Literal["dense", "bm25", "hybrid"], typer.Option(help="bm25 and hybrid: of one index that has a BM25 part.")
     ] = "dense",
+    where: FilterOption = None,
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the nearest entries of one index, or of several together."""
     if mode != "dense" and len(paths) > 1:
         raise ValueError(f"--mode {mode} searches one index, got {len(paths)}: search them one by one, or --mode dense")
-    opened = _open_index(paths, model)
-    hits = (opened.search_entries(query, k, mode=mode) if mode != "dense" else opened.search_entries(query, k))[0]
+    options: dict[str, Any] = {"filter": _filter(where)} | ({"mode": mode} if mode != "dense" else {})
+    hits = _open_index(paths, model).search_entries(query, k, **options)[0]
     if as_json:
-        _print_json([{"id": hit.id, "score": hit.score, "text": hit.text} for hit in hits])
+        _print_json([{"id": hit.id, "score": hit.score, "text": hit.text, "metadata": hit.metadata} for hit in hits])
     else:
         out.print(hit_table(hits))
 
@@ -304,13 +315,15 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to answer.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Entries to answer from.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
+    where: FilterOption = None,
     routing: RoutingOption = "uni",
     model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Answer a question from the entries of an index (or several), with the same weights, and cite them."""
+    spec = _filter(where)
     opened = _open_index(paths, model)
-    hits = opened.search_entries(question, k)[0]
+    hits = opened.search_entries(question, k, filter=spec)[0]
     chat = answer_prompt(question, hits)
     if as_json:
         text = opened.model.generate(chat, max_new_tokens=max_new_tokens, routing=routing)
@@ -497,6 +510,18 @@ def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     together: Any = opened[0] if len(opened) == 1 else IndexGroup(opened)
     together.use_model(_load(name))
     return together
+
+
+def _filter(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        spec = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f'--filter: expected JSON such as \'{{"lang": "en"}}\', got {text!r} ({error})') from error
+    if not isinstance(spec, dict):
+        raise ValueError(f'--filter: expected a JSON object such as \'{{"lang": "en"}}\', got {text!r}')
+    return spec
 
 
 def _remembered(model: str) -> str:

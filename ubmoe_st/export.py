@@ -184,8 +184,9 @@ def _check_arguments(target: Path, view: str, format: str, quantize: str | None,
         raise ImportError(f"format {format} needs {', '.join(missing)}: pip install 'ubmoe-st[{format}]'")
     if format == "gguf" and target.suffix != ".gguf":
         raise ValueError(f"format gguf writes one file: expected a name that ends in .gguf, got {target}")
-    if layout.is_checkpoint(target):
-        raise FileExistsError(f"{target} is a checkpoint, which an export does not replace; choose another folder")
+    inside = next((f for f in (target, *target.resolve().parents) if layout.is_checkpoint(f)), None)
+    if inside is not None:
+        raise FileExistsError(f"{inside} is a checkpoint, which an export does not change; choose another folder")
     taken = target.exists() if format == "gguf" else target.is_file() or (target.is_dir() and any(target.iterdir()))
     if taken and not overwrite:
         raise FileExistsError(f"{target} exists; choose another name, or pass --overwrite")

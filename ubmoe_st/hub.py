@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -212,7 +213,7 @@ def _open_repository(
     api: HfApi, repo_id: str, private: bool | None, revision: str | None, *, exist_ok: bool, create_pr: bool
 ) -> tuple[str, ModelInfo]:
     """Find or make repository and branch; its full id, and what is at the branch now."""
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
@@ -226,7 +227,12 @@ def _open_repository(
                 f"{repo_id} exists and is public, but private was asked for; change its visibility in its settings, "
                 "or choose another name"
             )
-        if not (exist_ok or create_pr) and {file.rfilename for file in found.siblings or []} - _EMPTY:
+        there = {file.rfilename for file in found.siblings or []}
+        if revision not in (None, _MAIN):
+            with contextlib.suppress(RevisionNotFoundError):
+                at_branch = api.model_info(repo_id, revision=revision)
+                there |= {file.rfilename for file in at_branch.siblings or []}
+        if not (exist_ok or create_pr) and there - _EMPTY:
             raise FileExistsError(
                 f"{repo_id} exists and has files; choose another name, allow changing it (--exist-ok, exist_ok=True), "
                 "or open a pull request (--create-pr, create_pr=True)"

@@ -7,12 +7,13 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -59,6 +60,41 @@ _BUILD_LOCK = threading.RLock()
 # A fast tokenizer keeps padding and truncation as state: each call sets what it needs, then tokenises. Between the two
 # another thread that needs something else must not come in. Of the module for the same reason.
 _TOKENIZER_LOCK = threading.RLock()
+
+
+def _without_surrogates(text: str) -> str:
+    """Lone surrogates, as broken JSON escapes give them, are no text a tokenizer takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+_PASS_TOKENS = 64
+"""What one more pass costs, in tokens: it reads all weights again."""
+
+
+def group_by_length(lengths: Sequence[int], pass_tokens: int = _PASS_TOKENS) -> list[list[int]]:
+    """The groups of rows in which a padded batch costs least, by dynamic programming.
+
+    Args:
+        lengths: Tokens of each of B rows.
+        pass_tokens: What a further group costs, in tokens.
+
+    Returns:
+        Positions of the rows, longest first. The cost of a group is its rows times its longest one.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    longest = np.asarray(lengths, np.int64)[order]
+    best = np.zeros(len(order) + 1)
+    begins = np.zeros(len(order) + 1, np.int64)
+    for end in range(1, len(order) + 1):
+        costs = best[:end] + longest[:end] * (end - np.arange(end)) + pass_tokens
+        begins[end] = costs.argmin()
+        best[end] = costs[begins[end]]
+    groups = []
+    end = len(order)
+    while end:
+        groups.append(order[begins[end] : end].tolist())
+        end = int(begins[end])
+    return groups[::-1]
 
 
 class UBMoETransformer(Transformer):
@@ -153,13 +189,55 @@ class UBMoETransformer(Transformer):
         """
         texts = list(inputs)
         if all(isinstance(text, str) for text in texts):
-            # Lone surrogates, as broken JSON escapes give them, are no text a tokenizer takes.
-            texts = [text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+            texts = [_without_surrogates(text) for text in texts]
             if not (prompt or "").strip():
                 filler = self._filler_token()
                 texts = [text if text and self._has_tokens(text) else filler for text in texts]
         with _TOKENIZER_LOCK:
             return super().preprocess(texts, prompt=prompt, **kwargs)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Token embeddings of a batch. On a CPU, rows of similar length are computed together, without their padding.
+
+        A CPU pays in full for every padded position, and a batch of documents can be mostly padding. Vectors are those
+        of one pass up to float rounding; what stands at padded positions has no meaning in either.
+
+        Args:
+            features: `input_ids` and `attention_mask`, (B, T), of `preprocess`.
+            **kwargs: As for `Transformer.forward`; with any, the batch is computed as it is.
+
+        Returns:
+            `features` with `token_embeddings`, (B, T, D).
+        """
+        groups = [] if kwargs else self._groups(features)
+        if len(groups) < 2:
+            return super().forward(features, **kwargs)
+        name, mask = self.module_output_name, features["attention_mask"]
+        whole: Tensor | None = None
+        for rows in groups:
+            used = mask[rows].any(0).nonzero()
+            first, last = int(used[0]), int(used[-1]) + 1
+            part = {k: v[rows, first:last] if isinstance(v, Tensor) else v for k, v in features.items()}
+            tokens = super().forward(part)[name]
+            if whole is None:
+                whole = tokens.new_zeros(*mask.shape, tokens.shape[-1])
+            whole[rows, first:last] = tokens
+        features[name] = whole
+        return features
+
+    def _groups(self, features: dict[str, Any]) -> list[list[int]]:
+        """Rows to compute together; none where the batch has to be computed as it is."""
+        mask = features.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type != "cpu" or torch.is_grad_enabled():
+            return []
+        if any(isinstance(value, Tensor) and value.shape != mask.shape for value in features.values()):
+            return []
+        if self.model.config.output_hidden_states or not bool(mask.any(1).all()):
+            return []
+        filled = mask.bool().int()
+        # From the first to the last token of a row, on whichever side it is padded.
+        spans = mask.shape[1] - filled.argmax(1) - filled.flip(1).argmax(1)
+        return group_by_length(spans.tolist())
 
     def _has_tokens(self, text: str) -> bool:
         # Only short texts can be empty after tokenisation; longer ones are not tokenised twice.
@@ -173,6 +251,7 @@ class UBMoETransformer(Transformer):
             add_special_tokens: Put BOS and the like where the tokenizer wants them.
         """
         tokenizer: Any = self.tokenizer
+        text = _without_surrogates(text)
         with _TOKENIZER_LOCK:
             ids = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
             return ids["input_ids"]
@@ -559,6 +638,11 @@ class UBMoE(SentenceTransformer):
             ValueError: If a keyword argument is not known, or several prompts are to be streamed.
         """
         single = isinstance(prompts, str) or _is_chat(prompts)
+        if not single and (isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable)):
+            raise TypeError(
+                "prompts must be a text, a list of messages with 'role' and 'content', or a list of either, got "
+                f"{type(prompts).__name__}"
+            )
         batch: list[str | Chat] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
         if stream and len(batch) != 1:
             raise ValueError(f"stream=True takes one prompt, got {len(batch)}")
@@ -665,6 +749,7 @@ class UBMoE(SentenceTransformer):
             train_datasets: For the model card.
             safe_serialization: Must be True.
         """
+        layout.refuse_foreign_weights(path)
         with layout.atomic_folder(path) as temporary:
             super().save(
                 str(temporary),

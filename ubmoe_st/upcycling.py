@@ -72,6 +72,9 @@ def upcycle(
     target = Path(out)
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True (--overwrite)")
+    if max_seq_length is not None and max_seq_length < 1:
+        raise ValueError(f"max_seq_length must be at least 1 token, got {max_seq_length}")
+    layout.refuse_foreign_weights(target)
     found = base if isinstance(base, Base) else resolve_base(base)
     module = UBMoETransformer.from_base(found, dtype=dtype)
     recipe: dict[str, Any] = {}
@@ -79,7 +82,7 @@ def upcycle(
         recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
     if module.ubmoe_config is not None:
         module.ubmoe_config.training = recipe.get("training")
-    length = max_seq_length or recipe.get("max_seq_length")
+    length = recipe.get("max_seq_length") if max_seq_length is None else max_seq_length
     if length is not None:
         module.max_seq_length = int(length)
     if routers is None and bi_experts is not None and (Path(bi_experts) / ROUTERS_FILE).is_file():

@@ -80,6 +80,15 @@ class Hit:
         return asdict(self)
 
 
+def _identities(ids: Any) -> list[str]:
+    """Ids as they are stored: as in the rows of a corpus, whole numbers are taken as text."""
+    many = [ids] if isinstance(ids, (str, int)) else list(ids)
+    for identity in many:
+        if not isinstance(identity, (str, int)) or isinstance(identity, bool):
+            raise TypeError(f"an id is a text or a whole number, got {identity!r}")
+    return [str(identity) for identity in many]
+
+
 class EmbeddingIndex:
     """A searchable folder of unit vectors, ids and texts, made by one embedding model.
 
@@ -516,9 +525,9 @@ class EmbeddingIndex:
         span = (entry.start, entry.end)
         return Hit(entry.id, score, entry.text, entry.title, entry.parent, *span, metadata, row, str(self.path))
 
-    def _rows(self, ids: Iterable[str]) -> list[int]:
+    def _rows(self, ids: str | Iterable[str]) -> list[int]:
         rows = []
-        for identity in ids:
+        for identity in _identities(ids):
             found = self._snapshot.rows_of(identity)
             if not found:
                 raise KeyError(f"no entry has the id {identity!r}")
@@ -531,7 +540,7 @@ class EmbeddingIndex:
         Raises:
             KeyError: If an id is not in the index.
         """
-        return [self._snapshot.entry_at(row) for row in self._rows([ids] if isinstance(ids, str) else ids)]
+        return [self._snapshot.entry_at(row) for row in self._rows(ids)]
 
     def texts(self, ids: str | Iterable[str]) -> list[str]:
         """The texts of `entries(ids)`."""
@@ -539,7 +548,7 @@ class EmbeddingIndex:
 
     def vectors(self, ids: str | Iterable[str]) -> np.ndarray:
         """The stored vectors of `entries(ids)`, float32, (N, D)."""
-        return self._snapshot.vectors_at(self._rows([ids] if isinstance(ids, str) else ids))
+        return self._snapshot.vectors_at(self._rows(ids))
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the files of this version, as sentences; empty when all is well."""
@@ -624,7 +633,7 @@ class EmbeddingIndex:
         """
         with writing(self.path) as base:
             rows: list[int] = []
-            for identity in [ids] if isinstance(ids, str) else ids:
+            for identity in _identities(ids):
                 found = base.rows_of(identity)
                 if not found and not missing_ok:
                     raise KeyError(f"no entry has the id {identity!r}: nothing was deleted")

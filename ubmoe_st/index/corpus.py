@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,8 +203,10 @@ class Corpus:
                     yield from self._csv(stream, name, "\t" if stem.endswith(".tsv") else ",")
                 else:
                     yield from self._jsonl(stream, name)
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise CorpusError(f"{name} cannot be decompressed to its end ({error}): it is truncated") from error
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise CorpusError(
+                    f"{name} cannot be decompressed to its end ({error}): it is truncated or damaged"
+                ) from error
 
     def _lines(self, stream: BinaryIO, name: str) -> Iterator[tuple[str, str | BadRow]]:
         """Lines with their place; blank ones are left out, a huge one is passed over without loading it."""
@@ -241,16 +244,25 @@ class Corpus:
                 continue
             try:
                 yield place, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also numbers of too many digits
                 yield place, BadRow(place, f"is not JSON ({error})")
 
     def _csv(self, stream: BinaryIO, name: str, delimiter: str) -> Iterator[tuple[str, Any]]:
         csv.field_size_limit(max(csv.field_size_limit(), self.fields.max_row_bytes))
-        decoded = (
-            line.decode("utf-8-sig" if number == 0 else "utf-8", errors="surrogateescape")
-            for number, line in enumerate(stream)
-        )
-        reader = csv.reader(decoded, delimiter=delimiter)
+        limit = self.fields.max_row_bytes
+
+        def physical_lines() -> Iterator[str]:
+            number = 0
+            while line := stream.readline(limit + 1):
+                number += 1
+                if len(line) > limit:
+                    raise CorpusError(
+                        f"{name} line {number} has more than max_row_bytes={limit:,} bytes, or the file has no line "
+                        "breaks; raise the limit, or write the file as jsonl"
+                    )
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
+
+        reader = csv.reader(physical_lines(), delimiter=delimiter, strict=True)
         header = next(reader, None)
         if header is None:
             return
@@ -258,6 +270,8 @@ class Corpus:
             raise CorpusError(
                 f"{name} has no column {self.fields.text!r}, its header is {header}: name the text column"
             )
+        if len(set(header)) != len(header):
+            raise CorpusError(f"{name} has columns of the same name, its header is {header}: rename them")
         end = reader.line_num
         while True:
             place = f"{name} line {end + 1}"
@@ -294,10 +308,32 @@ class Corpus:
         size = sum(parquet.metadata.row_group(n).total_byte_size for n in range(parquet.num_row_groups))
         rows = max(1, min(256, PARQUET_BYTES * parquet.metadata.num_rows // max(1, size)))
         with parquet:
-            for batch in parquet.iter_batches(batch_size=rows):
-                for row in batch.to_pylist():
-                    yield f"{name} row {number}", row
+            batches = parquet.iter_batches(batch_size=rows)
+            while True:
+                try:
+                    batch = next(batches, None)
+                except (pyarrow.ArrowException, OSError) as error:
+                    raise CorpusError(
+                        f"{name} cannot be read after row {number - 1} ({error}): it is damaged"
+                    ) from error
+                if batch is None:
+                    return
+                for row in self._rows_of(batch):
+                    place = f"{name} row {number}"
+                    yield place, BadRow(place, f"is not valid UTF-8 ({row})") if isinstance(row, UnicodeError) else row
                     number += 1
+
+    @staticmethod
+    def _rows_of(batch: Any) -> Iterator[Any]:
+        """Rows of an Arrow batch; in the place of one whose text cannot be decoded, the error."""
+        try:
+            yield from batch.to_pylist()
+        except UnicodeDecodeError:
+            for position in range(batch.num_rows):
+                try:
+                    yield batch.slice(position, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield error
 
     def _document(self, place: str, row: Any, number: int) -> Document | BadRow:
         """One row as a document, or what is wrong with it."""

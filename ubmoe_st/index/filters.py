@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import operator
 import threading
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from .snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
 
 Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 """`{"lang": "en"}`, `{"lang": ["en", "de"]}`, `{"year": {">=": 1990, "<": 2000}}` (all must hold), or a function of the
@@ -23,6 +26,7 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+COLLECTIONS = (list, tuple, set, frozenset)
 NEGATIVE = ("!=", "not in")
 MISSING = object()
 KEPT_MASKS = 32
@@ -52,18 +56,25 @@ def conditions(spec: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     """A filter as (field, operator, value) triples that must all hold.
 
     Raises:
-        ValueError: For an operator that does not exist.
+        ValueError: For an operator that does not exist, or none at all.
+        TypeError: For a field that is no text, or `in` without a list.
     """
     triples = []
     for field, wanted in spec.items():
+        if not isinstance(field, str):
+            raise TypeError(f"a filter names fields by text, got {field!r}")
         if isinstance(wanted, Mapping):
+            if not wanted:
+                raise ValueError(f"filter on {field!r}: expected an operator and a value, got {{}}")
             for name, value in wanted.items():
                 if name not in (*OPERATORS, *NEGATIVE, "in", "exists"):
                     known = ", ".join([*OPERATORS, *NEGATIVE, "in", "exists"])
                     raise ValueError(f"filter on {field!r}: there is no operator {name!r}, only {known}")
+                if name in ("in", "not in") and not isinstance(value, COLLECTIONS):
+                    raise TypeError(f"filter on {field!r}: {name!r} takes a list of values, got {value!r}")
                 triples.append((field, name, value))
         else:
-            many = isinstance(wanted, (list, tuple, set, frozenset))
+            many = isinstance(wanted, COLLECTIONS)
             triples.append((field, "in" if many else "==", wanted))
     return triples
 
@@ -93,10 +104,11 @@ class FilterEngine:
         if not isinstance(spec, Mapping):
             raise TypeError(f"a filter is a mapping or a function, got {type(spec).__name__}")
         with self._lock:
+            wanted_all = conditions(spec)
             key = repr(sorted(spec.items(), key=lambda item: item[0]))
             if key not in self._masks:
                 mask = np.ones(self._snapshot.stored_rows, bool)
-                for field, name, wanted in conditions(spec):
+                for field, name, wanted in wanted_all:
                     column = self._column(field)
                     mask &= np.fromiter((_holds(value, name, wanted) for value in column), bool, len(column))
                 if len(self._masks) >= KEPT_MASKS:
@@ -114,4 +126,12 @@ class FilterEngine:
             self._columns[field] = [
                 json.loads(text).get(field, MISSING) if text else MISSING for text in self._metadata()
             ]
+            if all(value is MISSING for value in self._columns[field]) and self._columns[field]:
+                known = sorted({key for text in self._metadata() if text for key in json.loads(text)})
+                logger.warning(
+                    "filter: no row of %s has a field %r; it has %s",
+                    self._snapshot.folder,
+                    field,
+                    ", ".join(known) or "no metadata",
+                )
         return self._columns[field]
