@@ -304,7 +304,7 @@ def search(
     options: dict[str, Any] = {"filter": _filter(where)} | ({"mode": mode} if mode != "dense" else {})
     hits = _open_index(paths, model).search_entries(query, k, **options)[0]
     if as_json:
-        _print_json([{"id": hit.id, "score": hit.score, "text": hit.text, "metadata": hit.metadata} for hit in hits])
+        _print_json([_hit_facts(hit) for hit in hits])
     else:
         out.print(hit_table(hits))
 
@@ -327,7 +327,7 @@ def ask(
     chat = answer_prompt(question, hits)
     if as_json:
         text = opened.model.generate(chat, max_new_tokens=max_new_tokens, routing=routing)
-        sources = [{"id": hit.id, "score": hit.score, "text": hit.text} for hit in hits]
+        sources = [_hit_facts(hit) for hit in hits]
         _print_json({"question": question, "answer": text, "entries": sources})
         return
     _print_stream(opened.model.generate(chat, max_new_tokens=max_new_tokens, routing=routing, stream=True))
@@ -510,6 +510,11 @@ def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     together: Any = opened[0] if len(opened) == 1 else IndexGroup(opened)
     together.use_model(_load(name))
     return together
+
+
+def _hit_facts(hit: Hit) -> dict[str, Any]:
+    facts = {"id": hit.id, "score": hit.score, "text": hit.text}
+    return facts | ({"metadata": hit.metadata} if hit.metadata else {})
 
 
 def _filter(text: str | None) -> dict[str, Any] | None:
