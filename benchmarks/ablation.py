@@ -248,7 +248,7 @@ def main(
             budget, rows or DEFAULT_ROWS, names, folder, out=out, limit=limit, pages=pages, batch_size=batch_size,
             command=command_line("benchmarks.ablation"), say=typer.echo,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path}")
 

@@ -131,7 +131,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    base: Annotated[str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the Hub.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the released one.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="UBMoE checkpoint: its bi experts, causally.")] = None,
     runs: Annotated[list[Path] | None, typer.Option("--run", help="Folder of a finished training; repeatable.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
@@ -143,19 +145,19 @@ def main(
     from benchmarks.ablation import ROWS
     from benchmarks.peers import base_folder
 
-    models = {"base": ("base", base_folder(base))}
-    if model is not None:
-        models[model.name] = ("model", str(model))
-    for folder in runs or []:
-        row = folder.name if folder.name in ROWS else folder.name.replace("-", "+")
-        models[ROWS.get(row, folder.name)] = ("run", str(folder))
     try:
+        models = {"base": ("base", base_folder(base))}
+        if model is not None:
+            models[model.name] = ("model", str(model))
+        for folder in runs or []:
+            row = folder.name if folder.name in ROWS else folder.name.replace("-", "+")
+            models[ROWS.get(row, folder.name)] = ("run", str(folder))
         texts = documents(local.data_dir(data_dir))
         path = run(
             models, texts, out=out, plot=plot, per_bucket=per_bucket,
             command=command_line("benchmarks.dependence"), say=typer.echo,
         )  # fmt: skip
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path} and {plot}")
 

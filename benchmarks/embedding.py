@@ -482,7 +482,7 @@ def main(
             )
             for key, average in json.loads(path.read_text(encoding="utf-8")).get("averages", {}).items():
                 typer.echo(f"{key}: {average['value']:.2f} [{average['low']:.2f}, {average['high']:.2f}]")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

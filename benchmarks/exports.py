@@ -247,7 +247,7 @@ def main(
                 "tables": {"exports": {"columns": columns, "rows": rows}},
             },
         )
-    except (ValueError, FileNotFoundError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

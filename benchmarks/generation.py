@@ -513,7 +513,9 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
-    base: Annotated[str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the Hub.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the released one.")
+    ] = None,
     rows: Annotated[
         list[str] | None, typer.Option(help="base, uni, router; repeat for more. Default: base and uni.")
     ] = None,
@@ -540,8 +542,8 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     wanted = tasks or list(TASKS)
-    base_name = base_folder(base)
     try:
+        base_name = base_folder(base)
         folder = None if online else local.data_dir(data_dir)
         if count:
             from transformers import AutoTokenizer
@@ -585,7 +587,7 @@ def main(
                 say=typer.echo,
             )
             del lm
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

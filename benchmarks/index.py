@@ -466,7 +466,7 @@ def main(
                 corpus = folder / "sentences.jsonl"
                 write_corpus(corpus, iter(read_texts(texts, model_rows)))
                 build_part(model, Path(model).name, corpus, work, None, budget, file, typer.echo)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -24,13 +24,13 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
 from benchmarks.results import fingerprint, relative
+from ubmoe_st.bases import SHORT_NAMES, resolve_base
 from ubmoe_st.checkpoint import is_checkpoint, read_config
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MINILM = "all-MiniLM-L6-v2"
 PEERS = (MINILM, "base-causal", "base-bidirectional", "base-prompted")
 MAX_TOKENS = 512
@@ -143,8 +143,9 @@ class Encoder:
 
 
 def base_folder(given: str | None = None) -> str:
-    """The base model: the one given, else `$UBMOE_BASE`, else its Hub id."""
-    return given or os.environ.get("UBMOE_BASE") or BASE
+    """The base model: the one given, else `$UBMOE_BASE`, else that of the release; a GGUF or short name as a folder."""
+    name = given or os.environ.get("UBMOE_BASE") or "smollm2-135m"
+    return str(resolve_base(name).path) if name in SHORT_NAMES or name.endswith(".gguf") else name
 
 
 def minilm_folder() -> str:

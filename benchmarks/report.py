@@ -281,7 +281,7 @@ def memory(results: Results) -> str:
 
 
 def runs(results: Results) -> str:
-    """Command, date, commit and machine of every result file."""
+    """Command, date, commit and machine of every result file; `+changes`: with uncommitted changes."""
     rows = []
     for content in results:
         run = content.get("run")
@@ -290,7 +290,8 @@ def runs(results: Results) -> str:
         machine = f"{run['cpu']}, {run['threads']} threads, {run.get('dtype', '')}"
         made = [(s["command"], s["date"], s["commit"]) for s in content.get("scores", []) if "command" in s]
         for command, date, place in dict.fromkeys(made or [(run["command"], run["date"], run["commit"])]):
-            rows.append([f"`{content['file']}`", f"`{command}`", date[:10], (place or "")[:12], machine])
+            changed = "+changes" if (place or "").endswith("+changes") else ""
+            rows.append([f"`{content['file']}`", f"`{command}`", date[:10], (place or "")[:12] + changed, machine])
     return table(["file", "command", "date", "commit", "machine"], rows) if rows else NOT_MEASURED
 
 

@@ -217,7 +217,7 @@ def main(
                 command=command_line("benchmarks.retrieval"),
                 say=typer.echo,
             )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -185,7 +185,9 @@ def worker_command() -> None:
 @app.command(name="run")
 def main(
     model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
-    base: Annotated[str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the Hub.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the released one.")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
     rounds: Annotated[int, typer.Option(help="Turns each system takes.")] = 3,
@@ -201,8 +203,8 @@ def main(
     """Measure throughput and memory of a checkpoint beside its peers."""
     from benchmarks.peers import base_folder
 
-    base_name = base_folder(base)
     try:
+        base_name = base_folder(base)
         folder = local.data_dir(data_dir)
         mark = fingerprint(model)
         record = run_record(
@@ -268,7 +270,7 @@ def main(
                 facts = {"ratio": ratio, "ratio_to": MEMORY_SYSTEMS["base"], "n": 1}
                 file.add({**score, "value": found[metric] / 2**20, **facts})
             typer.echo(f"memory, {label}: weights {found['weights'] / 2**20:.0f} MiB")
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 

@@ -107,7 +107,7 @@ def printed_numbers(text: str) -> list[str]:
     for region in report.REGION.finditer(text):
         rows = [line for line in region.group(0).splitlines() if line.startswith("|")]
         for row in rows[2:]:
-            row = re.sub(r"\| [0-9a-f]{12} (?=\|)", "", row)  # may be digits only
+            row = re.sub(r"\| [0-9a-f]{12}(?:\+changes)? (?=\|)", "", row)  # may be digits only
             found += re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)", row)
     return found
 

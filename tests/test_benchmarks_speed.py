@@ -49,10 +49,10 @@ def test_memory_counts_each_tensor_once(base):
     """The tied head of the tiny base is not counted twice."""
     from transformers import AutoModelForCausalLM
 
-    found = speed.worker({"kind": "memory", "system": "base", "base": str(base), "model": "", "threads": 1})
+    found = speed.in_process({"kind": "memory", "system": "base", "base": str(base), "model": "", "threads": 1})
     model = AutoModelForCausalLM.from_pretrained(base)
     assert found["weights"] == sum(p.numel() * 4 for p in model.parameters())
-    assert found["private"] > 0
+    assert found["private"] > found["weights"] / 2  # of a process whose libraries were loaded before
 
 
 def test_a_failing_worker_is_named():
