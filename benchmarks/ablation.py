@@ -76,8 +76,7 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
     wanted = dataclasses.replace(recipe, train=row, out=str(out))  # type: ignore[arg-type]
     if not (out / TRAINED_FILE).is_file():
         train(wanted, export=False)
-    budget = read_json(out / RECIPE_FILE)["trainer"]
-    if budget != wanted.trainer:
+    elif (budget := read_json(out / RECIPE_FILE)["trainer"]) != wanted.trainer:
         raise ValueError(
             f"{out} was trained with {budget}, asked for is {wanted.trainer}; delete it, or set another out"
         )

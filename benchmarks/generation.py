@@ -561,7 +561,7 @@ def main(
         for routing in routings:
             if routing not in ("base", "uni", "router"):
                 raise ValueError(f"Expected base, uni or router, got {routing!r}. Check --rows.")
-            if routing != "base" and model.is_dir() and read_config(model).router is None and routing == "router":
+            if routing == "router" and model.is_dir() and read_config(model).router is None:
                 raise ValueError(f"{model} has no token routers; leave out --rows router, or train them first")
         for routing in routings:
             path = base_name if routing == "base" else str(model)

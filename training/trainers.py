@@ -131,18 +131,21 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(recipe)))
     trained = any(out.glob("checkpoints/checkpoint-*")) or any(out.glob("*.safetensors"))
     if file.is_file() and trained:
-        old = json.loads(file.read_text(encoding="utf-8"))
-        before = {key: old.get(key) for key in now if key not in ("trainer", "out")}
-        before |= {f"trainer.{key}": old.get("trainer", {}).get(key) for key in ORDER_KEYS}
-        wanted = now | {f"trainer.{key}": now.get("trainer", {}).get(key) for key in ORDER_KEYS}
-        other = [key for key in before if before[key] != wanted[key]]
-        if other:
+        before, wanted = _fixed(json.loads(file.read_text(encoding="utf-8"))), _fixed(now)
+        other = next((key for key in wanted if before.get(key) != wanted[key]), None)
+        if other is not None:
             raise ValueError(
-                f"{out} holds a run with another {other[0]!r} ({before[other[0]]!r}, now {wanted[other[0]]!r}); "
+                f"{out} holds a run with another {other!r} ({before.get(other)!r}, now {wanted[other]!r}); "
                 "choose another folder (--set out=...), or delete it"
             )
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe may not change between two starts of a run."""
+    fixed = {key: value for key, value in recipe.items() if key not in ("trainer", "out")}
+    return fixed | {f"trainer.{key}": recipe.get("trainer", {}).get(key) for key in ORDER_KEYS}
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

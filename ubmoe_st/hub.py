@@ -227,11 +227,11 @@ def _open_repository(
                 f"{repo_id} exists and is public, but private was asked for; change its visibility in its settings, "
                 "or choose another name"
             )
-        there = {file.rfilename for file in found.siblings or []}
-        if revision not in (None, _MAIN):
+        states = [found]
+        if revision not in (None, _MAIN) and not (exist_ok or create_pr):
             with contextlib.suppress(RevisionNotFoundError):
-                at_branch = api.model_info(repo_id, revision=revision)
-                there |= {file.rfilename for file in at_branch.siblings or []}
+                states.append(api.model_info(repo_id, revision=revision))
+        there = {file.rfilename for state in states for file in state.siblings or []}
         if not (exist_ok or create_pr) and there - _EMPTY:
             raise FileExistsError(
                 f"{repo_id} exists and has files; choose another name, allow changing it (--exist-ok, exist_ok=True), "

@@ -60,15 +60,13 @@ _BUILD_LOCK = threading.RLock()
 # A fast tokenizer keeps padding and truncation as state: each call sets what it needs, then tokenises. Between the two
 # another thread that needs something else must not come in. Of the module for the same reason.
 _TOKENIZER_LOCK = threading.RLock()
+_PASS_TOKENS = 64
+"""What one more pass of the encoder costs on a CPU, in tokens: it reads all weights again."""
 
 
 def _without_surrogates(text: str) -> str:
     """Lone surrogates, as broken JSON escapes give them, are no text a tokenizer takes."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-_PASS_TOKENS = 64
-"""What one more pass costs, in tokens: it reads all weights again."""
 
 
 def group_by_length(lengths: Sequence[int], pass_tokens: int = _PASS_TOKENS) -> list[list[int]]:
