@@ -16,12 +16,12 @@ ORDER = [
     "configuration",
     "bases",
     "checkpoint",
+    "cards",
     "hub",
     "experts",
     "generator",
     "model",
     "upcycling",
-    "export_gguf",
     "export",
     "cli",
 ]
@@ -46,10 +46,18 @@ def own_modules(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("ubmoe_st.")} - {"__version__"}
 
 
+def sources(name: str) -> list[Path]:
+    """The files of a module or of a package."""
+    return sorted((PACKAGE / name).glob("*.py")) or [PACKAGE / f"{name}.py"]
+
+
 def test_imports_go_one_way():
     checked = 0
     for position, name in enumerate(ORDER):
-        found = own_modules(imports(PACKAGE / f"{name}.py", top_level_only=name in ("checkpoint", "cli")))
+        files = sources(name)
+        found = own_modules(
+            set().union(*(imports(file, top_level_only=name in ("checkpoint", "cli")) for file in files))
+        ) - {name}
         if name == "checkpoint":  # reads FFN names of `experts` inside a function
             found.discard("experts")
         allowed = set(ORDER[:position]) | (set(BESIDE) if name == "cli" else set())
@@ -60,9 +68,7 @@ def test_imports_go_one_way():
 
 def test_modules_beside_stay_beside():
     for name, allowed in BESIDE.items():
-        path = PACKAGE / name
-        files = [PACKAGE / f"{name}.py"] if not path.is_dir() else list(path.glob("*.py"))
-        for file in files:
+        for file in sources(name):
             assert own_modules(imports(file)) <= allowed | {name, *ORDER[:0]}, file
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from ubmoe_st import checkpoint as layout
 from ubmoe_st.bases import hub_errors, hub_problem
+from ubmoe_st.cards import CARD, card_on_the_hub, check_front_matter
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-CARD = "README.md"
 _MAIN = "main"
 _GENERATOR_INDEX = f"{layout.GENERATOR_FOLDER}/{layout.INDEX_FILE}"
 _GENERATOR_SHARED = f"{layout.GENERATOR_FOLDER}/{layout.SHARED_FILE}"
@@ -147,8 +146,8 @@ def plan(folder: str | os.PathLike[str], repo_id: str, *, card: str | os.PathLik
     if card is not None or CARD in uploads:
         file = Path(card) if card is not None else root / CARD
         text = file.read_text(encoding="utf-8")
-        _check_front_matter(text, file)
-        uploads[CARD] = _content(CARD, _card_on_the_hub(text, root.resolve().name, repo_id).encode())
+        check_front_matter(text, file)
+        uploads[CARD] = _content(CARD, card_on_the_hub(text, root.resolve().name, repo_id).encode())
     _name_shared_tensors(uploads)
     return _with_sums(list(uploads.values()))
 
@@ -165,23 +164,6 @@ def _listed(root: Path) -> dict[str, Upload]:
 
 def _content(path: str, source: bytes) -> Upload:
     return Upload(path, source, len(source), hashlib.sha256(source).hexdigest())
-
-
-def _check_front_matter(text: str, file: Path) -> None:
-    import yaml
-    from huggingface_hub import ModelCard
-
-    try:
-        ModelCard(text)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"the front matter of {file} is not valid: {' '.join(str(error).split())}") from error
-
-
-def _card_on_the_hub(text: str, name: str, repo_id: str) -> str:
-    """The card with the folder's path replaced by the repository's id in its quoted strings."""
-    path = rf'"(?:[\w.-]+/)*{re.escape(name)}'
-    text = re.sub(rf'{path}/{layout.GENERATOR_FOLDER}"', f'"{repo_id}", subfolder="{layout.GENERATOR_FOLDER}"', text)
-    return re.sub(rf'{path}"', f'"{repo_id}"', text)
 
 
 def _name_shared_tensors(uploads: dict[str, Upload]) -> None:

@@ -24,6 +24,7 @@ from typing_extensions import Self
 
 from ubmoe_st import checkpoint as layout
 from ubmoe_st.bases import Base, download, resolve_base, save_tokenizer
+from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -761,7 +762,9 @@ class UBMoE(SentenceTransformer):
             _write_json(temporary / "modules.json", modules)
             if create_model_card:
                 name = model_name or Path(path).resolve().name
-                (temporary / "README.md").write_text(self._model_card_text or _model_card(self, name), encoding="utf-8")
+                (temporary / "README.md").write_text(
+                    self._model_card_text or model_card(self.ubmoe_config, name), encoding="utf-8"
+                )
             if not self._views.has_adapter:
                 layout.write_sums(temporary)
 
@@ -978,48 +981,3 @@ def _index(weight_map: dict[str, str], tensors: dict[str, Tensor]) -> dict[str, 
 
 def _write_json(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=isinstance(content, dict)) + "\n", encoding="utf-8")
-
-
-def _model_card(model: UBMoE, name: str) -> str:
-    config = model.ubmoe_config
-    base = config.base_model if config else "unknown"
-    rank = f"low-rank, rank {config.expert_rank}" if config and config.expert_rank else "dense"
-    front = [f"base_model: {base}"] if "/" in base else []
-    return "\n".join(
-        [
-            "---",
-            "library_name: sentence-transformers",
-            "pipeline_tag: sentence-similarity",
-            *front,
-            "tags: [sentence-transformers, feature-extraction, sentence-similarity, text-generation, ubmoe]",
-            "---",
-            "",
-            f"# {name}",
-            "",
-            f"One checkpoint that embeds (full attention, `bi` experts, {rank}) and generates exactly like its base",
-            f"model {base} (causal attention, `uni` experts). Embeddings, attention and norms are shared.",
-            "",
-            "```python",
-            "from sentence_transformers import SentenceTransformer",
-            "",
-            f'embeddings = SentenceTransformer("{name}").encode(["a text", "another text"])',
-            "```",
-            "",
-            "```python",
-            "from ubmoe_st import UBMoE",
-            "",
-            f'model = UBMoE("{name}")',
-            'model.encode(["a text"]), model.generate("Once upon a time", max_new_tokens=20)',
-            "```",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f'base_model = AutoModelForCausalLM.from_pretrained("{name}", subfolder="generator")',
-            "```",
-            "",
-            "The root of this folder is the encoder. Opened as a causal language model it is **not** the generator:",
-            "its FFN weights are the `bi` experts. Use `UBMoE(...).generator`, or the folder `generator`.",
-            "",
-        ]
-    )

@@ -15,6 +15,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor
 
+from ubmoe_st.export.folders import generator_state
 from ubmoe_st.model import UBMoE
 
 # llama.cpp's names of the ways to cut a text before byte pairs are merged, by how many digits stay together.
@@ -232,9 +233,3 @@ def _rope_factors(rotary: Any, config: Any) -> Tensor | None:
     plain = 1.0 / config.rope_parameters["rope_theta"] ** steps
     factors = plain / frequencies
     return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors
-
-
-def generator_state(lm: Any) -> dict[str, Tensor]:
-    """Tensors of a causal LM under their stock names, each once."""
-    tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
-    return {key: tensor for key, tensor in lm.state_dict().items() if key not in tied}
