@@ -26,12 +26,14 @@ def put(path, kind, content):
     elif kind == "name":
         with files.replacing_by_name(path) as temporary:
             temporary.write_bytes(content)
+            temporary.chmod(0o600)  # as some libraries do
     else:
         context = files.replacing_folder if kind == "folder" else files.replacing_by_name
         with context(path) as temporary:
             temporary.mkdir(exist_ok=True)
             (temporary / "inner").mkdir()
             (temporary / "inner" / "file").write_bytes(content)
+            (temporary / "inner" / "file").chmod(0o600)
 
 
 def held(path):

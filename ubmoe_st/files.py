@@ -79,12 +79,6 @@ def sync_directory(path: Path) -> None:
         _sync(path, os.O_RDONLY)
 
 
-def sync_tree(path: Path) -> None:
-    """Make a file, or a folder with all below it, durable."""
-    for entry in [*path.rglob("*"), path]:
-        sync_directory(entry) if entry.is_dir() else sync_file(entry)
-
-
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
@@ -158,8 +152,9 @@ def replacing_by_name(path: Path, *, unique: bool = False, first_wins: bool = Fa
     """
     with _cleaning_up(path, unique) as temporary:
         remove(temporary)
+        mode = _mode_of_new_files(temporary)
         yield temporary
-        sync_tree(temporary)
+        _finish(temporary, mode)
         if first_wins and path.exists():
             remove(temporary)
             return
@@ -193,9 +188,10 @@ def replacing_folder(
         raise FileExistsError(f"{target} is not empty; choose another folder, or overwrite it")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _cleaning_up(target, unique=True) as temporary:
+        mode = _mode_of_new_files(temporary)
         temporary.mkdir()
         yield temporary
-        sync_tree(temporary)
+        _finish(temporary, mode)
         if not target.exists():
             _put(temporary, target)
             return
@@ -217,7 +213,6 @@ def replacing_folder(
 @contextlib.contextmanager
 def _cleaning_up(path: Path, unique: bool) -> Iterator[Path]:
     """A name beside `path`, under which nothing is left if the block fails."""
-    # By their own names and not by `tempfile`, whose files only their owner may read.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp" if unique else f"{path.name}.tmp")
     try:
         with disk_full_explained(path):
@@ -226,6 +221,24 @@ def _cleaning_up(path: Path, unique: bool) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             remove(temporary)
         raise
+
+
+def _mode_of_new_files(path: Path) -> int:
+    """What the umask leaves, found out with a file of that name: asking for the umask sets it, for all threads."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    path.unlink()
+    return mode
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Make a file, or a folder with all below it, durable and readable; safetensors lets only the owner read."""
+    for entry in [*path.rglob("*"), path]:
+        if entry.is_dir():
+            sync_directory(entry)
+        else:
+            entry.chmod(mode)
+            sync_file(entry)
 
 
 def _put(temporary: Path, path: Path) -> None:
