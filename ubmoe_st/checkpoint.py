@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -215,6 +216,67 @@ def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ..
         side = {"A": 1, "B": 0}.get(half)
         if weight is None or side is None or len(shape) != 2 or shape[side] != weight[side]:
             raise CheckpointError(f"{DELTA_FILE}: {key} of shape {shape} fits no FFN layer of {UNI_FILE}")
+
+
+def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, from its JSON files and safetensors headers alone.
+
+    Args:
+        path: The checkpoint folder.
+
+    Returns:
+        For JSON: `name`, `architecture`, `layers`, `dimension`, `expert_rank`, `routing`, `router`, `parameters`
+        (counts), `bytes` (by part), `base`, `layout_version` and `versions`.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or not valid.
+        FileNotFoundError: If the folder is not a checkpoint.
+    """
+    root = Path(path)
+    if not is_checkpoint(root):
+        raise FileNotFoundError(f"{root} is not a UBMoE checkpoint; make one with `ubmoe build BASE --out {root}`")
+    config = read_config(root)
+    stock = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, "delta": DELTA_FILE, "router": ROUTER_FILE}
+    parts = {name: file for name, file in parts.items() if (root / file).is_file()}
+    count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
+    files = [file for file in root.rglob("*") if file.is_file()]
+    added = (count.get("delta") or count["bi"]) + count.get("router", 0)
+    base_parameters = count["shared"] + count["uni"]
+    return {
+        "name": root.resolve().name,
+        "architecture": config.base_architecture,
+        "layers": stock["num_hidden_layers"],
+        "dimension": _dimension(root, stock["hidden_size"]),
+        "expert_rank": config.expert_rank,
+        "routing": config.routing,
+        "router": config.router,
+        "parameters": {
+            "stored": sum(count.values()),
+            "active_encoding": count["shared"] + count["bi"],
+            "active_generating": base_parameters,
+            "base": base_parameters,
+            "added": added,
+            "added_percent": round(100 * added / base_parameters, 2),
+        },
+        "bytes": {
+            "stored": sum(file.stat().st_size for file in files),
+            **{name: (root / file).stat().st_size for name, file in parts.items()},
+        },
+        "base": {"name": config.base_model, "origin": config.base_origin, "sha256": config.base_sha256},
+        "layout_version": config.layout_version,
+        "versions": config.versions,
+    }
+
+
+def _dimension(root: Path, hidden: int) -> int:
+    for module in reversed(json.loads((root / "modules.json").read_text(encoding="utf-8"))):
+        file = root / module["path"] / "config.json"
+        if module["path"] and file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            if "out_features" in settings:
+                return int(settings["out_features"])
+    return hidden
 
 
 def write_sums(path: Path) -> None:
