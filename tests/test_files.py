@@ -116,6 +116,15 @@ def test_modes_are_those_of_the_umask(tmp_path, kind, umask, file_mode, folder_m
     assert found == {is_dir: expected[is_dir] for is_dir in found}
 
 
+@pytest.mark.parametrize("kind", ["writer", "name"])
+def test_a_file_does_not_replace_a_folder(tmp_path, kind):
+    put(tmp_path / "a", "folder", b"old")
+    with pytest.raises(OSError, match="directory"):
+        put(tmp_path / "a", kind, b"new")
+    assert held(tmp_path / "a") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_temporary_file_of_a_killed_process_is_taken_over(tmp_path):
     (tmp_path / "a.tmp").write_bytes(b"half")
     put(tmp_path / "a", "writer", b"new")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ubmoe_st.bases import file_sha256
 from ubmoe_st.configuration import UBMoEConfig
+from ubmoe_st.files import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +49,12 @@ def refuse_foreign_weights(path: str | os.PathLike[str]) -> None:
         weights = sorted(file.name for file in target.glob("*.safetensors"))
         if weights:
             raise FileExistsError(f"{target} holds {weights[0]}, not of a UBMoE checkpoint; choose another folder")
+
+
+def is_of_others(entry: Path) -> bool:
+    """Whether an entry of a checkpoint folder was put there by somebody else and survives a new checkpoint."""
+    ours = {"README.md", INDEX_FILE, SUMS_FILE, GENERATOR_FOLDER}
+    return entry.name not in ours and entry.suffix != ".safetensors"
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -281,7 +284,7 @@ def _dimension(root: Path, hidden: int) -> int:
 
 def write_sums(path: Path) -> None:
     """Write `SHA256SUMS` over every other file of a folder."""
-    lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
+    lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
     (path / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -309,7 +312,7 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
     for name, digest in sums.items():
         if not (root / name).is_file():
             wrong.append(f"{name} is missing")
-        elif file_sha256(root / name) != digest:
+        elif sha256_of(root / name) != digest:
             wrong.append(f"{name} has changed")
     wrong += [f"{name} is not listed" for name in (*_weights(root), *_LISTED) if name not in sums]
     if wrong:
@@ -327,64 +330,3 @@ def _files(root: Path) -> Iterator[Path]:
         for file in sorted(root.rglob("*"))
         if file.is_file() and file.name != SUMS_FILE and ".cache" not in file.relative_to(root).parts
     )
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
-    """Write a folder all or nothing.
-
-    Yields a temporary sibling; when the block ends without error it is flushed to disk and takes the place of
-    `path`. Files of an old folder that the new one does not have are carried over. On any error, Ctrl-C
-    included, the temporary folder is removed and `path` is as it was.
-
-    Args:
-        path: The folder to write.
-        overwrite: Whether a non-empty folder may be replaced.
-
-    Raises:
-        FileExistsError: If the folder is not empty and `overwrite` is False.
-    """
-    target = Path(path).resolve()
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file; expected a folder")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty; choose another folder, or overwrite it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in [*temporary.rglob("*"), temporary]:
-            _fsync(file)
-        _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(temporary, target)
-        _fsync(target.parent)
-        return
-    old = target.with_name(f".{target.name}.old-{temporary.name.rpartition('-')[2]}")
-    os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    _fsync(target.parent)
-    ours = {"README.md", INDEX_FILE, SUMS_FILE, GENERATOR_FOLDER}
-    for entry in old.iterdir():
-        # Of an old checkpoint only what others put there is kept; its own weights are not.
-        if not (target / entry.name).exists() and entry.name not in ours and entry.suffix != ".safetensors":
-            os.replace(entry, target / entry.name)
-    shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

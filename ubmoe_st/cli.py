@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
@@ -17,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
+
+from ubmoe_st.files import replacing_by_name
 
 if TYPE_CHECKING:
     from ubmoe_st.index import Hit
@@ -178,7 +179,8 @@ def encode(
         truncate_dim=truncate_dim,
         show_progress_bar=not as_json and err.is_terminal,
     )
-    with _atomic_file(out_file) as temporary:
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_by_name(out_file, unique=True) as temporary:
         if out_file.suffix == ".npy":
             import numpy as np
 
@@ -554,19 +556,6 @@ def _read_texts(source: Path) -> Iterator[tuple[int, str]]:
             if not isinstance(text, str):
                 raise ValueError(f"{source}, line {number}: expected a field `text` with a string")
             yield number, text
-
-
-@contextlib.contextmanager
-def _atomic_file(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _chat(model: UBMoE, options: dict[str, Any]) -> None:

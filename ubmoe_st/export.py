@@ -14,8 +14,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from ubmoe_st import checkpoint as layout
 from ubmoe_st.bases import save_tokenizer
 from ubmoe_st.export_gguf import generator_state, write_gguf
+from ubmoe_st.files import replacing_by_name, replacing_folder
 from ubmoe_st.model import REQUIREMENTS, UBMoE
 
 View = Literal["encoder", "generator"]
@@ -141,11 +141,12 @@ def export(
     model = UBMoE(checkpoint, device="cpu", **dtype)
     kept: list[str] = []
     if format == "gguf":
-        with _atomic_file(target) as temporary:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_by_name(target, unique=True) as temporary:
             write_gguf(model, temporary, view, quantize)
         size = target.stat().st_size
     else:
-        with layout.atomic_folder(target, overwrite=overwrite) as folder:
+        with replacing_folder(target, overwrite=overwrite, keep=layout.is_of_others) as folder:
             texts = list(calibration) if calibration is not None else list(CALIBRATION)
             kept = _write_folder(model, folder, view, format, quantize, texts)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -349,24 +350,6 @@ def _write_safetensors(model: UBMoE, folder: Path, view: str) -> None:
 
 def _write_json(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _atomic_file(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------------

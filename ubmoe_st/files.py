@@ -143,7 +143,7 @@ def replacing_by_name(path: Path, *, unique: bool = False, first_wins: bool = Fa
 
     Args:
         path: The file or folder. A folder that is there is removed before the new one takes its name, so it must be
-            one that nothing relies on; where something does, take `replacing_folder`.
+            one that nothing relies on; where something does, take `replacing_folder`. A file replaces no folder.
         unique: As for `replacing`.
         first_wins: Whether what others have put at `path` by the end of the block stays, and the new is dropped.
 
@@ -158,7 +158,7 @@ def replacing_by_name(path: Path, *, unique: bool = False, first_wins: bool = Fa
         if first_wins and path.exists():
             remove(temporary)
             return
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():
             remove(path)
         _put(temporary, path)
 
