@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ubmoe_st"
 ORDER = [
+    "files",
     "configuration",
     "bases",
     "checkpoint",

@@ -81,3 +81,14 @@ def test_overwriting_leaves_no_part_of_another_export(checkpoint, tmp_path):
     export(checkpoint, tmp_path / "out", view="generator", overwrite=True)
     export(checkpoint, tmp_path / "fresh", view="generator")
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
+
+
+def test_overwriting_leaves_what_others_put_there(checkpoint, tmp_path):
+    export(checkpoint, tmp_path / "out")
+    kept = {"notes.md": "mine", "generator/plan.txt": "mine, too", "1_Pooling.txt": "no part"}
+    for name, text in kept.items():
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text(text)
+    export(checkpoint, tmp_path / "out", view="generator", overwrite=True)
+    assert {name: (tmp_path / "out" / name).read_text() for name in kept} == kept
+    assert "1_Pooling/config.json" not in tree(tmp_path / "out")

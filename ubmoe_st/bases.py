@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from ubmoe_st.files import replacing_by_name, sha256_of
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID}
@@ -38,16 +37,7 @@ class Base:
     @cached_property
     def sha256(self) -> dict[str, str]:
         """SHA-256 of each source weight file, by file name."""
-        return {file.name: file_sha256(file) for file in self.source_files}
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return {file.name: sha256_of(file) for file in self.source_files}
 
 
 def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -> Base:
@@ -214,16 +204,11 @@ def _from_gguf(file: Path, name: str) -> Base:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"reading {file.name} needs the gguf package: pip install 'ubmoe-st[gguf]'")
     cache = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st"))
-    folder = cache / "bases" / f"{file.stem}-{file_sha256(file)[:16]}-{_CONVERSION}"
+    folder = cache / "bases" / f"{file.stem}-{sha256_of(file)[:16]}-{_CONVERSION}"
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with replacing_by_name(folder, unique=True, first_wins=True) as temporary:
             _convert_gguf(file, temporary)
-            if not folder.exists():
-                os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return Base(folder, name, "gguf", (file,))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ubmoe_st.bases import file_sha256
 from ubmoe_st.configuration import UBMoEConfig
+from ubmoe_st.files import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +49,12 @@ def refuse_foreign_weights(path: str | os.PathLike[str]) -> None:
         weights = sorted(file.name for file in target.glob("*.safetensors"))
         if weights:
             raise FileExistsError(f"{target} holds {weights[0]}, not of a UBMoE checkpoint; choose another folder")
+
+
+def is_of_others(entry: Path) -> bool:
+    """Whether an entry of a checkpoint folder was put there by somebody else and survives a new checkpoint."""
+    ours = {"README.md", INDEX_FILE, SUMS_FILE, GENERATOR_FOLDER}
+    return entry.name not in ours and entry.suffix != ".safetensors"
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -217,9 +221,70 @@ def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ..
             raise CheckpointError(f"{DELTA_FILE}: {key} of shape {shape} fits no FFN layer of {UNI_FILE}")
 
 
+def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, from its JSON files and safetensors headers alone.
+
+    Args:
+        path: The checkpoint folder.
+
+    Returns:
+        For JSON: `name`, `architecture`, `layers`, `dimension`, `expert_rank`, `routing`, `router`, `parameters`
+        (counts), `bytes` (by part), `base`, `layout_version` and `versions`.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or not valid.
+        FileNotFoundError: If the folder is not a checkpoint.
+    """
+    root = Path(path)
+    if not is_checkpoint(root):
+        raise FileNotFoundError(f"{root} is not a UBMoE checkpoint; make one with `ubmoe build BASE --out {root}`")
+    config = read_config(root)
+    stock = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, "delta": DELTA_FILE, "router": ROUTER_FILE}
+    parts = {name: file for name, file in parts.items() if (root / file).is_file()}
+    count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
+    files = [file for file in root.rglob("*") if file.is_file()]
+    added = (count.get("delta") or count["bi"]) + count.get("router", 0)
+    base_parameters = count["shared"] + count["uni"]
+    return {
+        "name": root.resolve().name,
+        "architecture": config.base_architecture,
+        "layers": stock["num_hidden_layers"],
+        "dimension": _dimension(root, stock["hidden_size"]),
+        "expert_rank": config.expert_rank,
+        "routing": config.routing,
+        "router": config.router,
+        "parameters": {
+            "stored": sum(count.values()),
+            "active_encoding": count["shared"] + count["bi"],
+            "active_generating": base_parameters,
+            "base": base_parameters,
+            "added": added,
+            "added_percent": round(100 * added / base_parameters, 2),
+        },
+        "bytes": {
+            "stored": sum(file.stat().st_size for file in files),
+            **{name: (root / file).stat().st_size for name, file in parts.items()},
+        },
+        "base": {"name": config.base_model, "origin": config.base_origin, "sha256": config.base_sha256},
+        "layout_version": config.layout_version,
+        "versions": config.versions,
+    }
+
+
+def _dimension(root: Path, hidden: int) -> int:
+    for module in reversed(json.loads((root / "modules.json").read_text(encoding="utf-8"))):
+        file = root / module["path"] / "config.json"
+        if module["path"] and file.is_file():
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            if "out_features" in settings:
+                return int(settings["out_features"])
+    return hidden
+
+
 def write_sums(path: Path) -> None:
     """Write `SHA256SUMS` over every other file of a folder."""
-    lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
+    lines = [f"{sha256_of(file)}  {file.relative_to(path).as_posix()}\n" for file in _files(path)]
     (path / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
 
@@ -247,7 +312,7 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
     for name, digest in sums.items():
         if not (root / name).is_file():
             wrong.append(f"{name} is missing")
-        elif file_sha256(root / name) != digest:
+        elif sha256_of(root / name) != digest:
             wrong.append(f"{name} has changed")
     wrong += [f"{name} is not listed" for name in (*_weights(root), *_LISTED) if name not in sums]
     if wrong:
@@ -265,64 +330,3 @@ def _files(root: Path) -> Iterator[Path]:
         for file in sorted(root.rglob("*"))
         if file.is_file() and file.name != SUMS_FILE and ".cache" not in file.relative_to(root).parts
     )
-
-
-@contextmanager
-def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = True) -> Iterator[Path]:
-    """Write a folder all or nothing.
-
-    Yields a temporary sibling; when the block ends without error it is flushed to disk and takes the place of
-    `path`. Files of an old folder that the new one does not have are carried over. On any error, Ctrl-C
-    included, the temporary folder is removed and `path` is as it was.
-
-    Args:
-        path: The folder to write.
-        overwrite: Whether a non-empty folder may be replaced.
-
-    Raises:
-        FileExistsError: If the folder is not empty and `overwrite` is False.
-    """
-    target = Path(path).resolve()
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file; expected a folder")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty; choose another folder, or overwrite it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        for file in [*temporary.rglob("*"), temporary]:
-            _fsync(file)
-        _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(temporary, target)
-        _fsync(target.parent)
-        return
-    old = target.with_name(f".{target.name}.old-{temporary.name.rpartition('-')[2]}")
-    os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    _fsync(target.parent)
-    ours = {"README.md", INDEX_FILE, SUMS_FILE, GENERATOR_FOLDER}
-    for entry in old.iterdir():
-        # Of an old checkpoint only what others put there is kept; its own weights are not.
-        if not (target / entry.name).exists() and entry.name not in ours and entry.suffix != ".safetensors":
-            os.replace(entry, target / entry.name)
-    shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

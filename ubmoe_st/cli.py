@@ -7,8 +7,7 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
+
+from ubmoe_st.files import replacing_by_name
 
 if TYPE_CHECKING:
     from ubmoe_st.index import Hit
@@ -109,6 +110,7 @@ def build(
     if not overwrite and out_dir.is_dir() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} is not empty; choose another folder, or pass --overwrite")
     with _status(f"building {out_dir} from {base}"):
+        from ubmoe_st import checkpoint
         from ubmoe_st.upcycling import upcycle
 
         upcycle(
@@ -121,7 +123,7 @@ def build(
             overwrite=overwrite,
             allow_base_mismatch=allow_base_mismatch,
         )
-    facts = _facts(out_dir)
+    facts = checkpoint.facts(out_dir)
     if as_json:
         _print_json(facts)
     else:
@@ -131,7 +133,9 @@ def build(
 @command()
 def info(path: ModelFolder, as_json: JsonFlag = False) -> None:
     """Show what a checkpoint holds, from its headers alone."""
-    facts = _facts(Path(path))
+    from ubmoe_st import checkpoint
+
+    facts = checkpoint.facts(Path(path))
     if as_json:
         _print_json(facts)
         return
@@ -175,7 +179,8 @@ def encode(
         truncate_dim=truncate_dim,
         show_progress_bar=not as_json and err.is_terminal,
     )
-    with _atomic_file(out_file) as temporary:
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_by_name(out_file, unique=True) as temporary:
         if out_file.suffix == ".npy":
             import numpy as np
 
@@ -533,70 +538,6 @@ def _remembered(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    from ubmoe_st import checkpoint as layout
-
-    if not layout.is_checkpoint(path):
-        raise FileNotFoundError(f"{path} is not a UBMoE checkpoint; make one with `ubmoe build BASE --out {path}`")
-    config = layout.read_config(path)
-    stock = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    parts = {
-        "shared": layout.SHARED_FILE,
-        "bi": layout.BI_FILE,
-        "uni": layout.UNI_FILE,
-        "delta": layout.DELTA_FILE,
-        "router": layout.ROUTER_FILE,
-    }
-    parts = {name: file for name, file in parts.items() if (path / file).is_file()}
-    shapes = {name: layout.read_shapes(path, file) for name, file in parts.items()}
-    count = {name: sum(_product(shape) for shape in tensors.values()) for name, tensors in shapes.items()}
-    files = [file for file in path.rglob("*") if file.is_file()]
-    extra = count.get("delta") or count["bi"]
-    base_parameters = count["shared"] + count["uni"]
-    modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
-    return {
-        "name": path.resolve().name,
-        "architecture": config.base_architecture,
-        "layers": stock["num_hidden_layers"],
-        "dimension": _dimension(path, modules, stock["hidden_size"]),
-        "expert_rank": config.expert_rank,
-        "routing": config.routing,
-        "router": config.router,
-        "parameters": {
-            "stored": sum(count.values()),
-            "active_encoding": count["shared"] + count["bi"],
-            "active_generating": base_parameters,
-            "base": base_parameters,
-            "added": extra + count.get("router", 0),
-            "added_percent": round(100 * (extra + count.get("router", 0)) / base_parameters, 2),
-        },
-        "bytes": {
-            "stored": sum(file.stat().st_size for file in files),
-            **{name: (path / file).stat().st_size for name, file in parts.items()},
-        },
-        "base": {"name": config.base_model, "origin": config.base_origin, "sha256": config.base_sha256},
-        "layout_version": config.layout_version,
-        "versions": config.versions,
-    }
-
-
-def _dimension(path: Path, modules: list[dict[str, Any]], hidden: int) -> int:
-    for module in reversed(modules):
-        file = path / module["path"] / "config.json"
-        if module["path"] and file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            if "out_features" in settings:
-                return int(settings["out_features"])
-    return hidden
-
-
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
-
-
 def _read_texts(source: Path) -> Iterator[tuple[int, str]]:
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist")
@@ -615,19 +556,6 @@ def _read_texts(source: Path) -> Iterator[tuple[int, str]]:
             if not isinstance(text, str):
                 raise ValueError(f"{source}, line {number}: expected a field `text` with a string")
             yield number, text
-
-
-@contextlib.contextmanager
-def _atomic_file(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _chat(model: UBMoE, options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ubmoe_st import checkpoint as layout
+from ubmoe_st import checkpoint
 from ubmoe_st.bases import hub_errors, hub_problem
 from ubmoe_st.cards import CARD, card_on_the_hub, check_front_matter
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 _MAIN = "main"
-_GENERATOR_INDEX = f"{layout.GENERATOR_FOLDER}/{layout.INDEX_FILE}"
-_GENERATOR_SHARED = f"{layout.GENERATOR_FOLDER}/{layout.SHARED_FILE}"
+_GENERATOR_INDEX = f"{checkpoint.GENERATOR_FOLDER}/{checkpoint.INDEX_FILE}"
+_GENERATOR_SHARED = f"{checkpoint.GENERATOR_FOLDER}/{checkpoint.SHARED_FILE}"
 _EMPTY = {".gitattributes"}
 
 
@@ -140,8 +140,8 @@ def plan(folder: str | os.PathLike[str], repo_id: str, *, card: str | os.PathLik
         raise FileNotFoundError(f"{root} is not a folder; expected a checkpoint made by `ubmoe build`")
     if card is not None and not Path(card).is_file():
         raise FileNotFoundError(f"the model card {card} does not exist")
-    layout.verify_sums(root)
-    layout.check_checkpoint(root)
+    checkpoint.verify_sums(root)
+    checkpoint.check_checkpoint(root)
     uploads = _listed(root)
     if card is not None or CARD in uploads:
         file = Path(card) if card is not None else root / CARD
@@ -154,10 +154,10 @@ def plan(folder: str | os.PathLike[str], repo_id: str, *, card: str | os.PathLik
 
 def _listed(root: Path) -> dict[str, Upload]:
     uploads = {}
-    for line in (root / layout.SUMS_FILE).read_text(encoding="utf-8").splitlines():
+    for line in (root / checkpoint.SUMS_FILE).read_text(encoding="utf-8").splitlines():
         digest, _, path = line.partition("  ")
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise layout.CheckpointError(f"{layout.SUMS_FILE} names {path}, which is not in {root}")
+            raise checkpoint.CheckpointError(f"{checkpoint.SUMS_FILE} names {path}, which is not in {root}")
         uploads[path] = Upload(path, root / path, (root / path).stat().st_size, digest)
     return uploads
 
@@ -171,20 +171,22 @@ def _name_shared_tensors(uploads: dict[str, Upload]) -> None:
     if index is None or not isinstance(index.source, Path):
         return
     content = json.loads(index.source.read_text(encoding="utf-8"))
-    outside = f"../{layout.SHARED_FILE}"
+    outside = f"../{checkpoint.SHARED_FILE}"
     if outside not in content["weight_map"].values():
         return
     content["weight_map"] = {
-        key: layout.SHARED_FILE if file == outside else file for key, file in content["weight_map"].items()
+        key: checkpoint.SHARED_FILE if file == outside else file for key, file in content["weight_map"].items()
     }
     uploads[_GENERATOR_INDEX] = _content(_GENERATOR_INDEX, f"{json.dumps(content, indent=2)}\n".encode())
-    uploads[_GENERATOR_SHARED] = replace(uploads[layout.SHARED_FILE], path=_GENERATOR_SHARED)
+    uploads[_GENERATOR_SHARED] = replace(uploads[checkpoint.SHARED_FILE], path=_GENERATOR_SHARED)
 
 
 def _with_sums(uploads: Sequence[Upload]) -> list[Upload]:
-    files = sorted((upload for upload in uploads if upload.path != layout.SUMS_FILE), key=lambda upload: upload.path)
+    files = sorted(
+        (upload for upload in uploads if upload.path != checkpoint.SUMS_FILE), key=lambda upload: upload.path
+    )
     sums = "".join(f"{upload.sha256}  {upload.path}\n" for upload in files)
-    return [*files, _content(layout.SUMS_FILE, sums.encode())]
+    return [*files, _content(checkpoint.SUMS_FILE, sums.encode())]
 
 
 def _with_card(uploads: Sequence[Upload], card: bytes) -> list[Upload]:
@@ -284,6 +286,6 @@ def _commit(
 
 def _stale(files: set[str], new: set[str]) -> list[str]:
     """Files of an older checkpoint, which loaders would take for parts of this one."""
-    ours = {file for file in files if file.startswith(f"{layout.GENERATOR_FOLDER}/")}
+    ours = {file for file in files if file.startswith(f"{checkpoint.GENERATOR_FOLDER}/")}
     ours |= {file for file in files if "/" not in file and file.endswith(".safetensors")}
     return sorted(ours - new)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
-from ubmoe_st import checkpoint as layout
+from ubmoe_st import checkpoint
 from ubmoe_st.bases import Base, download, resolve_base, save_tokenizer
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
@@ -39,6 +39,7 @@ from ubmoe_st.experts import (
     save_low_rank,
     with_low_rank,
 )
+from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns, uni_keys
 from ubmoe_st.hub import push
 
@@ -119,9 +120,9 @@ class UBMoETransformer(Transformer):
         self._uni: dict[str, Tensor] | None = None
         self._routers: dict[str, Tensor] | None = None
         self._generators: dict[str, PreTrainedModel] = {}
-        if layout.is_checkpoint(model_name_or_path):
+        if checkpoint.is_checkpoint(model_name_or_path):
             self.folder = Path(model_name_or_path)
-            self.ubmoe_config = layout.read_config(self.folder)
+            self.ubmoe_config = checkpoint.read_config(self.folder)
 
     @classmethod
     def from_base(
@@ -338,8 +339,8 @@ class UBMoETransformer(Transformer):
         self.model.eval()
 
     def _load_low_rank(self) -> LowRank | None:
-        if self.low_rank is None and self.folder is not None and (self.folder / layout.DELTA_FILE).is_file():
-            self.low_rank, _ = load_low_rank(self.folder / layout.DELTA_FILE)
+        if self.low_rank is None and self.folder is not None and (self.folder / checkpoint.DELTA_FILE).is_file():
+            self.low_rank, _ = load_low_rank(self.folder / checkpoint.DELTA_FILE)
         return self.low_rank
 
     # --- the generator view ----------------------------------------------------------------------------------
@@ -365,7 +366,7 @@ class UBMoETransformer(Transformer):
 
     def _read_uni(self) -> dict[str, Tensor]:
         if self.folder is not None:
-            stored = load_file(self.folder / layout.UNI_FILE)
+            stored = load_file(self.folder / checkpoint.UNI_FILE)
         elif self.base is not None:
             lm = AutoModelForCausalLM.from_pretrained(self.base.path, dtype=self.model.dtype)
             state = lm.state_dict()
@@ -402,7 +403,7 @@ class UBMoETransformer(Transformer):
             if kind is None:
                 raise ValueError("routing='router' needs trained routers, and this checkpoint has none; use 'uni'")
             if self._routers is None and self.folder is not None:
-                self._routers = load_file(self.folder / layout.ROUTER_FILE)
+                self._routers = load_file(self.folder / checkpoint.ROUTER_FILE)
             # Low-rank experts let the mix share the large products, see RoutedFFN.
             return self._build_routed(uni, kind)
         return build_generator(self.model, uni, routing=routing, generation_config=self.generation_config)
@@ -425,7 +426,7 @@ class UBMoETransformer(Transformer):
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The base model's defaults for `generate`."""
-        folder = self.folder / layout.GENERATOR_FOLDER if self.folder else self.base.path if self.base else None
+        folder = self.folder / checkpoint.GENERATOR_FOLDER if self.folder else self.base.path if self.base else None
         if folder is None or not (folder / "generation_config.json").is_file():
             return None
         return GenerationConfig.from_pretrained(folder)
@@ -461,7 +462,7 @@ class UBMoETransformer(Transformer):
         return state
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Write config, tokenizer and all weights in the checkpoint layout.
+        """Write config, tokenizer and all weights in the checkpoint checkpoint.
 
         With a PEFT adapter only the adapter is written, as stock sentence-transformers does in training.
 
@@ -482,7 +483,7 @@ class UBMoETransformer(Transformer):
         if self.ubmoe_config is None:
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
         out = Path(output_path)
-        (out / layout.GENERATOR_FOLDER).mkdir(exist_ok=True)
+        (out / checkpoint.GENERATOR_FOLDER).mkdir(exist_ok=True)
         state = self.encoder_state()
         self._save_encoder(out, state)
         self._save_generator(out, state)
@@ -492,19 +493,19 @@ class UBMoETransformer(Transformer):
     def _alignment(self) -> int:
         """Where the base's tensors start in their file, modulo 64 bytes."""
         if self.folder is not None:
-            return layout.data_start(self.folder / layout.SHARED_FILE) % layout.CACHE_LINE
+            return checkpoint.data_start(self.folder / checkpoint.SHARED_FILE) % checkpoint.CACHE_LINE
         files = sorted(self.base.path.glob("*.safetensors")) if self.base is not None else []
-        return layout.data_start(files[0]) % layout.CACHE_LINE if files else 0
+        return checkpoint.data_start(files[0]) % checkpoint.CACHE_LINE if files else 0
 
     def _save_encoder(self, out: Path, state: dict[str, Tensor]) -> None:
         shards = {
-            layout.SHARED_FILE: {key: tensor for key, tensor in state.items() if not is_ffn_key(key)},
-            layout.BI_FILE: {key: tensor for key, tensor in state.items() if is_ffn_key(key)},
+            checkpoint.SHARED_FILE: {key: tensor for key, tensor in state.items() if not is_ffn_key(key)},
+            checkpoint.BI_FILE: {key: tensor for key, tensor in state.items() if is_ffn_key(key)},
         }
         for file, tensors in shards.items():
-            layout.save_tensors(tensors, out / file, self._alignment())
+            checkpoint.save_tensors(tensors, out / file, self._alignment())
         weight_map = {key: file for file, tensors in shards.items() for key in sorted(tensors)}
-        _write_json(out / layout.INDEX_FILE, _index(weight_map, state))
+        _write_json(out / checkpoint.INDEX_FILE, _index(weight_map, state))
         config = self.model.config.to_dict() | {"is_causal": False, "architectures": [type(self.model).__name__]}
         _write_json(out / "config.json", {k: v for k, v in config.items() if k != "_name_or_path"})
 
@@ -519,26 +520,26 @@ class UBMoETransformer(Transformer):
             for name in ("ubmoe-st", "sentence-transformers", "transformers", "torch")
         }
         uni = self.uni_tensors()
-        layout.save_tensors(uni, out / layout.UNI_FILE, self._alignment())
+        checkpoint.save_tensors(uni, out / checkpoint.UNI_FILE, self._alignment())
         low_rank = self._load_low_rank()
         config.expert_rank = None
         if low_rank is not None:
             config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values())
-            save_low_rank(low_rank, out / layout.DELTA_FILE, {"base_sha256": config.base_sha256})
+            save_low_rank(low_rank, out / checkpoint.DELTA_FILE, {"base_sha256": config.base_sha256})
         if config.router is not None:
             if self._routers is None and self.folder is not None:
-                self._routers = load_file(self.folder / layout.ROUTER_FILE)
-            layout.save_tensors(self._routers or {}, out / layout.ROUTER_FILE)
+                self._routers = load_file(self.folder / checkpoint.ROUTER_FILE)
+            checkpoint.save_tensors(self._routers or {}, out / checkpoint.ROUTER_FILE)
         if self.generation_config is not None:
-            self.generation_config.save_pretrained(out / layout.GENERATOR_FOLDER)
+            self.generation_config.save_pretrained(out / checkpoint.GENERATOR_FOLDER)
         stock = causal_config(self.model.config).to_dict() | {"architectures": [config.base_architecture]}
         stock.pop("_name_or_path", None)
-        _write_json(out / layout.GENERATOR_CONFIG, {**stock, layout.CONFIG_KEY: config.to_dict()})
+        _write_json(out / checkpoint.GENERATOR_CONFIG, {**stock, checkpoint.CONFIG_KEY: config.to_dict()})
         # Stock transformers opens the local folder `generator` as the base model by this index.
         shared = {key: tensor for key, tensor in state.items() if not is_ffn_key(key)}
-        own = Path(layout.UNI_FILE).name
-        weight_map = dict.fromkeys(sorted(shared), f"../{layout.SHARED_FILE}") | dict.fromkeys(sorted(uni), own)
-        _write_json(out / layout.GENERATOR_FOLDER / layout.INDEX_FILE, _index(weight_map, {**shared, **uni}))
+        own = Path(checkpoint.UNI_FILE).name
+        weight_map = dict.fromkeys(sorted(shared), f"../{checkpoint.SHARED_FILE}") | dict.fromkeys(sorted(uni), own)
+        _write_json(out / checkpoint.GENERATOR_FOLDER / checkpoint.INDEX_FILE, _index(weight_map, {**shared, **uni}))
 
 
 class UBMoE(SentenceTransformer):
@@ -576,8 +577,8 @@ class UBMoE(SentenceTransformer):
         if model_name_or_path is not None:
             path = str(_local_checkpoint(model_name_or_path, kwargs))
             if verify:
-                layout.verify_sums(path)
-            layout.check_checkpoint(path)
+                checkpoint.verify_sums(path)
+            checkpoint.check_checkpoint(path)
         super().__init__(path, **kwargs)
         if len(self) and not isinstance(self[0], UBMoETransformer):
             raise ValueError(f"the first module must be a UBMoETransformer, got {type(self[0]).__name__}")
@@ -748,8 +749,8 @@ class UBMoE(SentenceTransformer):
             train_datasets: For the model card.
             safe_serialization: Must be True.
         """
-        layout.refuse_foreign_weights(path)
-        with layout.atomic_folder(path) as temporary:
+        checkpoint.refuse_foreign_weights(path)
+        with replacing_folder(path, keep=checkpoint.is_of_others) as temporary:
             super().save(
                 str(temporary),
                 model_name=model_name,
@@ -766,7 +767,7 @@ class UBMoE(SentenceTransformer):
                     self._model_card_text or model_card(self.ubmoe_config, name), encoding="utf-8"
                 )
             if not self._views.has_adapter:
-                layout.write_sums(temporary)
+                checkpoint.write_sums(temporary)
 
     def push_to_hub(
         self,
@@ -860,15 +861,15 @@ def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> P
             token=kwargs.get("token"),
             local_files_only=offline,
         )
-        if (offline or constants.HF_HUB_OFFLINE) and not layout.is_checkpoint(path):
+        if (offline or constants.HF_HUB_OFFLINE) and not checkpoint.is_checkpoint(path):
             # huggingface_hub 1 gives what there is; version 2 refuses by itself.
             raise FileNotFoundError(
                 f"{str(name)!r} is no local folder, and not all of it is in the cache; expected {wanted}. Load it once "
                 "with a network"
             )
-    if not layout.is_checkpoint(path):
+    if not checkpoint.is_checkpoint(path):
         raise CheckpointError(
-            f"{layout.GENERATOR_CONFIG} is missing from {path}: not a UBMoE checkpoint. "
+            f"{checkpoint.GENERATOR_CONFIG} is missing from {path}: not a UBMoE checkpoint. "
             f"Make one with `upcycle({str(name)!r}, out=...)`, or open it with SentenceTransformer"
         )
     return path

@@ -15,10 +15,11 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ubmoe_st import checkpoint as layout
+from ubmoe_st import checkpoint
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.configuration import RouterKind
 from ubmoe_st.experts import LowRank, is_ffn_key, load_low_rank, load_routers, save_low_rank
+from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
 
@@ -74,7 +75,7 @@ def upcycle(
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True (--overwrite)")
     if max_seq_length is not None and max_seq_length < 1:
         raise ValueError(f"max_seq_length must be at least 1 token, got {max_seq_length}")
-    layout.refuse_foreign_weights(target)
+    checkpoint.refuse_foreign_weights(target)
     found = base if isinstance(base, Base) else resolve_base(base)
     module = UBMoETransformer.from_base(found, dtype=dtype)
     recipe: dict[str, Any] = {}
@@ -123,12 +124,12 @@ def export_experts(
     if not low_rank:
         raise ValueError("the module has neither a PEFT adapter nor low-rank experts")
     sha256 = model.base.sha256 if model.base else {}
-    with layout.atomic_folder(out) as temporary:
+    with replacing_folder(out, keep=checkpoint.is_of_others) as temporary:
         halves = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in low_rank.items()}
-        save_low_rank(halves, temporary / Path(layout.DELTA_FILE).name, {"base_sha256": sha256})
+        save_low_rank(halves, temporary / Path(checkpoint.DELTA_FILE).name, {"base_sha256": sha256})
         if projection is not None:
             state = {key: tensor.to(dtype) for key, tensor in projection.linear.state_dict().items()}
-            layout.save_tensors(state, temporary / _PROJECTION)
+            checkpoint.save_tensors(state, temporary / _PROJECTION)
         (temporary / "recipe.json").write_text(json.dumps(dict(recipe or {}), indent=2) + "\n", encoding="utf-8")
     return Path(out)
 
@@ -166,10 +167,10 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
     if path.is_dir() and (path / "adapter_config.json").is_file():
         module.set_low_rank_experts(_read_adapter(base, path))
         return {}
-    delta_name = Path(layout.DELTA_FILE).name
+    delta_name = Path(checkpoint.DELTA_FILE).name
     file = path if path.is_file() else path / delta_name
-    if not file.is_file() and layout.is_checkpoint(path):
-        file = path / layout.DELTA_FILE
+    if not file.is_file() and checkpoint.is_checkpoint(path):
+        file = path / checkpoint.DELTA_FILE
     if file.is_file():
         low_rank, metadata = load_low_rank(file)
         _check_base(base, metadata.get("base_sha256"), file.name, allow_mismatch)

@@ -9,20 +9,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from ubmoe_st import checkpoint as layout
 from ubmoe_st.cards import export_card
+from ubmoe_st.checkpoint import is_checkpoint
 from ubmoe_st.export.folders import write_encoder_files, write_generator_files, write_safetensors
 from ubmoe_st.export.gguf import write_gguf
 from ubmoe_st.export.graphs import PEAK_LIMIT, write_graph
+from ubmoe_st.files import replacing_by_name, replacing_folder
 from ubmoe_st.model import UBMoE
 
 View = Literal["encoder", "generator"]
@@ -42,7 +40,7 @@ _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "openvino": ("int8",),
 }
 _PARTS = re.compile(
-    r"onnx|openvino|\d+_(Pooling|Dense|Normalize)"
+    r"onnx|openvino|\d+_(Pooling|Dense|Normalize)|.+\.safetensors|model\.safetensors\.index\.json"
     r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json"
 )
 
@@ -89,11 +87,12 @@ def export(
     model = UBMoE(checkpoint, device="cpu", **dtype)
     kept: list[str] = []
     if format == "gguf":
-        with _atomic_file(target) as temporary:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_by_name(target, unique=True) as temporary:
             write_gguf(model, temporary, view, quantize)
         size = target.stat().st_size
     else:
-        with layout.atomic_folder(target, overwrite=overwrite) as folder:
+        with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
             if view == "encoder":
                 write_encoder_files(model, folder, baked=format != "hf")
             else:
@@ -105,20 +104,12 @@ def export(
             card = export_card(model.ubmoe_config, model.prompts, view, format, quantize)
             (folder / "README.md").write_text(card, encoding="utf-8")
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            written = {entry.name for entry in folder.iterdir()}
-        _remove_old_parts(target, written)
     return {"out": str(target), "view": view, "format": format, "quantize": quantize, "bytes": size, "kept_fp32": kept}
 
 
-def _remove_old_parts(target: Path, written: set[str]) -> None:
-    """Of an export that was overwritten, remove what the new one does not have; the files of others stay."""
-    for entry in target.iterdir():
-        if entry.name in written or not _PARTS.fullmatch(entry.name):
-            continue
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _is_of_others(entry: Path) -> bool:
+    """Whether an entry of a folder that an export replaces is not a part of an older export."""
+    return not _PARTS.fullmatch(entry.name)
 
 
 def _check_arguments(target: Path, view: str, format: str, quantize: str | None, overwrite: bool) -> None:
@@ -140,7 +131,7 @@ def _check_arguments(target: Path, view: str, format: str, quantize: str | None,
         raise ImportError(f"format {format} needs {', '.join(missing)}: pip install 'ubmoe-st[{format}]'")
     if format == "gguf" and target.suffix != ".gguf":
         raise ValueError(f"format gguf writes one file: expected a name that ends in .gguf, got {target}")
-    inside = next((f for f in (target, *target.resolve().parents) if layout.is_checkpoint(f)), None)
+    inside = next((f for f in (target, *target.resolve().parents) if is_checkpoint(f)), None)
     if inside is not None:
         raise FileExistsError(f"{inside} is a checkpoint, which an export does not change; choose another folder")
     taken = target.exists() if format == "gguf" else target.is_file() or (target.is_dir() and any(target.iterdir()))
@@ -148,21 +139,3 @@ def _check_arguments(target: Path, view: str, format: str, quantize: str | None,
         raise FileExistsError(f"{target} exists; choose another name, or pass --overwrite")
     if target.is_dir() and format == "gguf":
         raise FileExistsError(f"{target} is a folder; expected the name of a file to write")
-
-
-@contextmanager
-def _atomic_file(target: Path) -> Iterator[Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o644)
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import Tensor
 
-from ubmoe_st import checkpoint as layout
+from ubmoe_st import checkpoint
 from ubmoe_st.bases import save_tokenizer
 from ubmoe_st.model import REQUIREMENTS, UBMoE
 
@@ -95,7 +95,7 @@ def write_generator_files(model: UBMoE, folder: Path) -> None:
     lm = model.generator
     config = lm.config.to_dict() | {"architectures": [type(lm).__name__]}
     _write_json(
-        folder / "config.json", {k: v for k, v in config.items() if k not in ("_name_or_path", layout.CONFIG_KEY)}
+        folder / "config.json", {k: v for k, v in config.items() if k not in ("_name_or_path", checkpoint.CONFIG_KEY)}
     )
     if lm.generation_config is not None:
         lm.generation_config.save_pretrained(folder)
@@ -147,9 +147,9 @@ def write_safetensors(model: UBMoE, folder: Path, view: str) -> None:
     views: Any = model[0]
     alignment = 0
     if views.folder is not None:
-        alignment = layout.data_start(views.folder / layout.SHARED_FILE) % layout.CACHE_LINE
+        alignment = checkpoint.data_start(views.folder / checkpoint.SHARED_FILE) % checkpoint.CACHE_LINE
     state = views.encoder_state() if view == "encoder" else generator_state(model.generator)
-    layout.save_tensors(state, folder / "model.safetensors", alignment)
+    checkpoint.save_tensors(state, folder / "model.safetensors", alignment)
 
 
 def _write_json(file: Path, content: object) -> None:

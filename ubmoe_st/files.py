@@ -1,0 +1,271 @@
+"""Whole files and folders: written beside their place, synced, renamed; size and SHA-256; JSON. Needs no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+COPY_BYTES = 1 << 20
+"""Bytes moved at a time when a file is copied or hashed."""
+
+
+class HashingWriter:
+    """A binary file that counts and hashes what passes through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        """Write `data` (any buffer) and return its length in bytes."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._sha256.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.size
+
+    def flush(self) -> None:
+        """Flush the file below."""
+        self._file.flush()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the file below is closed (asked for by Arrow)."""
+        return self._file.closed
+
+    def record(self) -> dict[str, Any]:
+        """Size and SHA-256 of everything written so far."""
+        return {"bytes": self.size, "sha256": self._sha256.hexdigest()}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(COPY_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of an existing file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+# --- durability ------------------------------------------------------------------------------------------------------
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    _sync(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside `path` durable (where the system can: not on Windows)."""
+    if os.name != "nt":
+        _sync(path, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_full_explained(path: Path) -> Iterator[None]:
+    """Says of a full disk what was being written and what to do; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or "intact" in str(error):
+            raise
+        raise OSError(
+            error.errno,
+            f"no space left while writing {path.name}; everything committed before is intact: "
+            "free some space and run the same command again",
+            str(path),
+        ) from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- replacing -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, unique: bool = False) -> Iterator[HashingWriter]:
+    """A writer whose content takes the place of `path` only when the block ends well.
+
+    The name always shows the old content or the new content, never a part. On an error the temporary file is
+    removed; a full disk is reported with what to do.
+
+    Args:
+        path: The file; its folder must exist.
+        unique: Whether others may write the same file at the same time. The temporary name is then taken by this call
+            alone; else it is `path` with `.tmp`, which the next call takes over if this process is killed.
+
+    Raises:
+        OSError: If the disk is full, naming the file and saying that what was committed is intact.
+    """
+    with _cleaning_up(path, unique) as temporary:
+        with temporary.open("wb") as file:
+            yield HashingWriter(file)
+            file.flush()
+            os.fsync(file.fileno())
+        _put(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing_by_name(path: Path, *, unique: bool = False, first_wins: bool = False) -> Iterator[Path]:
+    """Like `replacing`, for libraries that take a name: the block writes a file or a folder under the name it is given.
+
+    Args:
+        path: The file or folder. A folder that is there is removed before the new one takes its name, so it must be
+            one that nothing relies on; where something does, take `replacing_folder`. A file replaces no folder.
+        unique: As for `replacing`.
+        first_wins: Whether what others have put at `path` by the end of the block stays, and the new is dropped.
+
+    Raises:
+        OSError: If the disk is full, naming the file and saying that what was committed is intact.
+    """
+    with _cleaning_up(path, unique) as temporary:
+        remove(temporary)
+        mode = _mode_of_new_files(temporary)
+        yield temporary
+        _finish(temporary, mode)
+        if first_wins and path.exists():
+            remove(temporary)
+            return
+        if path.is_dir() and temporary.is_dir():
+            remove(path)
+        _put(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = True, keep: Callable[[Path], bool] = lambda entry: True
+) -> Iterator[Path]:
+    """Write a folder all or nothing.
+
+    Yields a temporary sibling; when the block ends without error it is flushed to disk and takes the place of
+    `path`. On any error, Ctrl-C included, the temporary folder is removed and `path` is as it was.
+
+    Args:
+        path: The folder to write.
+        overwrite: Whether a non-empty folder may be replaced.
+        keep: Whether an entry of the old folder that the new one does not have is carried over.
+
+    Raises:
+        FileExistsError: If `path` is a file, or the folder is not empty and `overwrite` is False.
+        OSError: If the disk is full, naming the folder and saying that what was committed is intact.
+    """
+    target = Path(path).resolve()
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file; expected a folder")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; choose another folder, or overwrite it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _cleaning_up(target, unique=True) as temporary:
+        mode = _mode_of_new_files(temporary)
+        temporary.mkdir()
+        yield temporary
+        _finish(temporary, mode)
+        if not target.exists():
+            _put(temporary, target)
+            return
+        old = temporary.with_suffix(".old")
+        os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            os.replace(old, target)
+            raise
+        for entry in old.iterdir():
+            if not (target / entry.name).exists() and keep(entry):
+                os.replace(entry, target / entry.name)
+        sync_directory(target)
+        sync_directory(target.parent)
+        shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _cleaning_up(path: Path, unique: bool) -> Iterator[Path]:
+    """A name beside `path`, under which nothing is left if the block fails."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp" if unique else f"{path.name}.tmp")
+    try:
+        with disk_full_explained(path):
+            yield temporary
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(temporary)
+        raise
+
+
+def _mode_of_new_files(path: Path) -> int:
+    """What the umask leaves, found out with a file of that name: asking for the umask sets it, for all threads."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    path.unlink()
+    return mode
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Make a file, or a folder with all below it, durable and readable; safetensors lets only the owner read."""
+    for entry in [*path.rglob("*"), path]:
+        if entry.is_dir():
+            sync_directory(entry)
+        else:
+            entry.chmod(mode)
+            sync_file(entry)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds anything else, naming it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Any, *, indent: int = 2, unique: bool = False) -> None:
+    """Replace `path` with `content` as indented JSON, atomically; `unique` as for `replacing`."""
+    with replacing(path, unique=unique) as file:
+        file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode())
