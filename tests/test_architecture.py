@@ -15,10 +15,10 @@ PACKAGE = ROOT / "ubmoe_st"
 ORDER = [
     "files",
     "configuration",
-    "bases",
     "checkpoint",
     "cards",
     "hub",
+    "bases",
     "experts",
     "generator",
     "model",

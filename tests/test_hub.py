@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ubmoe_st import UBMoE
-from ubmoe_st.bases import download, resolve_base
+from ubmoe_st.bases import resolve_base
 from ubmoe_st.checkpoint import CheckpointError, verify_sums
 from ubmoe_st.cli import app
-from ubmoe_st.hub import push
+from ubmoe_st.hub import download, push
 
 REPO = "org/ubmoe-tiny"
 

@@ -59,7 +59,7 @@ def model_card(config: UBMoEConfig | None, name: str) -> str:
 
 
 def export_card(
-    config: UBMoEConfig | None, prompts: Mapping[str, str], view: str, format: str, quantize: str | None
+    config: UBMoEConfig | None, prompts: Mapping[str, str | None], view: str, format: str, quantize: str | None
 ) -> str:
     """The card of an export, with Python that runs it from within its folder.
 

@@ -1,4 +1,4 @@
-"""Publishing: a checkpoint folder becomes one commit on the Hub."""
+"""The Hub: download a repository, publish a checkpoint in one commit, say what went wrong in a few words."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ubmoe_st import checkpoint
-from ubmoe_st.bases import hub_errors, hub_problem
 from ubmoe_st.cards import CARD, card_on_the_hub, check_front_matter
 
 if TYPE_CHECKING:
@@ -23,6 +22,112 @@ _MAIN = "main"
 _GENERATOR_INDEX = f"{checkpoint.GENERATOR_FOLDER}/{checkpoint.INDEX_FILE}"
 _GENERATOR_SHARED = f"{checkpoint.GENERATOR_FOLDER}/{checkpoint.SHARED_FILE}"
 _EMPTY = {".gitattributes"}
+
+
+def download(
+    repo_id: str,
+    *,
+    wanted: str,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    allow_patterns: list[str] | None = None,
+    whole: Callable[[Path], bool] = lambda folder: True,
+) -> Path:
+    """Folder of a Hub repository in the local cache; what is there already is not downloaded again.
+
+    Args:
+        repo_id: Hub id.
+        wanted: What a caller could have given instead, for the message of an error.
+        revision: Branch, tag or commit. None: the main branch.
+        cache_dir: None: the client's own.
+        token: As for `huggingface_hub`.
+        local_files_only: Whether to look into the cache alone.
+        allow_patterns: Globs of the files. None: all.
+        whole: Asked of a folder from the cache alone, of which huggingface_hub 1 gives what there is.
+
+    Raises:
+        FileNotFoundError: If it cannot be got; says why in one line.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=Path(cache_dir) if cache_dir is not None else None,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=allow_patterns,
+            )
+        )
+    except hub_errors() as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} is no local folder and cannot be got from the Hub: {hub_problem(error)}; expected {wanted}"
+        ) from error
+    if (local_files_only or constants.HF_HUB_OFFLINE) and not whole(folder):
+        raise FileNotFoundError(
+            f"{repo_id!r} is no local folder, and not all of it is in the cache; expected {wanted}. "
+            "Load it once with a network"
+        )
+    return folder
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What `huggingface_hub` raises for reasons outside the program: the request, the network, the disk."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    return (HfHubHTTPError, HFValidationError, HTTPError, json.JSONDecodeError, OSError)
+
+
+def hub_problem(error: BaseException) -> str:
+    """What went wrong with the Hub, and what to do, in a few words.
+
+    Args:
+        error: Of `huggingface_hub`, possibly raised from another one that says more.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+
+    def first(*kinds: type[BaseException]) -> BaseException | None:
+        return next((found for found in chain if isinstance(found, kinds)), None)
+
+    if first(hub.HFValidationError):
+        return "a Hub id is `owner/name`, of letters, digits, '-', '_' and '.'"
+    if first(hub.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and not all of it is in the cache"
+    if first(hub.GatedRepoError):
+        return "access to it must be asked for on its page, then log in with `hf auth login`"
+    if first(hub.RepositoryNotFoundError):
+        return "there is no such repository, or it is private and the token does not open it"
+    if first(hub.RevisionNotFoundError):
+        return "it has no such revision"
+    answer = first(hub.HfHubHTTPError)
+    if isinstance(answer, hub.HfHubHTTPError):
+        status = answer.response.status_code
+        meaning = {
+            401: "the token is not valid, log in with `hf auth login`",
+            403: "the token has no right to do this, use one with write access",
+            412: "the repository has changed meanwhile",
+            429: "too many requests, wait a while",
+        }
+        said = " ".join((answer.server_message or meaning.get(status, "")).split())
+        note = meaning.get(status, said)
+        return f"the Hub answered {status}" + (f" ({note})" if note else "")
+    if first(json.JSONDecodeError, hub.FileMetadataError):
+        return f"{constants.ENDPOINT} does not answer like a Hub"
+    if first(hub.LocalEntryNotFoundError) and not first(hub.HTTPError):
+        return "not all of it is in the cache"
+    network = first(hub.HTTPError)
+    if network is not None:
+        return f"no connection to {constants.ENDPOINT} ({type(network).__name__}), check the network"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint
-from ubmoe_st.bases import Base, download, resolve_base, save_tokenizer
+from ubmoe_st.bases import Base, resolve_base, save_tokenizer
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
@@ -41,7 +41,7 @@ from ubmoe_st.experts import (
 )
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns, uni_keys
-from ubmoe_st.hub import push
+from ubmoe_st.hub import download, push
 
 Chat = list[dict[str, str]]
 
@@ -849,24 +849,15 @@ def _check_texts(inputs: object) -> None:
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
-        from huggingface_hub import constants
-
-        wanted = "a checkpoint folder or the Hub id of one"
-        offline = kwargs.get("local_files_only", False)
         path = download(
             str(name),
-            wanted=wanted,
+            wanted="a checkpoint folder or the Hub id of one",
             revision=kwargs.get("revision"),
             cache_dir=kwargs.get("cache_folder"),
             token=kwargs.get("token"),
-            local_files_only=offline,
+            local_files_only=kwargs.get("local_files_only", False),
+            whole=checkpoint.is_checkpoint,
         )
-        if (offline or constants.HF_HUB_OFFLINE) and not checkpoint.is_checkpoint(path):
-            # huggingface_hub 1 gives what there is; version 2 refuses by itself.
-            raise FileNotFoundError(
-                f"{str(name)!r} is no local folder, and not all of it is in the cache; expected {wanted}. Load it once "
-                "with a network"
-            )
     if not checkpoint.is_checkpoint(path):
         raise CheckpointError(
             f"{checkpoint.GENERATOR_CONFIG} is missing from {path}: not a UBMoE checkpoint. "
