@@ -163,11 +163,12 @@ def test_private_branch_and_pull_request(hub, client, checkpoint, monkeypatch):
 
 def test_a_repository_with_files_is_not_changed_unasked(hub, checkpoint, base, tmp_path):
     push(checkpoint, REPO)
-    with pytest.raises(FileExistsError, match="--exist-ok"):
+    with pytest.raises(FileExistsError, match="exist_ok=True"):
         push(checkpoint, REPO)
     with pytest.raises(ValueError, match="public"):
         push(checkpoint, REPO, private=True, exist_ok=True)
-    assert "--exist-ok" in run("push", checkpoint, REPO, code=1).stderr
+    refused = run("push", checkpoint, REPO, code=1).stderr
+    assert "with --exist-ok, or open a pull request with --create-pr" in refused
     push(checkpoint, REPO, exist_ok=True)
     assert len(titles(hub)) == 2, "an unchanged checkpoint makes no commit"
 

@@ -323,8 +323,8 @@ def _open_repository(
         there = {file.rfilename for state in states for file in state.siblings or []}
         if not (exist_ok or create_pr) and there - _EMPTY:
             raise FileExistsError(
-                f"{repo_id} exists and has files; choose another name, allow changing it (--exist-ok, exist_ok=True), "
-                "or open a pull request (--create-pr, create_pr=True)"
+                f"{repo_id} exists and has files; choose another name, allow changing it with exist_ok=True, "
+                "or open a pull request with create_pr=True"
             )
     if revision not in (None, _MAIN) and not create_pr and not str(revision).startswith("refs/"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)

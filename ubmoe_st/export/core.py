@@ -124,7 +124,7 @@ def _check_arguments(target: Path, view: str, format: str, quantize: str | None,
         )
         raise ValueError(f"format {format} cannot be written as {quantize}; {hint}")
     if quantize == "int8" and view == "generator" and format in ("onnx", "openvino"):
-        raise ValueError(f"int8 of the generator is not written as {format}; take --format gguf --quantize int8")
+        raise ValueError(f"int8 of the generator is not written as {format}; take format='gguf' with quantize='int8'")
     needed = (*_NEEDS[format], *(("nncf",) if format == "openvino" and quantize else ()))
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -136,6 +136,6 @@ def _check_arguments(target: Path, view: str, format: str, quantize: str | None,
         raise FileExistsError(f"{inside} is a checkpoint, which an export does not change; choose another folder")
     taken = target.exists() if format == "gguf" else target.is_file() or (target.is_dir() and any(target.iterdir()))
     if taken and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another name, or pass --overwrite")
+        raise FileExistsError(f"{target} exists; choose another name, or pass overwrite=True")
     if target.is_dir() and format == "gguf":
         raise FileExistsError(f"{target} is a folder; expected the name of a file to write")

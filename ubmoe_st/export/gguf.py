@@ -28,7 +28,7 @@ _BPE_CUTS = {
     _BPE_CUT.replace("DIGITS", r"\p{N}{1,3}"): "llama-bpe",
 }
 _GGUF_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-_CONVERT_HINT = "export it with --format hf and convert that folder with convert_hf_to_gguf.py of llama.cpp"
+_CONVERT_HINT = "export it with format='hf' and convert that folder with convert_hf_to_gguf.py of llama.cpp"
 
 
 def write_gguf(model: UBMoE, file: Path, view: str, quantize: str | None) -> None:
@@ -124,7 +124,7 @@ def _gguf_pooling(model: UBMoE) -> Any:
     if others or not isinstance(mode, str) or mode not in known:
         found = others[0] if others else f"pooling {mode}"
         raise ValueError(
-            f"llama.cpp pools by {', '.join(known)} and nothing else, the checkpoint has {found}; take --format onnx"
+            f"llama.cpp pools by {', '.join(known)} and nothing else, the checkpoint has {found}; take format='onnx'"
         )
     return known[mode]
 

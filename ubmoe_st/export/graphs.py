@@ -188,7 +188,7 @@ def _onnx_nodes(model: Any, layers: Sequence[str]) -> list[str]:
                 found[layer] = node.name
     lost = [layer for layer in layers if layer not in found]
     if lost:
-        raise RuntimeError(f"the ONNX graph has no matrix product for {lost[0]}; export without --quantize")
+        raise RuntimeError(f"the ONNX graph has no matrix product for {lost[0]}; export it with quantize=None")
     return list(found.values())
 
 
