@@ -11,6 +11,7 @@ from conftest import ARCHITECTURES, WORDS, make_checkpoint, make_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from training.resume import trained_parameters
 from training.router import (
     IGNORED,
     RouterRecipe,
@@ -21,7 +22,6 @@ from training.router import (
     pad_answers,
     train,
 )
-from training.trainers import trained_parameters
 from ubmoe_st import UBMoE, upcycle
 
 IDS = torch.tensor([[4, 5, 6, 7, 20, 11], [9, 9, 4, 30, 2, 8]])

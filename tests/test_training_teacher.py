@@ -11,14 +11,15 @@ from conftest import TEXTS, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import training.teacher as stage
-from training.teacher import Teacher, teacher_targets, teacher_vectors
+from training.recipe import PromptedTeacher
+from training.teacher import teacher_targets, teacher_vectors
 
 SENTENCES = [f"{a} {b} cat runs on the mat"[: 20 + n] for n, (a, b) in enumerate(zip(TEXTS * 3, TEXTS[::-1] * 3))]
 
 
 @pytest.fixture
 def teacher(tmp_path):
-    return Teacher(
+    return PromptedTeacher(
         prefix="the cat sits on ",
         suffix=" in the",
         layers=[1, 2],

@@ -9,9 +9,10 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from training.recipe import Mixture
 
 DEFAULT_DATA = Path("../shared/data")
 
@@ -39,25 +40,6 @@ def read_lines(file: Path) -> Iterator[str]:
     with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
         for line in lines:
             yield line.strip()
-
-
-@dataclass
-class Mixture:
-    """Sentences drawn from several files.
-
-    Attributes:
-        files: Share of each file, by name without `train/sentences-` and `.txt.gz`, or by path of a text file.
-        count: Sentences to draw in all; a file that holds fewer gives what it has.
-        use: Train on the first so many of the drawn ones. None: all.
-        words: Fewest and most words of a sentence.
-        seed: Of the draw.
-    """
-
-    files: dict[str, float]
-    count: int = 60_000
-    use: int | None = None
-    words: tuple[int, int] = (4, 28)
-    seed: int = 0
 
 
 def read_sentences(mixture: Mixture, folder: Path | None = None) -> list[str]:

@@ -8,7 +8,6 @@ No label, no pair and no other model is involved.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -24,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.data import texts_sha256
-from training.trainers import one_line_errors, read_recipe
+from training.command import one_line_errors, read_recipe, recipe_parser
+from training.data import read_sentences, texts_sha256
+from training.recipe import ContrastiveRecipe, PromptedTeacher
 from ubmoe_st.bases import Base, resolve_base
 
 logger = logging.getLogger(__name__)
@@ -38,43 +38,16 @@ _FIT_ROWS = 6000
 
 
 @dataclass
-class Teacher:
-    """How the base is asked, and how its answer becomes a target.
-
-    The target of a sentence: its hidden states of some layers at the last prompt token, each minus its mean over
-    the sentences and normalised, concatenated, minus the mean, projected on the first principal components, each
-    component weighed by (singular value / largest) ** -whitening, normalised.
-
-    Attributes:
-        prefix: Text before the sentence; computed once, as a key-value cache.
-        suffix: Text after the sentence.
-        layers: Numbers of the hidden states (0 is the embedding).
-        folder: Where the vectors are kept.
-        dimension: Principal components.
-        whitening: 0 leaves the components as they are, 1 gives all the same variance.
-        batch_size: Sentences per forward pass.
-    """
-
-    prefix: str
-    suffix: str
-    layers: list[int]
-    folder: str
-    dimension: int = 384
-    whitening: float = 0.25
-    batch_size: int = 64
-
-
-@dataclass
 class PromptedBase:
     """The base model as a causal reader of `prefix + sentence + suffix`."""
 
     model: Any
     tokenizer: Any
-    teacher: Teacher
+    teacher: PromptedTeacher
     _prefix: Any = field(default=None, repr=False)
 
     @classmethod
-    def load(cls, base: Base, teacher: Teacher, device: str = "cpu") -> PromptedBase:
+    def load(cls, base: Base, teacher: PromptedTeacher, device: str = "cpu") -> PromptedBase:
         """Load the base without the layers behind the last one that is asked for."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,7 +94,7 @@ class PromptedBase:
 
 def teacher_vectors(
     base: str | os.PathLike[str] | Base,
-    teacher: Teacher,
+    teacher: PromptedTeacher,
     sentences: Sequence[str],
     *,
     shard: tuple[int, int] = (0, 1),
@@ -177,7 +150,7 @@ def teacher_vectors(
 
 
 def _check_manifest(
-    folder: Path, teacher: Teacher, base: Base, sentences: Sequence[str], shape: tuple[int, ...]
+    folder: Path, teacher: PromptedTeacher, base: Base, sentences: Sequence[str], shape: tuple[int, ...]
 ) -> None:
     asked = {key: value for key, value in asdict(teacher).items() if key in ("prefix", "suffix", "layers")}
     manifest = {**asked, "base_sha256": base.sha256, "sentences_sha256": texts_sha256(sentences), "shape": list(shape)}
@@ -207,8 +180,8 @@ def _open(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(file, dtype, "r+", shape=shape)
 
 
-def teacher_targets(vectors: np.ndarray, teacher: Teacher, *, seed: int = 0) -> Tensor:
-    """Targets as described in `Teacher`.
+def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int = 0) -> Tensor:
+    """Targets as described in `PromptedTeacher`.
 
     The components come from a seeded sample of 6,000 sentences, the means from all.
 
@@ -253,12 +226,7 @@ def teacher_targets(vectors: np.ndarray, teacher: Teacher, *, seed: int = 0) -> 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the teacher vectors of a recipe."""
-    from training.contrastive import ContrastiveRecipe
-    from training.data import read_sentences
-
-    parser = argparse.ArgumentParser(prog="python -m training.teacher", description=main.__doc__)
-    parser.add_argument("recipe", help="YAML file with a section `teacher`")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    parser = recipe_parser("python -m training.teacher", main.__doc__)
     shard = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     parser.add_argument("--shard", default=shard, help="k/n: every n-th chunk, from chunk k; torchrun sets it")
     parser.add_argument("--device", default="cpu")
