@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("peft")
 
-from training.batches import LengthBuckets, RoughCollator, TokenBudget, roughen
+from training.batches import LengthBuckets, RoughCollator, TokenBudget
+from training.texts import roughen
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 

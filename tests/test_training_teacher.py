@@ -58,11 +58,11 @@ def test_an_interrupted_run_goes_on_and_shards_fill_one_file(base, teacher, monk
     computed = []
     original = stage.PromptedBase.vectors
 
-    def spy(self, texts):
+    def spy(self, texts, kinds):
         if len(computed) == 1:
             raise KeyboardInterrupt
         computed.append(list(texts))
-        return original(self, texts)
+        return original(self, texts, kinds)
 
     monkeypatch.setattr(stage.PromptedBase, "vectors", spy)
     with pytest.raises(KeyboardInterrupt):

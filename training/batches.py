@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers import TrainerCallback
+
+from training.texts import roughen
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +38,8 @@ class LengthBuckets(DefaultBatchSampler):
         self.batches = len(self.lengths) // batch_size // processes * processes
         if self.batches == 0:
             raise ValueError(
-                f"{len(self.lengths)} texts do not fill one batch of {batch_size} in each of {processes} processes"
+                f"{len(self.lengths)} texts do not fill one batch of {batch_size} in each of {processes} processes; "
+                "lower trainer.per_device_train_batch_size"
             )
 
     def __len__(self) -> int:
@@ -100,6 +102,62 @@ class TokenBudget(DefaultBatchSampler):
         yield from batches[: self.batches]
 
 
+class GroupBudget(DefaultBatchSampler):
+    """Batches of whole groups, as many as fit into a number of tokens.
+
+    The groups of an epoch come in random order, so that each batch holds several kinds and lengths; padding is avoided
+    in the forward pass, see `forward_in_parts`. How many batches an epoch fills depends on its order; all epochs are
+    given the number of the first one (a few batches are left out or come twice), so a resumed run finds its place.
+
+    Args:
+        dataset: The texts.
+        lengths: Of each of them, tokens.
+        groups: Rows of each group.
+        tokens: Most tokens of a batch; a larger group is a batch of its own.
+        seed: Of the order.
+
+    Raises:
+        ValueError: If the groups do not fill a batch in each process.
+    """
+
+    def __init__(
+        self, dataset: Dataset, lengths: Sequence[int], groups: Sequence[Sequence[int]], tokens: int, *, seed: int = 0
+    ) -> None:
+        super().__init__(dataset, batch_size=1, drop_last=True, seed=seed)
+        self.batch_size: Any = None
+        self.groups = [list(group) for group in groups]
+        self.costs = [sum(lengths[row] for row in group) for group in groups]
+        self.tokens = tokens
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.batches = len(self._epoch(0)) // processes * processes
+        if self.batches == 0:
+            raise ValueError(
+                f"{sum(map(len, groups))} texts in groups do not fill one batch of {tokens} tokens in each of "
+                f"{processes} processes; lower batch_tokens"
+            )
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Batches of an epoch; one of fewer than three texts has nothing to compare and is left out."""
+        order = list(range(len(self.groups)))
+        random.Random(f"{self.seed}-{epoch}").shuffle(order)
+        found: list[list[int]] = [[]]
+        cost = 0
+        for group in order:
+            if found[-1] and cost + self.costs[group] > self.tokens:
+                found.append([])
+                cost = 0
+            found[-1] += self.groups[group]
+            cost += self.costs[group]
+        return [batch for batch in found if len(batch) > 2]
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        found = self._epoch(self.epoch)
+        yield from islice(cycle(found), self.batches)
+
+
 class EpochCallback(TrainerCallback):
     """Tells sampler and collator the epoch; a resumed run wraps the sampler where the trainer does not reach it."""
 
@@ -141,18 +199,3 @@ class RoughCollator(SentenceTransformerDataCollator):
             changed, lower = rng.random() < self.share, rng.random() < 0.5
             rows.append({**row, "anchor": roughen(row["anchor"], lower)} if changed else row)
         return super().__call__(rows)
-
-
-def roughen(text: str, lower: bool) -> str:
-    """A text without final punctuation and with a small first letter, or all in small letters.
-
-    Queries and titles look like that, running text does not: an encoder that never read any maps them all together.
-
-    Args:
-        text: A sentence; one of punctuation alone stays as it is.
-        lower: Small letters throughout.
-    """
-    bare = text.rstrip(string.punctuation + " ")
-    if not bare:
-        return text
-    return bare.lower() if lower else bare[0].lower() + bare[1:]

@@ -157,7 +157,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         raise ValueError(f"{where}: {key} must be one of {', '.join(map(str, words))}, got {value!r}")
     sections = [option for option in options if dataclasses.is_dataclass(option)]
     if sections and isinstance(value, dict):
-        return _fill(_section(sections, value, f"{where}: {key}"), value, f"{where}: {key}")  # type: ignore[arg-type]
+        return _fill(_section(sections, value, f"{where}: {key}"), value, f"{where}: {key}")
     if sections and any(isinstance(value, section) for section in sections):  # type: ignore[arg-type]
         return value
     for option in options:
@@ -250,7 +250,7 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(recipe)))
     trained = any(out.glob("checkpoints/checkpoint-*")) or any(out.glob("*.safetensors"))
     if file.is_file() and trained:
-        before, wanted = _fixed(json.loads(file.read_text(encoding="utf-8"))), _fixed(now)
+        before, wanted = _fixed(_with_defaults(type(recipe), file)), _fixed(now)
         other = next((key for key in wanted if before.get(key) != wanted[key]), None)
         if other is not None:
             raise ValueError(
@@ -261,7 +261,17 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
     file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
+def _with_defaults(kind: type, file: Path) -> dict[str, Any]:
+    """A stored recipe; keys that came after it have their defaults."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    known = {key: value for key, value in stored.items() if key in typing.get_type_hints(kind)}
+    try:
+        return json.loads(json.dumps(dataclasses.asdict(_fill(kind, known, str(file)))))
+    except ValueError:
+        return stored
+
+
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe may not change between two starts of a run."""
-    fixed = {key: value for key, value in recipe.items() if key not in ("trainer", "out")}
+    fixed = {key: value for key, value in recipe.items() if key not in ("trainer", "out", "save_minutes")}
     return fixed | {f"trainer.{key}": recipe.get("trainer", {}).get(key) for key in ORDER_KEYS}

