@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, WORDS
+from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +22,8 @@ pytest.importorskip("peft")
 
 from helpers.training import make_recipe, make_teacher, make_training_data
 
-from training.contrastive import main, train
+from training.contrastive import main, train, training_arguments
+from training.recipe import EmbedderTeacher, Groups, SimilarityWeights, Texts, TextSource
 from training.resume import trained_parameters
 from training.student import build_model
 from training.teacher import main as teacher_vectors_main
@@ -69,6 +72,109 @@ def test_distillation_trains_and_is_released(recipe, teacher, tmp_path):
     assert np.abs(stock.encode(TEXTS, prompt="") - expected).max() > 1e-2
     start = build_model(wanted, device="cpu").eval().encode(TEXTS)
     assert np.abs(start - expected).max() > 1e-2
+
+
+@pytest.fixture
+def similarity(recipe, checkpoint, data, tmp_path):
+    """A recipe with an embedder, mixed texts and groups."""
+    rows = [
+        {"text": f"the {a} sits on {b} and the {a} runs under it", "title": f"a {a}"}
+        for a, b in zip(WORDS, WORDS[::-1])
+    ]
+    (tmp_path / "passages.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = str(data / "sentences.txt")
+    sources = [
+        TextSource(lines, count=25, words=(1, 30)),
+        TextSource(lines, "corruptions", count=15, words=(5, 30)),
+        TextSource(str(tmp_path / "passages.jsonl"), "passages", 20, (3, 40), title="title", title_apart=1.0),
+    ]
+
+    def make(**changes):
+        teacher = EmbedderTeacher(
+            str(checkpoint), str(tmp_path / "e"), name="tiny", trained_on="nothing", prompts={"titles": "a "}
+        )
+        values = {"loss": "similarity", "head": "training", "teacher": [teacher], "sentences": None, "ffn_dropout": 0.0}
+        values |= {"texts": Texts(sources), "groups": Groups(neighbours=3, largest=4), "batch_tokens": 120}
+        return recipe(**{**values, **changes})
+
+    return make
+
+
+def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):
+    weights = SimilarityWeights(within=0.5)
+    trainer = {"max_steps": 40, "learning_rate_mapping": {"lora_B": 2e-2}}
+    run = train(similarity(project=True, similarity=weights, trainer=trainer))
+    losses = [entry["similarity"] for entry in run.trainer.state.log_history if "similarity" in entry]
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    facts = json.loads((run.experts / "recipe.json").read_text())
+    assert facts["training"] == "distilled from tiny"
+    assert facts["teachers"] == [{"name": "tiny", "share": 1.0, "trained_on": "nothing"}]
+    assert json.loads((run.experts / "training.json").read_text())["recipe"]["groups"]["neighbours"] == 3
+    names = {"bi_delta.safetensors", "projection.safetensors", "recipe.json", "training.json"}
+    assert {path.name for path in run.experts.iterdir()} == names
+    with safe_open(run.experts / "bi_delta.safetensors", "pt") as stored:
+        assert {stored.get_slice(key).get_dtype() for key in stored.keys()} == {"F16"}
+    released = UBMoE(str(run.checkpoint))
+    assert released.ubmoe_config.training == "distilled from tiny"
+    vectors = released.encode(TEXTS)
+    assert np.abs(vectors - run.model.eval().encode(TEXTS)).max() < 5e-3
+    assert np.abs(SentenceTransformer(str(run.checkpoint)).encode(TEXTS) - vectors).max() < 1e-4
+    teacher = UBMoE(str(checkpoint)).encode(TEXTS)
+    student = build_model(similarity(), device="cpu").eval().encode(TEXTS)
+    error = [np.abs(v @ v.T - teacher @ teacher.T).mean() for v in (vectors, student)]
+    assert error[0] < 0.7 * error[1]
+    # The next phase starts where this one ended, and reads other texts of it.
+    again = similarity(out=str(tmp_path / "next"), project=True, init_from=str(tmp_path / "run"), similarity=weights)
+    again.trainer |= {"max_steps": 1, "learning_rate": 0.0}
+    first, second = trained_parameters(run.model), trained_parameters(train(again, export=False).model)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_student_with_the_teachers_head_searches_the_teachers_index(similarity, checkpoint):
+    """`head: output`: vectors in the space of the teacher, compared with the teacher's own ones."""
+    run = train(similarity(head="output", trainer={"max_steps": 60}))
+    released, teacher = UBMoE(str(run.checkpoint)), UBMoE(str(checkpoint))
+    texts = run.trainer.train_dataset["anchor"][:]
+    documents, queries = teacher.encode(texts), released.encode(texts)
+    cosines = queries @ documents.T
+    assert cosines.shape == (len(texts), len(texts))
+    assert cosines.diagonal().mean() > cosines.mean() + 0.2
+    assert (cosines.argsort(1)[:, -3:] == np.arange(len(texts))[:, None]).any(1).mean() > 0.5
+
+
+def test_bf16_is_taken_where_the_processor_has_it(recipe, monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda has=has: {"avx512_bf16": has}, raising=False)
+        assert training_arguments(recipe(trainer={"bf16": "auto"})).bf16 is has
+    assert training_arguments(recipe()).bf16 is False
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    run = train(recipe(trainer={"bf16": "auto", "max_steps": 2}), export=False)
+    assert run.trainer.accelerator.mixed_precision == "bf16"
+    assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
+
+
+def test_retrieval_chooses_the_best_checkpoint(recipe, data, tmp_path):
+    rows = [
+        {
+            "instruction": f"the {w}",
+            "input": f"the {w} sits " + "on the mat " * 15,
+            "category": "closed_qa",
+            "output": "x",
+        }
+        for w in WORDS
+    ]
+    (data / "instruct").mkdir(exist_ok=True)
+    with gzip.open(data / "instruct" / "dolly_partial.jsonl.gz", "wt") as out:
+        out.write("\n".join(map(json.dumps, rows)))
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run = train(recipe(evaluate={"Dolly-dev": 9, "STSB-dev": None}, trainer=steps), export=False)
+    summary = json.loads((tmp_path / "run" / "training.json").read_text())
+    found = [entry["eval_Dolly-dev_cosine_ndcg@10"] for entry in summary["curve"]]
+    assert summary["best"] == max(found)
+    assert 0 < max(found) <= 1
+    assert "eval_STSB-dev_spearman_cosine" in summary["curve"][0]
+    assert run.trainer.state.global_step == 4
 
 
 def test_dense_experts_are_released_and_the_generator_is_the_base(recipe, base):

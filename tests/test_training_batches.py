@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("peft")
 
-from training.batches import LengthBuckets, RoughCollator, TokenBudget
+from training.batches import GroupBudget, LengthBuckets, RoughCollator, TokenBudget
 from training.texts import roughen
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
@@ -30,6 +30,8 @@ def test_buckets_hold_every_row_once_in_full_batches_of_similar_length():
     assert batches == list(sampler)
     sampler.set_epoch(1)
     assert batches != list(sampler)
+    with pytest.raises(ValueError, match=r"lower trainer\.per_device_train_batch_size"):
+        LengthBuckets(Dataset.from_dict({"anchor": texts}), 104, False)
 
 
 def test_a_token_budget_fills_batches_and_keeps_their_number():
@@ -75,3 +77,30 @@ def test_rough_inputs_change_some_texts_and_no_words():
     assert 20 < sum(a != b for a, b in zip(first, read(), strict=True)) < 80
     collator.share = 0
     assert read() == texts
+
+
+def test_a_group_budget_keeps_groups_whole_and_the_number_of_batches():
+    from datasets import Dataset
+
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(400).tolist()
+    groups = [rows[start : start + 4] for start in range(0, 360, 4)] + [[row] for row in rows[360:390]]
+    lengths = rng.integers(4, 60, 400).tolist()
+    sampler = GroupBudget(Dataset.from_dict({"anchor": ["x"] * 400}), lengths, groups, 600, seed=1)
+    orders = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert batches == list(sampler)
+        assert len(batches) == len(sampler)
+        for batch in batches:
+            assert sum(lengths[row] for row in batch) <= 600
+            assert all(not set(group) & set(batch) or set(group) <= set(batch) for group in groups)
+        seen = {row for batch in batches for row in batch}
+        assert seen <= set(rows[:390])
+        assert len(seen) > 370
+        orders.append(batches)
+    assert orders[0] != orders[1]
+    assert sum(lengths[row] for batch in orders[0] for row in batch) / len(sampler) > 450
+    with pytest.raises(ValueError, match="lower batch_tokens"):
+        GroupBudget(Dataset.from_dict({"anchor": ["x"]}), [5], [[0]], 600)

@@ -14,6 +14,7 @@ from helpers.training import make_recipe, make_teacher, make_training_data
 
 from training.command import arguments_of
 from training.contrastive import train
+from training.recipe import Groups
 from training.resume import checkpoint_to_resume, trained_parameters
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
@@ -41,12 +42,13 @@ def teacher(tmp_path):
         ("MultipleNegativesRankingLoss", {}),
         ("distillation", {}),
         ("distillation", {"batch_tokens": 72, "rough": 0.5}),
+        ("similarity", {"batch_tokens": 72, "project": True, "groups": Groups(neighbours=3, largest=3)}),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(recipe, teacher, tmp_path, loss, batches):
     """Same batches, same dropout, same weights, also over the border of an epoch."""
     extra = {"ffn_dropout": 0.2, **batches}
-    if loss == "distillation":
+    if loss != "MultipleNegativesRankingLoss":
         extra |= {"loss": loss, "teacher": teacher, "head": "training"}
     seen: dict[str, list] = {}
 
@@ -124,3 +126,38 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
         checkpoint_to_resume(arguments)
     with pytest.raises(ValueError, match="learning_rat"):
         arguments_of(TrainingArguments, {"learning_rat": 1})
+
+
+def test_a_checkpoint_comes_by_the_clock(recipe, tmp_path, monkeypatch):
+    """At most ten minutes are lost, whatever `save_strategy` says."""
+    import training.resume as stage
+
+    now = [0.0]
+    monkeypatch.setattr(stage.SaveByTime.__init__, "__defaults__", (lambda: now[0],))
+    original = stage.SaveByTime.on_step_end
+
+    def step(self, *args, **kwargs):
+        now[0] += 200
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(stage.SaveByTime, "on_step_end", step)
+    assert recipe().save_minutes <= 10
+    train(recipe(trainer={"max_steps": 8}), export=False)
+    saved = sorted(int(path.name[11:]) for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"))
+    assert saved == [3, 6]  # 8 minutes are three steps of 200 seconds
+    now[0] = 0.0
+    train(recipe(out=str(tmp_path / "never"), save_minutes=None, trainer={"max_steps": 4}), export=False)
+    assert not list((tmp_path / "never" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_constant_rate_then_a_decay(recipe):
+    schedule = {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": 4, "decay_type": "linear"},
+        "warmup_steps": 2,
+        "max_steps": 10,
+    }
+    run = train(recipe(trainer=schedule), export=False)
+    rates = [entry["learning_rate"] for entry in run.trainer.state.log_history if "learning_rate" in entry]
+    assert rates[:7] == pytest.approx([0, 5e-3, *[1e-2] * 5])
+    assert rates[7:] == pytest.approx([7.5e-3, 5e-3, 2.5e-3])

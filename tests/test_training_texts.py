@@ -89,8 +89,8 @@ def test_passages_are_cut_and_bring_their_titles(folder):
     assert {len(text.split()) for text in plain.texts} == {7}
     assert all(text.startswith("Number") for text in plain.texts)
     moved = draw(Texts([passages(lengths=[7], anywhere=1.0)]), folder)
-    assert 0 < sum(text.startswith("Number") for text in moved.texts) + 1 < 10
-    assert all(text in f"Number {n}. {PASSAGE}" for n, text in enumerate(moved.texts) if not text.startswith("Number"))
+    assert sum(text.startswith("Number") for text in moved.texts) < 8
+    assert all(text in PASSAGE for text in moved.texts if "Number" not in text and not text[0].isdigit())
     longest = draw(Texts([passages(words=(5, 12))]), folder)
     assert {len(text.split()) for text in longest.texts} == {12}
 

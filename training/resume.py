@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,13 +79,13 @@ def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trained(model: nn.Module, folder: Path, optional: tuple[str, ...] = ()) -> set[str]:
+def load_trained(model: nn.Module, folder: Path, optional: str | None = None) -> set[str]:
     """Put back what `trained_parameters` gave.
 
     Args:
         model: What trains.
         folder: With `trained.safetensors`.
-        optional: How names begin of parameters that only one of both may have.
+        optional: Pattern of the names of parameters that only one of both may have. None: they have the same.
 
     Returns:
         The names of the parameters that were put back.
@@ -97,7 +98,7 @@ def load_trained(model: nn.Module, folder: Path, optional: tuple[str, ...] = ())
         raise FileNotFoundError(f"expected {TRAINED_FILE} of a finished training in {folder}; run that recipe first")
     stored = load_file(folder / TRAINED_FILE)
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    odd = sorted(name for name in set(own) ^ set(stored) if not name.startswith(optional or ("\0",)))
+    odd = sorted(name for name in set(own) ^ set(stored) if optional is None or not re.match(optional, name))
     if odd:
         raise ValueError(f"{folder / TRAINED_FILE} and the model differ in what they train: {odd[0]}")
     common = set(own) & set(stored)

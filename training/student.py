@@ -176,7 +176,7 @@ def start_from(model: SentenceTransformer, folder: Path) -> list[Dense]:
     """
     layers = {f"{n}.linear.": module for n, module in enumerate(model) if isinstance(module, Dense)}
     if (folder / TRAINED_FILE).is_file() or not (folder / DELTA_FILE).is_file():
-        loaded = load_trained(model, folder, optional=tuple(layers))
+        loaded = load_trained(model, folder, optional=r"\d+\.linear\.")
         return [module for prefix, module in layers.items() if not any(name.startswith(prefix) for name in loaded)]
     _load_experts(encoder_of(model), folder / DELTA_FILE)
     kept = next((module for module in layers.values() if module.module_output_name != HEAD), None)

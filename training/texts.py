@@ -73,7 +73,8 @@ def draw(mixture: Texts, folder: Path | None = None) -> Corpus:
     for number, source in enumerate(mixture.sources):
         rng = random.Random(f"{mixture.seed}-{number}")
         count = source.count if source.count is not None else int(source.share * (mixture.count or 0))  # type: ignore[operator]
-        rows = [row for row in _rows(source, folder) if _fits(row.get(source.column), source)]
+        once = {row[source.column]: row for row in _rows(source, folder) if _fits(row.get(source.column), source)}
+        rows = list(once.values())
         rng.shuffle(rows)
         rows = rows[mixture.part * count : (mixture.part + 1) * count]
         if not rows:
