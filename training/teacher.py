@@ -28,7 +28,7 @@ from training.command import one_line_errors, read_recipe, recipe_parser
 from training.data import texts_sha256
 from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
 from training.texts import Corpus, read_corpus
-from ubmoe_st.bases import Base, file_sha256, resolve_base
+from ubmoe_st.bases import Base, resolve_base
 
 logger = logging.getLogger(__name__)
 
@@ -308,8 +308,10 @@ def _asked(
     """What vectors are of: whoever asks the same of the same texts gets the same."""
     if isinstance(teacher, EmbedderTeacher):
         asked: dict[str, Any] = {"model": teacher.model, "prompts": teacher.prompts}
-        weights = sorted(Path(embedder_path(teacher.model)).rglob("*.safetensors"))
-        asked["model_sha256"] = [file_sha256(file) for file in weights]  # none of a Hub id: its name stands for it
+        path = Path(embedder_path(teacher.model))
+        weights = [Base(path, teacher.model, "folder", (file,)) for file in sorted(path.rglob("*.safetensors"))]
+        # None of a Hub id: its name stands for it.
+        asked["model_sha256"] = [digest for weight in weights for digest in weight.sha256.values()]
         if set(teacher.prompts) - {"default"}:
             asked["kinds_sha256"] = texts_sha256(kinds)
         return {**asked, "sentences_sha256": texts_sha256(texts)}
