@@ -86,7 +86,7 @@ def similarity(recipe, checkpoint, data, tmp_path):
     sources = [
         TextSource(lines, count=25, words=(1, 30)),
         TextSource(lines, "corruptions", count=15, words=(5, 30)),
-        TextSource(str(tmp_path / "passages.jsonl"), "passages", 20, (3, 40), title="title", title_apart=1.0),
+        TextSource(str(tmp_path / "passages.jsonl"), "passages", 20, words=(3, 40), title="title", title_apart=1.0),
     ]
 
     def make(**changes):

@@ -76,6 +76,8 @@ def test_shipped_recipes_are_valid(file):
     found = read_recipe(ContrastiveRecipe, file, ["trainer.max_steps=7", "train=ffn"])
     assert found.trainer["max_steps"] == 7
     assert found.sentences is None or isinstance(found.sentences, Mixture)
+    if found.texts is not None and "-hub" in file.name:
+        assert all(source.file.startswith("hf:") for source in found.texts.sources)
 
 
 def test_wrong_recipes_are_refused(tmp_path, recipe):
