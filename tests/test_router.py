@@ -118,6 +118,23 @@ def test_the_loss_is_its_formula(recipe, tmp_path):
     assert len({round(value, 4) for value in values.values()}) == 3
 
 
+@pytest.mark.parametrize("template_says_it", [True, False])
+def test_a_chat_begins_as_the_template_says_also_where_the_tokenizer_puts_a_start_token(template_says_it):
+    """In front of a chat stands what `apply_chat_template` puts there: its own start token, never two."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer("the cat")["input_ids"][0] == 1
+    if template_says_it:
+        tokenizer.chat_template = "{{ bos_token }} " + tokenizer.chat_template
+    found = encode_answer(tokenizer, "the cat", "sits on", 99)
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sits on"}]
+    expected = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert found["input_ids"] == expected
+    assert (found["input_ids"].count(1) == 1) is template_says_it
+
+
 @pytest.mark.parametrize("kind", ["soft", "top1"])
 def test_trained_routers_learn_and_generate(recipe, base, checkpoint, tmp_path, kind):
     out = train(recipe(kind=kind, trainer={"max_steps": 25, "learning_rate": 0.2}))

@@ -22,7 +22,7 @@ pytest.importorskip("peft")
 
 from helpers.training import make_recipe, make_teacher, make_training_data
 
-from training.contrastive import main, train, training_arguments
+from training.contrastive import load_run, main, train, training_arguments
 from training.recipe import EmbedderTeacher, Groups, SimilarityWeights, Texts, TextSource
 from training.resume import trained_parameters
 from training.student import build_model
@@ -124,6 +124,8 @@ def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):
     student = build_model(similarity(), device="cpu").eval().encode(TEXTS)
     error = [np.abs(v @ v.T - teacher @ teacher.T).mean() for v in (vectors, student)]
     assert error[0] < 0.7 * error[1]
+    _, loaded = load_run(tmp_path / "run")
+    assert np.abs(loaded.encode(TEXTS) - run.model.encode(TEXTS)).max() < 1e-5
     # The next phase starts where this one ended, and reads other texts of it.
     again = similarity(out=str(tmp_path / "next"), project=True, init_from=str(tmp_path / "run"), similarity=weights)
     again.trainer |= {"max_steps": 1, "learning_rate": 0.0}
@@ -229,7 +231,15 @@ def test_the_command_line_runs_a_recipe(base, data, tmp_path, monkeypatch):
     assert UBMoE(str(tmp_path / "run" / "model")).encode("the cat").shape == (32,)
 
 
-def test_two_processes_share_the_batches_and_agree(base, data, tmp_path):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "distillation", "batch_tokens": 40},
+        {"loss": "similarity", "batch_tokens": 80, "groups": {"neighbours": 3}, "save_minutes": 0.0001},
+    ],
+    ids=lambda changes: changes["loss"],
+)
+def test_two_processes_share_the_batches_and_agree(base, data, tmp_path, changes):
     """torchrun on a CPU: every process trains on its own half of the batches, with averaged gradients."""
     script = tmp_path / "both.py"
     script.write_text(
@@ -250,9 +260,9 @@ def test_two_processes_share_the_batches_and_agree(base, data, tmp_path):
     recipe_file.write_text(
         json.dumps(
             {"base": str(base), "out": str(tmp_path / "run"),
-             "sentences": {"files": {str(data / "sentences.txt"): 1.0}}, "rank": 2, "loss": "distillation",
-             "head": "training", "teacher": teacher, "evaluate": {},
-             "batch_tokens": 40, "trainer": {"max_steps": 4, "learning_rate": 0.01, "save_strategy": "no"}}
+             "sentences": {"files": {str(data / "sentences.txt"): 1.0}}, "rank": 2,
+             "head": "training", "teacher": teacher, "evaluate": {}, **changes,
+             "trainer": {"max_steps": 4, "learning_rate": 0.01, "save_strategy": "no"}}
         )
     )  # fmt: skip
     teacher_vectors_main([str(recipe_file)])

@@ -199,15 +199,34 @@ def _plain(hint: Any) -> str:
 
 
 def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
-    """`TrainingArguments` of a recipe's section `trainer`.
+    """`TrainingArguments` of a recipe's section `trainer`, where `bf16: auto` stands for what the processor can.
 
     Raises:
         ValueError: If a key is not known.
     """
+    if values.get("bf16") == "auto":
+        values = {**values, "bf16": has_bf16(on_cpu=values.get("use_cpu", False))}
     try:
         return kind(**values)
     except TypeError as error:
         raise ValueError(f"trainer: {error}; its keys are those of {kind.__name__}") from error
+
+
+def has_bf16(*, on_cpu: bool) -> bool:
+    """Whether the processor multiplies in bf16: a GPU that says so, a CPU with AVX512_BF16 or AMX.
+
+    Args:
+        on_cpu: Whether to train on the CPU although there may be a GPU.
+    """
+    import torch
+
+    if torch.cuda.is_available() and not on_cpu:
+        return torch.cuda.is_bf16_supported()
+    try:
+        found = torch.cpu.get_capabilities()
+    except AttributeError:  # older torch does not say it in public
+        return False
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 # --- running ----------------------------------------------------------------------------------------------------

@@ -157,8 +157,6 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         "ddp_find_unused_parameters": False,
     }
     values |= recipe.trainer
-    if values["bf16"] == "auto":
-        values["bf16"] = has_bf16(on_cpu=values["use_cpu"])
     if recipe.batch_tokens is not None:
         # Batches differ in size, and the sampler sees to it that all processes get as many.
         values["accelerator_config"] = {"even_batches": False}
@@ -175,17 +173,6 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         values.setdefault("metric_for_best_model", f"eval_{first}_{metric}")
         values.setdefault("load_best_model_at_end", True)
     return arguments_of(SentenceTransformerTrainingArguments, values)
-
-
-def has_bf16(*, on_cpu: bool) -> bool:
-    """Whether the processor multiplies in bf16: a GPU that says so, a CPU with AVX512_BF16 or AMX."""
-    if not on_cpu:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    try:
-        found = torch.cpu.get_capabilities()
-    except AttributeError:  # before torch 2.10 nobody says it in public
-        return False
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None) -> Any:
@@ -258,7 +245,8 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     set_seed(args.seed)
     model = build_model(recipe, base, device=str(args.device), head_size=found[0].shape[1] if found else None)
     if last is None:
-        start(recipe, model, corpus, found)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            start(recipe, model, corpus, found)
     collator = None
     if recipe.rough:
         collator = RoughCollator(
