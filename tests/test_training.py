@@ -27,6 +27,7 @@ from training.recipe import EmbedderTeacher, Groups, SimilarityWeights, Texts, T
 from training.resume import trained_parameters
 from training.student import build_model
 from training.teacher import main as teacher_vectors_main
+from training.texts import read_corpus
 from ubmoe_st import UBMoE
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
@@ -143,6 +144,22 @@ def test_a_student_with_the_teachers_head_searches_the_teachers_index(similarity
     assert cosines.shape == (len(texts), len(texts))
     assert cosines.diagonal().mean() > cosines.mean() + 0.2
     assert (cosines.argsort(1)[:, -3:] == np.arange(len(texts))[:, None]).any(1).mean() > 0.5
+
+
+def test_prompts_by_kind_are_read_and_released(similarity, tmp_path):
+    prompts = {"passages": "the bird ", "queries": "a train "}
+    run = train(similarity(prompts=prompts, pool_prompt=True, trainer={"max_steps": 2}))
+    texts, corpus = run.trainer.train_dataset["anchor"][:], read_corpus(similarity())
+    assert len(texts) == len(corpus.texts)
+    for text, plain, kind in zip(texts, corpus.texts, corpus.kinds):
+        assert text == prompts.get(kind, "") + plain
+    released = UBMoE(str(run.checkpoint))
+    assert released.prompts["query"] == "a train "
+    assert np.abs(released.encode_document("cat") - released.encode("the bird cat")).max() < 1e-5
+    assert np.abs(released.encode_query("cat") - released.encode("cat")).max() > 1e-2
+    for changes in ({"prompts": {"query": "x"}, "pool_prompt": True}, {"prompts": prompts}):
+        with pytest.raises(ValueError, match="prompts"):
+            similarity(**changes)
 
 
 def test_bf16_is_taken_where_the_processor_has_it(recipe, monkeypatch):

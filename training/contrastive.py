@@ -181,13 +181,18 @@ def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None) -> Any:
 
     if recipe.pairs is not None:
         return Dataset.from_dict(read_rows(recipe.pairs, recipe.columns))
-    texts = corpus.texts if corpus is not None else []
+    texts = student_texts(recipe, corpus) if corpus is not None else []
     columns: dict[str, list[Any]] = {"anchor": texts}
     if recipe.views == 2:
         columns["positive"] = texts
     if recipe.teachers:
         columns["label"] = list(range(len(texts)))
     return Dataset.from_dict(columns)
+
+
+def student_texts(recipe: ContrastiveRecipe, corpus: Corpus) -> list[str]:
+    """The texts as the student reads them: with the prompt of their kind."""
+    return [recipe.prompts.get(kind, "") + text for kind, text in zip(corpus.kinds, corpus.texts)]
 
 
 def build_evaluators(recipe: ContrastiveRecipe) -> list[Any]:
@@ -282,7 +287,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
                 out=out / MODEL_FOLDER,
                 modules=None if recipe.rank else modules_behind(model),
                 max_seq_length=recipe.encode_max_seq_length,
-                prompts={"default": recipe.prompt} if recipe.prompt else None,
+                prompts=recipe.released_prompts or None,
                 default_prompt_name="default" if recipe.prompt else None,
                 overwrite=True,
             )
@@ -300,7 +305,8 @@ def start(recipe: ContrastiveRecipe, model: SentenceTransformer, corpus: Corpus 
         return
     count = min(recipe.ridge or _MEAN_ROWS, len(corpus.texts))
     rows = random.Random(1).sample(range(len(corpus.texts)), count)
-    start_layers(recipe, model, layers, [corpus.texts[row] for row in rows], found[0][rows] if found else None)
+    texts = student_texts(recipe, corpus)
+    start_layers(recipe, model, layers, [texts[row] for row in rows], found[0][rows] if found else None)
 
 
 def load_run(folder: str | Path) -> tuple[ContrastiveRecipe, SentenceTransformer]:
@@ -332,8 +338,9 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
     module = encoder_of(model)
     if recipe.rank is not None:
         prompts: dict[str, Any] = {}
-        if recipe.prompt:
-            prompts = {"prompts": {"default": recipe.prompt}, "default_prompt_name": "default"}
+        if recipe.released_prompts:
+            name = "default" if recipe.prompt else None
+            prompts = {"prompts": recipe.released_prompts, "default_prompt_name": name}
         return export_experts(
             module,
             out,

@@ -349,6 +349,10 @@ class ContrastiveRecipe:
     prompt: str | None = None
     """Put before every text, in training and by `encode`."""
 
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Put before the texts that the student reads, by their kind in `texts`. Those of `queries` and `passages` become
+    the released model's prompts `query` and `document`, for `encode_query` and `encode_document`."""
+
     pool_prompt: bool = False
     """Whether mean pooling takes the prompt's tokens too."""
 
@@ -398,6 +402,13 @@ class ContrastiveRecipe:
             )
         if self.batch_tokens is not None and self.pairs is not None:
             raise ValueError("batch_tokens counts one sentence per row; with `pairs` use per_device_train_batch_size")
+        if self.prompts:
+            kinds = get_args(Kind)
+            other = next((kind for kind in self.prompts if kind not in kinds), None)
+            if other is not None:
+                raise ValueError(f"prompts: expected kinds of text ({', '.join(kinds)}), got {other!r}")
+            if self.texts is None or self.prompt is not None or not self.pool_prompt:
+                raise ValueError("prompts go with `texts`, without `prompt`, and with pool_prompt: true")
         if not 0 <= self.rough <= 1:
             raise ValueError(f"rough is a share from 0 to 1, got {self.rough}")
         if self.rank is None and self.lora_dropout:
@@ -435,6 +446,14 @@ class ContrastiveRecipe:
         if self.loss == "similarity":
             return 1
         return 2 if self.loss != "distillation" or self.distillation.contrastive else 1
+
+    @property
+    def released_prompts(self) -> dict[str, str]:
+        """Prompts of the released model, by name; `default`, where there is one, is that of plain `encode`."""
+        if self.prompt:
+            return {"default": self.prompt}
+        names = {"query": "queries", "document": "passages"}
+        return {name: self.prompts[kind] for name, kind in names.items() if self.prompts.get(kind)}
 
     @property
     def supervision(self) -> str:

@@ -26,8 +26,10 @@ logger = logging.getLogger(__name__)
 DELTA_FILE = "bi_delta.safetensors"
 PROJECTION_FILE = "projection.safetensors"
 _LONGER = 1.3
-_LEAST_TOKENS = 150
+_LEAST_TOKENS = {"cpu": 150}
 """A part of a batch may end where a text is `_LONGER` times as long as its shortest, and it has so many tokens."""
+_LEAST_TOKENS_ELSEWHERE = 8192
+"""A GPU would rather have a large pass with some padding."""
 
 HEAD = "head_embedding"
 """Key of the head's output in the features, where the head is used in training only."""
@@ -60,11 +62,10 @@ def build_model(
         modules.append(Dense(width, size, activation_function=nn.Identity(), module_output_name=name))
     if recipe.project:
         modules.append(Dense(width, width, activation_function=nn.Identity()))
-    prompts = {"default": recipe.prompt} if recipe.prompt else None
     return SentenceTransformer(
         modules=[*modules, Normalize()],
-        prompts=prompts,
-        default_prompt_name="default" if prompts else None,
+        prompts=recipe.released_prompts,
+        default_prompt_name="default" if recipe.prompt else None,
         device=device,
     )
 
@@ -267,7 +268,7 @@ def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> tuple[Tensor, Tensor]
 
 
 def forward_in_parts(model: Any, features: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's vectors of a padded batch, read on a CPU in parts of similar length, so that little is padded.
+    """The model's vectors of a padded batch, read in parts of similar length, so that little is padded.
 
     Args:
         model: What takes features; it may be wrapped.
@@ -277,15 +278,14 @@ def forward_in_parts(model: Any, features: dict[str, Any]) -> dict[str, Tensor]:
         `sentence_embedding` and, where the model has it, the head's output, in the order of the batch.
     """
     mask = features["attention_mask"]
-    if mask.device.type != "cpu":
-        return model(dict(features))
+    least = _LEAST_TOKENS.get(mask.device.type, _LEAST_TOKENS_ELSEWHERE)
     lengths = mask.sum(1).tolist()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     parts: list[list[int]] = [[]]
     for row in order:
         part = parts[-1]
         longer = part and lengths[row] > _LONGER * lengths[part[0]] + 3
-        if longer and sum(lengths[n] for n in part) > _LEAST_TOKENS:
+        if longer and sum(lengths[n] for n in part) > least:
             parts.append([])
         parts[-1].append(row)
     outputs = []
