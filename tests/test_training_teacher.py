@@ -11,8 +11,9 @@ from conftest import TEXTS, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import training.teacher as stage
+from training.prompted import special_start
 from training.recipe import EmbedderTeacher, PromptedTeacher
-from training.teacher import embedder_path, embedder_targets, special_start, teacher_targets, teacher_vectors
+from training.teacher import embedder_path, embedder_targets, teacher_targets, teacher_vectors
 
 SENTENCES = [f"{a} {b} cat runs on the mat"[: 20 + n] for n, (a, b) in enumerate(zip(TEXTS * 3, TEXTS[::-1] * 3))]
 

@@ -8,7 +8,6 @@ side. `targets` makes of them what a loss compares with.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import logging
@@ -26,6 +25,7 @@ from torch.nn import functional as F
 
 from training.command import one_line_errors, read_recipe, recipe_parser
 from training.data import texts_sha256
+from training.prompted import PromptedReader, special_start
 from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
 from training.texts import Corpus, read_corpus
 from ubmoe_st.bases import Base, resolve_base
@@ -50,7 +50,10 @@ class PromptedBase:
     model: Any
     tokenizer: Any
     teacher: PromptedTeacher
-    _prefix: Any = field(default=None, repr=False)
+    _reader: PromptedReader = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._reader = PromptedReader(self.model, self.tokenizer, self.teacher.prefix, self.teacher.suffix)
 
     @classmethod
     def load(cls, base: Base, teacher: PromptedTeacher, device: str = "cpu") -> PromptedBase:
@@ -78,38 +81,14 @@ class PromptedBase:
             texts: N texts.
             kinds: Not used: the prompt is the same for all.
         """
-        teacher, device = self.teacher, self.model.device
-        if self._prefix is None:
-            ids = special_start(self.tokenizer)
-            ids += self.tokenizer(teacher.prefix, add_special_tokens=False)["input_ids"] if teacher.prefix else []
-            if ids:
-                self._prefix = self.model(torch.tensor([ids], device=device), use_cache=True).past_key_values
-        rows = [self.tokenizer(text + teacher.suffix, add_special_tokens=False)["input_ids"] for text in texts]
+        teacher = self.teacher
+        rows = self._reader.tokens(texts)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         out = np.zeros((len(rows), len(teacher.layers), self.model.config.hidden_size), np.float32)
         for start in range(0, len(order), teacher.batch_size):
             batch = order[start : start + teacher.batch_size]
-            # Padding on the right of a causal model reaches no real token: no mask is needed.
-            input_ids = torch.zeros(len(batch), max(len(rows[i]) for i in batch), dtype=torch.long)
-            for position, row in enumerate(batch):
-                input_ids[position, : len(rows[row])] = torch.tensor(rows[row])
-            cache = copy.deepcopy(self._prefix)
-            if cache is not None:
-                cache.batch_repeat_interleave(len(batch))
-            states = self.model(
-                input_ids.to(device), past_key_values=cache, use_cache=True, output_hidden_states=True
-            ).hidden_states
-            last = torch.tensor([len(rows[i]) - 1 for i in batch], device=device)
-            picked = torch.stack([states[n][torch.arange(len(batch), device=device), last] for n in teacher.layers], 1)
-            out[batch] = picked.float().cpu().numpy()
+            out[batch] = self._reader.states([rows[i] for i in batch], teacher.layers).float().cpu().numpy()
         return out * np.float32(teacher.scale)
-
-
-def special_start(tokenizer: Any) -> list[int]:
-    """Ids that the tokenizer puts in front of every text (`<bos>` of Gemma); none for many."""
-    found = tokenizer("a", return_special_tokens_mask=True)
-    end = next((n for n, special in enumerate(found["special_tokens_mask"]) if not special), 0)
-    return list(found["input_ids"][:end])
 
 
 MINILM = "all-MiniLM-L6-v2"
