@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from benchmarks.peers import Encoder
-    from training.contrastive import ContrastiveRecipe
+    from training.recipe import ContrastiveRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,10 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
         The encoder, the causal language model with the same weights, seconds of training.
     """
     from benchmarks.peers import MAX_TOKENS, Encoder, open_encoder, open_generator
-    from training.contrastive import SUMMARY_FILE, causal_model, encoder_of, load_run, train
-    from training.trainers import RECIPE_FILE, TRAINED_FILE
+    from training.command import RECIPE_FILE
+    from training.contrastive import SUMMARY_FILE, load_run, train
+    from training.resume import TRAINED_FILE
+    from training.student import causal_model, encoder_of
     from ubmoe_st.bases import resolve_base
 
     base = resolve_base(recipe.base)
@@ -233,8 +235,8 @@ def main(
 ) -> None:
     """Train and measure each row at one equal budget; an interrupted command can be run again."""
     from benchmarks.embedding import expand
-    from training.contrastive import ContrastiveRecipe
-    from training.trainers import read_recipe
+    from training.command import read_recipe
+    from training.recipe import ContrastiveRecipe
 
     for noisy in ("mteb", "lm-eval", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

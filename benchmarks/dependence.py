@@ -51,7 +51,8 @@ def open_row(kind: str, path: str) -> tuple[Any, Any]:
         raise ValueError(f"Expected base, model or run, got {kind!r}.")
     from transformers import AutoTokenizer
 
-    from training.contrastive import causal_model, encoder_of, load_run
+    from training.contrastive import load_run
+    from training.student import causal_model, encoder_of
     from ubmoe_st.bases import resolve_base
 
     recipe, model = load_run(path)

