@@ -362,6 +362,7 @@ def run(
     *,
     folder: Path | None,
     out: str | Path = RESULTS,
+    mteb_files: str | Path | None = None,
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
@@ -376,7 +377,8 @@ def run(
         encoder: From `peers.open_encoder`.
         names: Task names, already expanded.
         folder: Local data folder; None: official data.
-        out: Folder of the result files; mteb's own files go to `mteb/` in it.
+        out: Folder of the result files.
+        mteb_files: Folder for mteb's own result files, which mteb's leaderboard reads; None: none kept.
         seed: Of the bootstrap and of the sample of `limit`.
         limit: STS pairs per task, for a quick look; such results go to a file of their own.
         batch_size: Texts per batch.
@@ -412,7 +414,7 @@ def run(
         supervision=encoder.supervision,
         limit=limit,
     )
-    cache = None if limit else mteb.ResultCache(Path(out) / "mteb" / source)
+    cache = None if limit or mteb_files is None else mteb.ResultCache(Path(mteb_files) / source)
     model = wrap(encoder)
     for position, name in enumerate(names, start=1):
         task_name, split = split_name(name)
@@ -447,6 +449,7 @@ def main(
     online: Annotated[bool, typer.Option(help="Fetch the official data from the Hub instead.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model of the base-* peers; default $UBMOE_BASE.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    mteb_files: Annotated[Path, typer.Option(help="Folder for mteb's own result files.")] = Path("runs/mteb"),
     seed: int = 0,
     limit: Annotated[int | None, typer.Option(help="STS pairs per task (seeded sample), for a quick look.")] = None,
     batch_size: int = 32,
@@ -474,6 +477,7 @@ def main(
                 names,
                 folder=folder,
                 out=out,
+                mteb_files=mteb_files,
                 seed=seed,
                 limit=limit,
                 batch_size=batch_size,
