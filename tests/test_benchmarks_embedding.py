@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.benchmark_data import make_base, make_data
 from scipy.stats import spearmanr
-from test_benchmarks import make_base, make_data
 
 mteb = pytest.importorskip("mteb")
 

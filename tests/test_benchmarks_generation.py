@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_benchmarks import make_base, make_data
+from helpers.benchmark_data import make_base, make_data
 
 pytest.importorskip("lm_eval")
 

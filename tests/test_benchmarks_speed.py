@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_benchmarks import make_base, make_data
+from helpers.benchmark_data import make_base, make_data
 
 from benchmarks import speed
 from benchmarks.peers import open_encoder

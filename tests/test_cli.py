@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import TEXTS
+from helpers.models import TEXTS
 from typer.testing import CliRunner
 
 from ubmoe_st import UBMoE
