@@ -9,7 +9,6 @@ No label, no pair and no other model is involved.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.data import texts_sha256
+from training.prompted import PromptedReader
 from training.trainers import one_line_errors, read_recipe
 from ubmoe_st.bases import Base, resolve_base
 
@@ -71,7 +71,10 @@ class PromptedBase:
     model: Any
     tokenizer: Any
     teacher: Teacher
-    _prefix: Any = field(default=None, repr=False)
+    _reader: PromptedReader = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._reader = PromptedReader(self.model, self.tokenizer, self.teacher.prefix, self.teacher.suffix)
 
     @classmethod
     def load(cls, base: Base, teacher: Teacher, device: str = "cpu") -> PromptedBase:
@@ -94,27 +97,13 @@ class PromptedBase:
     @torch.inference_mode()
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Hidden states at the last prompt token, (N, layers, D), fp16."""
-        teacher, device = self.teacher, self.model.device
-        if self._prefix is None and teacher.prefix:
-            ids = self.tokenizer(teacher.prefix, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            self._prefix = self.model(ids.to(device), use_cache=True).past_key_values
-        rows = [self.tokenizer(text + teacher.suffix, add_special_tokens=False)["input_ids"] for text in texts]
+        teacher = self.teacher
+        rows = self._reader.tokens(texts)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         out = np.zeros((len(rows), len(teacher.layers), self.model.config.hidden_size), np.float16)
         for start in range(0, len(order), teacher.batch_size):
             batch = order[start : start + teacher.batch_size]
-            # Padding on the right of a causal model reaches no real token: no mask is needed.
-            input_ids = torch.zeros(len(batch), max(len(rows[i]) for i in batch), dtype=torch.long)
-            for position, row in enumerate(batch):
-                input_ids[position, : len(rows[row])] = torch.tensor(rows[row])
-            cache = copy.deepcopy(self._prefix)
-            if cache is not None:
-                cache.batch_repeat_interleave(len(batch))
-            states = self.model(
-                input_ids.to(device), past_key_values=cache, use_cache=True, output_hidden_states=True
-            ).hidden_states
-            last = torch.tensor([len(rows[i]) - 1 for i in batch], device=device)
-            picked = torch.stack([states[n][torch.arange(len(batch), device=device), last] for n in teacher.layers], 1)
+            picked = self._reader.states([rows[i] for i in batch], teacher.layers)
             out[batch] = picked.cpu().numpy().astype(np.float16)
         return out
 
