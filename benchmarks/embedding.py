@@ -257,6 +257,7 @@ def score_task(
     batch_size: int = 32,
     resamples: int = 1000,
     progress: bool = True,
+    sick_test_rows: int = local.SICK_TEST_ROWS,
 ) -> list[dict[str, Any]]:
     """Run one task through `mteb.evaluate`: its main score x100 with a bootstrap interval.
 
@@ -269,6 +270,7 @@ def score_task(
         batch_size: Texts per batch.
         resamples: Draws of the bootstrap.
         progress: Show mteb's progress bars.
+        sick_test_rows: Pairs of SICK-R's own test split, the last ones.
 
     Returns:
         Scores for a result file; SICK-R gives two, see `SICK_TEST`.
@@ -306,8 +308,8 @@ def score_task(
                 f"Expected mteb's predictions of {name} to give {value:.4f}, got {direct:.4f}. Report it."
             )
         scores = [{**score, **_spread(draws), "n": len(gold)}]
-        if name == "SICK-R" and split == "test" and len(gold) > local.SICK_TEST_ROWS:
-            gold, cosines = gold[-local.SICK_TEST_ROWS :], cosines[-local.SICK_TEST_ROWS :]
+        if name == "SICK-R" and split == "test" and len(gold) > sick_test_rows:
+            gold, cosines = gold[-sick_test_rows:], cosines[-sick_test_rows:]
             draws = bootstrap_spearman(gold, cosines, seed=seed, resamples=resamples)
             part = {**score, "task": SICK_TEST, "value": _spearman(gold, cosines)}
             scores.append({**part, **_spread(draws), "n": len(gold)})

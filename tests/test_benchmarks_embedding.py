@@ -113,10 +113,10 @@ def test_an_interrupted_run_keeps_its_finished_tasks(encoder, data, tmp_path, mo
     assert len(calls) == 3
 
 
-def test_sicks_own_test_split_is_the_end_of_mtebs(encoder, data, monkeypatch):
-    monkeypatch.setattr(local, "SICK_TEST_ROWS", 24)
+def test_sicks_own_test_split_is_the_end_of_mtebs(encoder, data):
     task = embedding.local_task("SICK-R", data)
-    scores = embedding.score_task(wrap(encoder), task, "test", seed=0, resamples=5, progress=False)
+    options = {"resamples": 5, "progress": False, "sick_test_rows": 24}
+    scores = embedding.score_task(wrap(encoder), task, "test", seed=0, **options)
     rows = local.read_table(data / "eval" / "sts" / "SICK-R-test.tsv")
     columns = {"sentence1": [r["s1"] for r in rows], "sentence2": [r["s2"] for r in rows]}
     columns["score"] = [float(r["score"]) for r in rows]
