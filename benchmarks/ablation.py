@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks import data as local
 from benchmarks.results import RESULTS, command_line, fingerprint, nearest, read_json, run_record, write_json
+from training.data import data_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +115,7 @@ def measure(
     """
     from lm_eval.models.huggingface import HFLM
 
-    from benchmarks import embedding, generation
+    from benchmarks import embedding, generation, lm_tasks
     from benchmarks.mteb_model import wrap
 
     wrapped = wrap(encoder)
@@ -127,7 +127,7 @@ def measure(
             wrapped, task, split, seed=seed, batch_size=batch_size, resamples=2, progress=False
         )
         scores[name] = found[0]["value"]
-    built = generation.build_tasks("wikitext", folder)
+    built = lm_tasks.build_tasks("wikitext", folder)
     samples = generation.choose_samples({key: len(task.eval_docs) for key, task in built.items()}, pages, seed)
     length = min(generation.MAX_TOKENS, lm.config.max_position_embeddings)
     hf = HFLM(pretrained=lm, tokenizer=tokenizer, backend="causal", batch_size=PAGES_AT_ONCE, max_length=length)
@@ -239,7 +239,7 @@ def main(
     for noisy in ("mteb", "lm-eval", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        folder = local.data_dir(data_dir)
+        folder = data_folder(data_dir)
         names, _ = expand(tasks or ["sts"], online=False, folder=folder)
         changes = [*(change or []), *([f"base={base}"] if base else [])]
         budget = read_recipe(ContrastiveRecipe, recipe, changes)

@@ -17,6 +17,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.results import RESULTS, command_line, fingerprint, read_json, run_record, write_json
+from training.data import data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def main(
         for folder in runs or []:
             row = folder.name if folder.name in ROWS else folder.name.replace("-", "+")
             models[ROWS.get(row, folder.name)] = ("run", str(folder))
-        texts = documents(local.data_dir(data_dir))
+        texts = documents(data_folder(data_dir))
         path = run(
             models, texts, out=out, plot=plot, per_bucket=per_bucket,
             command=command_line("benchmarks.dependence"), say=typer.echo,

@@ -30,6 +30,7 @@ from benchmarks.results import (
     nearest,
     run_record,
 )
+from training.data import data_folder
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -467,7 +468,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     try:
-        folder = None if online else local.data_dir(data_dir)
+        folder = None if online else data_folder(data_dir)
         names, missing = expand(tasks or ["sts"], online=online, folder=folder)
         if missing:
             typer.echo(f"no local data, left out: {', '.join(missing)}", err=True)

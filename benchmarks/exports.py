@@ -17,6 +17,7 @@ import typer
 from benchmarks import data as local
 from benchmarks.process import in_process
 from benchmarks.results import RESULTS, SCHEMA, command_line, fingerprint, run_record, write_json
+from training.data import data_folder
 
 EXPORTS: dict[str, tuple[str, str | None]] = {
     "onnx": ("onnx", None),
@@ -169,7 +170,7 @@ def main(
         unknown = [name for name in wanted if name not in EXPORTS]
         if unknown:
             raise ValueError(f"systems must be of {', '.join(EXPORTS)}, got {unknown[0]!r}")
-        dev = local.sts_pairs(local.data_dir(data_dir), "STSBenchmark", "validation")
+        dev = local.sts_pairs(data_folder(data_dir), "STSBenchmark", "validation")
         chosen = np.random.default_rng(seed).permutation(len(dev["score"]))[:pairs]
         texts = [dev[side][index] for index in chosen for side in ("sentence1", "sentence2")]
         gold = [dev["score"][index] for index in chosen]

@@ -10,7 +10,6 @@ made from the work folder.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ import typer
 from benchmarks.index_systems import SYSTEMS, Table, status_mb
 from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, fingerprint, interval, run_record
+from training.data import read_lines
 
 K = 10
 BASELINE = "flat"
@@ -68,13 +68,11 @@ class Numbers:
 def read_texts(path: Path, count: int) -> list[str]:
     """Up to `count` texts: lines of .txt(.gz), or sentences of the `text` fields of .jsonl(.gz)."""
     found: list[str] = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for line in lines:
-            text = line.strip()
-            pieces = json.loads(text)["text"].replace("\n", " ").split(". ") if ".jsonl" in path.name else [text]
-            found.extend(piece for piece in pieces if 30 <= len(piece) <= 300)
-            if len(found) >= count:
-                break
+    for line in read_lines(path):
+        pieces = json.loads(line)["text"].replace("\n", " ").split(". ") if ".jsonl" in path.name else [line]
+        found.extend(piece for piece in pieces if 30 <= len(piece) <= 300)
+        if len(found) >= count:
+            break
     return found[:count]
 
 

@@ -19,6 +19,7 @@ import typer
 from benchmarks import data as local
 from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from training.data import data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def main(
 
     try:
         base_name = base_folder(base)
-        folder = local.data_dir(data_dir)
+        folder = data_folder(data_dir)
         mark = fingerprint(model)
         record = run_record(
             command_line("benchmarks.speed"),

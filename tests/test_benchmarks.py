@@ -22,6 +22,7 @@ from benchmarks.results import (
     read_json,
     run_record,
 )
+from training.data import data_folder
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,9 @@ def test_nearest_names_come_first():
 
 def test_a_missing_data_folder_says_what_is_needed(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="UBMOE_DATA"):
-        local.data_dir(tmp_path / "nothing")
+        data_folder(tmp_path / "nothing")
     monkeypatch.setenv("UBMOE_DATA", str(tmp_path))
-    assert local.data_dir() == tmp_path
+    assert data_folder() == tmp_path
     with pytest.raises(FileNotFoundError, match=r"STS12\.tsv"):
         local.sts_pairs(tmp_path, "STS12", "test")
 
