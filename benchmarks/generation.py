@@ -1,8 +1,8 @@
 """Generation quality through EleutherAI's lm-eval: `python -m benchmarks.generation --base FOLDER`.
 
 The tasks are lm-eval's own, on local files with `--data-dir` (`lm_tasks`). The untouched base and the generator view
-(`uni`, `router`) run through the same `HFLM` in one command. Answered requests are kept in a database, finished tasks in
-the result file: the same command goes on where an interrupted one stopped.
+(`uni`, `router`) run through the same `HFLM` in one command. Answered requests are kept in a database, finished tasks
+in the result file: the same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
