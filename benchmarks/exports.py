@@ -16,7 +16,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.process import in_process
-from benchmarks.results import RESULTS, SCHEMA, command_line, fingerprint, run_record, write_json
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
 from training.data import data_folder
 
 EXPORTS: dict[str, tuple[str, str | None]] = {
@@ -219,18 +219,10 @@ def main(
             )
             typer.echo(" | ".join(rows[-1]))
         columns = ["engine", "MB", "mean cosine", "smallest cosine", "STSB-dev", "texts/s [range]", "x torch"]
-        write_json(
-            Path(out) / f"exports-{model.name}.json",
-            {
-                "schema": SCHEMA,
-                "benchmark": "exports",
-                "row": model.name,
-                "label": model.name,
-                "run": record,
-                "scores": [],
-                "tables": {"exports": {"columns": columns, "rows": rows}},
-            },
+        file = ResultFile(
+            out / f"exports-{model.name}.json", benchmark="exports", row=model.name, run=record, label=model.name
         )
+        file.add(tables={"exports": {"columns": columns, "rows": rows}})
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
