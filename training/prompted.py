@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 
+def special_start(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts in front of every text (`<bos>` of Gemma); none for many."""
+    found = tokenizer("a", return_special_tokens_mask=True)
+    end = next((n for n, special in enumerate(found["special_tokens_mask"]) if not special), 0)
+    return list(found["input_ids"][:end])
+
+
 class PromptedReader:
     """Hidden states of `prefix + text + suffix` at the last token of each.
 
-    The prefix is the same for every text, so its keys and values are computed once. It begins with the tokenizer's BOS
-    token where the tokenizer puts one before a text.
+    The prefix is the same for every text, so its keys and values are computed once. It begins with what the tokenizer
+    puts before every text.
 
     Args:
         model: Decoder without its head, causal.
@@ -36,14 +43,6 @@ class PromptedReader:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
-    def prefix_tokens(self) -> list[int]:
-        """Token ids of the prefix, with BOS where the tokenizer adds it."""
-        bos = self.tokenizer.bos_token_id
-        plain = self._ids(self.prefix)
-        whole = self.tokenizer(self.prefix)["input_ids"]
-        added = bos is not None and whole[:1] == [bos] and plain[:1] != [bos]
-        return [bos, *plain] if added else plain
-
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with the suffix."""
         rows = [self._ids(text + self.suffix) for text in texts]
@@ -63,7 +62,7 @@ class PromptedReader:
             (B, layers, D), in the type of the model.
         """
         device = self.model.device
-        if self._cache is None and (ids := self.prefix_tokens()):
+        if self._cache is None and (ids := special_start(self.tokenizer) + self._ids(self.prefix)):
             self._cache = self.model(torch.tensor([ids], device=device), use_cache=True).past_key_values
         # Padding on the right of a causal model reaches no real token: no mask is needed.
         input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
