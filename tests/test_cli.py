@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import typer
-from conftest import TEXTS
+from helpers.models import TEXTS
 from typer.testing import CliRunner
 
 from ubmoe_st import UBMoE

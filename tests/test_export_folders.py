@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
 from helpers.engines import in_process, tree
+from helpers.models import TEXTS
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE

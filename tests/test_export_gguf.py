@@ -12,8 +12,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, make_base, make_checkpoint
 from helpers.engines import cosine, in_process
+from helpers.models import TEXTS, make_base, make_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, make_checkpoint
 from helpers.engines import cosine, in_process, tree
+from helpers.models import TEXTS, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 import ubmoe_st

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, make_checkpoint
+from helpers.loopback_hub import CHUNK, MULTIPART_ABOVE, TOKEN, Commit, File, LoopbackHub, git_sha1
+from helpers.models import TEXTS, make_checkpoint
 from huggingface_hub import constants
-from loopback_hub import CHUNK, MULTIPART_ABOVE, TOKEN, Commit, File, LoopbackHub, git_sha1
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -330,7 +330,7 @@ def test_bad_input_is_one_line(hub, client, checkpoint, monkeypatch, tmp_path, c
         client("http://127.0.0.1:9")
     elif case == "no Hub":
         monkeypatch.setattr(LoopbackHub, "info", lambda hub, request, **_: request.reply(200, b"<html>"))
-        monkeypatch.setattr("loopback_hub.ROUTES", [("GET", "/api/models/.*", LoopbackHub.info)])
+        monkeypatch.setattr("helpers.loopback_hub.ROUTES", [("GET", "/api/models/.*", LoopbackHub.info)])
     elif case == "bad id":
         repo = "org/two words"
     elif case == "foreign owner":

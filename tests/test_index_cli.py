@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import TEXTS
+from helpers.models import TEXTS
 from typer.testing import CliRunner
 
 from ubmoe_st.cli import app

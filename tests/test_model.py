@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
+from helpers.models import TEXTS
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 

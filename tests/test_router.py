@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, WORDS, make_checkpoint, make_tokenizer
+from helpers.models import ARCHITECTURES, WORDS, make_checkpoint, make_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments
 

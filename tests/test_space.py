@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TEXTS
+from helpers.models import TEXTS
 
 from ubmoe_st import EmbeddingIndex, UBMoE
 from ubmoe_st.answers import answer, find

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, WORDS
+from helpers.models import TEXTS, WORDS
 from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_benchmarks import WORDS, make_base, make_data
+from helpers.benchmark_data import WORDS, make_base, make_data
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("mteb")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS
+from helpers.models import TEXTS
 from torch.nn import functional as F
 
 pytest.importorskip("peft")

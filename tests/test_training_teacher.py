@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, make_tokenizer
+from helpers.models import TEXTS, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import training.teacher as stage

@@ -7,7 +7,7 @@ import json
 import random
 
 import pytest
-from conftest import WORDS
+from helpers.models import WORDS
 
 from training.recipe import Texts, TextSource
 from training.texts import corrupt, draw, roughen

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import WORDS
 
+from helpers.models import WORDS
 from training.recipe import ContrastiveRecipe, Mixture, PromptedTeacher
 
 

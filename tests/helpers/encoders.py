@@ -38,3 +38,16 @@ class HashEncoder:
         """The unit vector of one text."""
         vector = text_vector(self.salt + text, self.dimension)
         return vector / np.linalg.norm(vector)
+
+
+class Stops(HashEncoder):
+    """Fails after some batches, as a machine would."""
+
+    def __init__(self, after: int, **options) -> None:
+        super().__init__(16, batch_noise=1e-3, **options)
+        self.after = after
+
+    def encode(self, inputs, **kwargs):
+        if len(self.batches) >= self.after:
+            raise KeyboardInterrupt
+        return super().encode(inputs, **kwargs)
