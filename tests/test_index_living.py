@@ -12,6 +12,7 @@ from helpers.encoders import HashEncoder, Stops
 from helpers.index_driver import CUT, drive
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex
+from ubmoe_st.index.workplace import Workplace
 
 
 def check(index: EmbeddingIndex, expected: dict[str, str], encoder: HashEncoder) -> None:
@@ -121,15 +122,15 @@ def test_an_addition_that_is_repeated_after_its_commit_is_done_already(tmp_path,
     more = [{"id": f"e{n}", "text": f"some more text number {n}"} for n in range(60)]
     index = EmbeddingIndex.build(encoder, [{"id": "a", "text": "b"}], tmp_path / "i", **CUT)
 
-    def stop(path):
-        if path.name == "build":
-            raise KeyboardInterrupt
-        remove(path)
+    clear = Workplace.clear
 
-    from ubmoe_st.index.commit import remove
+    def stop(workplace):
+        if EmbeddingIndex.open(workplace.folder).version == 2:
+            raise KeyboardInterrupt
+        return clear(workplace)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ubmoe_st.index.commit.remove", stop)
+        patch.setattr(Workplace, "clear", stop)
         with pytest.raises(KeyboardInterrupt):
             index.add(more)
     assert (tmp_path / "i" / "build" / "journal.json").exists()

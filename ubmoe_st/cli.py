@@ -407,10 +407,7 @@ def verify(
         if (path / INDEX_FILE).is_file():
             from ubmoe_st.index import EmbeddingIndex
 
-            problems = EmbeddingIndex.open(path).verify()
-            if problems:
-                raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
-            checked = len(list(path.rglob("*")))
+            checked = len(EmbeddingIndex.open(path, verify=True).files())
         else:
             from ubmoe_st.checkpoint import verify_sums
 

@@ -1,28 +1,37 @@
-"""From a corpus to windows of rows, in a worker thread: read, refuse, cut, tokenise, number, look for duplicates.
+"""From a corpus to windows of rows, and from a window to the files of a part.
 
 A window is what the model embeds between two commits. Where windows begin and end, and which rows share a batch,
 follows from the corpus and the options alone, never from time or from where an earlier run stopped. That is what makes
-a resumed build give the same bytes as an uninterrupted one.
+a resumed build give the same bytes as an uninterrupted one. `Reading` and `PartMaker` hold no open files, so both can
+be sent to another process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import queue
 import sqlite3
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from ..files import remove
 from .budget import BATCH_TOKENS, WINDOW_BYTES, WINDOW_ROWS, WINDOW_TOKENS
 from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of
-from .embedder import TokenCounter, chunk_spans
-from .segments import Entry
+from .embedder import Embedder, TokenCounter, chunk_spans
+from .manifest import Manifest, PartRecord, Position
+from .storage import write_npy
+from .store import Entry, EntryFile, Snapshot, entry_batch, names_in, write_entries
 
 OnDuplicate = Literal["raise", "skip", "upsert"]
 OnBadRow = Literal["raise", "skip"]
+
+BatchCallback = Callable[[int, int, float | None], None]
+"""Called after a batch with its rows, its tokens and the part of the corpus that has been read."""
 
 SEEN_CACHE_KIB = 8192
 """Memory for the table of known ids."""
@@ -74,22 +83,6 @@ class PipelineOptions:
             raise ValueError(f"on_bad_row is raise or skip, got {self.on_bad_row!r}")
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far a corpus has been turned into rows."""
-
-    row: int = 0
-    """Source rows that are done with."""
-    chunk: int = 0
-    """Chunks of the next source row that are done with."""
-    digest: str = ""
-    """SHA-256 over the source rows before `row`."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"row": self.row, "chunk": self.chunk, "digest": self.digest}
-
-
 @dataclass
 class Window:
     """Rows that are embedded and committed together."""
@@ -138,12 +131,13 @@ class SeenIds:
 
     Args:
         folder: Where the table goes; nothing in it needs to survive.
+        cache_kib: Memory for it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache_kib: int = SEEN_CACHE_KIB) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._table = sqlite3.connect(folder / "seen.sqlite", isolation_level=None, check_same_thread=False)
-        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{SEEN_CACHE_KIB}"):
+        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{cache_kib}"):
             self._table.execute(f"PRAGMA {setting}")
         self._table.execute("CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
         self._table.execute("BEGIN")
@@ -337,71 +331,123 @@ class WindowMaker:
         return Entry(f"{document.id}#{chunk}", text, title, document.id, chunk, start, end, metadata)
 
 
-def ahead(items: Iterable[Any], size: int = 1) -> Iterator[Any]:
-    """The same items, made in a worker thread while the caller works; at most `size` wait.
+def ahead(items: Generator[Any, None, None]) -> Iterator[Any]:
+    """The same items, each made in a worker thread while the caller works on the one before.
 
-    An exception of the worker is raised here. The thread ends when the caller stops early.
+    An exception of the worker is raised here. The iterator is closed when the caller stops early.
     """
-    waiting: queue.Queue[Any] = queue.Queue(maxsize=size)
-    stop = threading.Event()
-
-    def put(kind: str, value: Any) -> bool:
-        while not stop.is_set():
-            try:
-                waiting.put((kind, value), timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        iterator = iter(items)
-        try:
-            for item in iterator:
-                if not put("item", item):
-                    return
-            put("end", None)
-        except BaseException as error:
-            put("error", error)
-        finally:
-            if isinstance(iterator, Generator):
-                iterator.close()
-
-    thread = threading.Thread(target=work, name="ubmoe-index-reader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = waiting.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stop.set()
-        thread.join(timeout=10)
+    end = object()
+    with contextlib.closing(items), ThreadPoolExecutor(1, "ubmoe-index-reader") as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
 
 
-@dataclass(frozen=True)
-class BuildProgress:
-    """How far a build is; what a progress callback gets."""
+@dataclass
+class Reading:
+    """All that is needed to read what is left of a corpus."""
 
-    stage: str
-    """`embed`, `merge` or `index`."""
-    rows: int
-    """Rows done in this index, earlier runs included."""
+    corpus: Corpus
+    options: PipelineOptions
+    tokenizer: Any
+    """From `Embedder.copy_tokenizer`."""
+    max_tokens: int | None
+    position: Position
+    """Where an earlier run stopped."""
+    first_row: int
+    """Row number the next entry gets."""
+    number: int
+    """Number of the next window."""
+    base: tuple[Path, Manifest] | None
+    """Folder and manifest of the index that is added to."""
+    files: list[Path]
+    """Entries this build has committed, in order."""
+    scratch: Path
+    """A folder for the table of known ids; emptied first."""
+
+    def windows(self) -> Generator[Window, None, None]:
+        """The windows from `position` on.
+
+        Raises:
+            CorpusError: As `WindowMaker`.
+        """
+        remove(self.scratch)
+        with contextlib.closing(SeenIds(self.scratch)) as seen:
+            row = 0
+            if self.base is not None:
+                base = Snapshot(*self.base)
+                row = base.stored_rows
+                for name, first in base.documents():
+                    seen.move(name, first)
+            for position, name, parent, chunk in names_in(EntryFile(file) for file in self.files):
+                if chunk == 0:
+                    seen.move(name if parent is None else parent, row + position)
+            counter = TokenCounter(self.tokenizer, self.max_tokens)
+            yield from WindowMaker(self.corpus, self.options, counter, seen, self.position, self.first_row, self.number)
+        remove(self.scratch)
+
+
+@dataclass
+class Part:
+    """A window that has been embedded and written; what the journal needs of it."""
+
+    number: int
+    """Of the window."""
+    record: PartRecord
+    """Its files, `name.npy` and `name.arrow`; none for a window without rows."""
     tokens: int
-    """Tokens embedded by this run."""
-    seconds: float
-    """Time since this run began."""
-    rows_per_second: float
-    """Rows this run embeds per second."""
-    tokens_per_second: float
-    """Tokens this run embeds per second."""
+    position: Position
     fraction: float | None
-    """Part of the corpus done, 0 to 1, where it can be known."""
-    eta_seconds: float | None
-    """Time left, where it can be estimated."""
+    duplicates: int
+    dead: list[int] = field(default_factory=list)
+    """First rows of replaced documents, and -1 - row for a row without a vector."""
+    bad: list[str] = field(default_factory=list)
+    """Reports of rows that were left out."""
+    error: str | None = None
+    """Why the build cannot go on; nothing was written then."""
 
 
-ProgressCallback = Callable[[BuildProgress], None]
+@dataclass
+class PartMaker:
+    """Embeds windows and writes them into a folder."""
+
+    folder: Path
+    options: PipelineOptions
+    dimension: int
+    dtype: str
+    suffix: str = ""
+    """Put behind the names, so that a worker of an earlier run cannot write over the files of this one."""
+
+    def make(self, embedder: Embedder, window: Window, done: BatchCallback | None = None) -> Part:
+        """Embed a window in its token-budget batches and write it.
+
+        Args:
+            embedder: The model of this worker.
+            window: What to embed.
+            done: Called after each batch.
+        """
+        vectors = np.empty((len(window.entries), self.dimension), np.float32)
+        for batch in window.batches(self.options):
+            vectors[batch] = embedder.documents([window.entries[i].model_input(self.options.with_title) for i in batch])
+            if done is not None:
+                done(len(batch), sum(window.lengths[i] for i in batch), window.fraction)
+        record = PartRecord(f"part-{window.number:08d}{self.suffix}", len(window.entries), {})
+        tokens = sum(window.lengths)
+        part = Part(
+            window.number, record, tokens, window.position, window.fraction, window.duplicates, window.dead, window.bad
+        )
+        for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
+            reason = f"id {window.entries[position].id!r}: the model gives a vector that is zero, NaN or infinite"
+            if self.options.on_bad_row == "raise":
+                part.error = f"{reason} (leave such rows out with on_bad_row='skip')"
+                return part
+            vectors[position] = 0.0
+            part.dead.append(-1 - window.first_row - position)
+            part.bad.append(reason)
+        if window.entries:
+            record.files = {
+                ".npy": write_npy(self.folder / f"{record.name}.npy", vectors.astype(self.dtype)),
+                ".arrow": write_entries(self.folder / f"{record.name}.arrow", iter([entry_batch(window.entries)])),
+            }
+        return part
