@@ -534,11 +534,10 @@ def _index_folders(paths: Sequence[Path] | None, query: str, name: str) -> list[
 
 def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     from ubmoe_st.index import EmbeddingIndex, IndexGroup
-    from ubmoe_st.index.embedder import find_model
 
     first = EmbeddingIndex.open(paths[0])
     together: Any = first if len(paths) == 1 else IndexGroup([first, *map(EmbeddingIndex.open, paths[1:])])
-    together.use_model(_load(model or find_model(first.info["model"], first.path)))
+    together.use_model(_load(model or first.find_model()))
     return together
 
 
