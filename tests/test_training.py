@@ -143,7 +143,8 @@ def test_a_student_with_the_teachers_head_searches_the_teachers_index(similarity
     cosines = queries @ documents.T
     assert cosines.shape == (len(texts), len(texts))
     assert cosines.diagonal().mean() > cosines.mean() + 0.2
-    assert (cosines.argsort(1)[:, -3:] == np.arange(len(texts))[:, None]).any(1).mean() > 0.5
+    found = (cosines.argsort(1)[:, -3:] == np.arange(len(texts))[:, None]).any(1).mean()
+    assert found > 10 * 3 / len(texts)  # ten times chance
 
 
 def test_prompts_by_kind_are_read_and_released(similarity, tmp_path):
