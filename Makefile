@@ -37,7 +37,7 @@ PYTAG = $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 MIN = runs/venv-min$(PYTAG)
 CORE = runs/venv-core$(PYTAG)
 CORE_TESTS := answers architecture cards checkpoint cli dependence experts export export_folders export_gguf \
-	export_graphs hub index model promises stock terminal
+	export_graphs files generation hub index model promises stock terminal transformer
 
 test-min: ## core tests on the lowest supported versions of everything
 	test -x $(MIN)/bin/python || $(PYTHON) -m venv $(MIN)
