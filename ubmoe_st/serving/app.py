@@ -13,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ubmoe_st import __version__
 
-from . import completions, embeddings
+from . import completions, embeddings, search
 from .engine import Engine
 from .errors import add_handlers
 from .middleware import Gate, Observed
@@ -83,8 +83,6 @@ def create_app(
     app.include_router(embeddings.router(service))
     app.include_router(completions.router(service))
     if index is not None:
-        from . import search
-
         app.include_router(search.router(service))
 
     @app.get("/v1/models", summary="The one model there is")
