@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, WORDS
+from helpers.models import TEXTS, WORDS
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -329,7 +329,7 @@ class Slow:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def generate(self, ids, sampling, on_token):
+    def generate_tokens(self, ids, sampling, on_token):
         self.running.set()
         for _ in range(sampling.max_tokens):
             time.sleep(self._pause)

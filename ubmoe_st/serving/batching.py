@@ -236,7 +236,7 @@ class Generations:
 
         try:
             if not stopped.is_set():
-                self._engine.generate(ids, sampling, on_token)
+                self._engine.generate_tokens(ids, sampling, on_token)
             if not stream.finished:
                 send(Delta(stream.rest(), stream.tokens, "length"))
         except Exception as error:

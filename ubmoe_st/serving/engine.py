@@ -108,7 +108,7 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, ids: list[int], sampling: Sampling, on_token: OnToken) -> None:
+    def generate_tokens(self, ids: list[int], sampling: Sampling, on_token: OnToken) -> None:
         """Generate until an end token, `max_tokens`, or `on_token` says no; returns when it is over.
 
         Args:
@@ -259,7 +259,7 @@ class TorchEngine:
             raise ValueError("the prompt is empty: there is nothing to continue")
         return ids
 
-    def generate(self, ids: list[int], sampling: Sampling, on_token: OnToken) -> None:
+    def generate_tokens(self, ids: list[int], sampling: Sampling, on_token: OnToken) -> None:
         """See `Engine`."""
         import torch
         from transformers import LogitsProcessorList, StoppingCriteriaList

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ubmoe_st.answers import answer_prompt
+from ubmoe_st.answers import answer_prompt, find
 
 from .completions import answer, chat_job
 from .errors import ApiError
@@ -24,7 +24,7 @@ def router(service: Service) -> APIRouter:
     async def found(request: Request, query: str, k: int, **options: Any) -> list[Any]:
         def look() -> list[Any]:
             try:
-                return index.search_entries(query, k, **options)[0]
+                return find(index, query, k, **options)
             except (TypeError, ValueError) as error:
                 raise ApiError(400, str(error)) from error
 
@@ -41,6 +41,8 @@ def router(service: Service) -> APIRouter:
     async def ask(body: AskRequest, request: Request) -> Response:
         service.check_model(body.model)
         hits = await found(request, body.question, body.k, filter=body.filter)
+        if not hits:
+            raise ApiError(400, "no entry was found, so there is nothing to answer from", param="filter")
         entries = [hit.as_dict() for hit in hits]
         job = await chat_job(service, body, answer_prompt(body.question, hits), entries=entries)
         return await answer(service, job, body, request)
