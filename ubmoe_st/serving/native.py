@@ -12,13 +12,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from queue import Empty, LifoQueue, SimpleQueue
 from typing import Any
 
 import numpy as np
 
 from .engine import Message, OnToken, Sampling, Tokens, sampler
-from .native_files import Parts, parts_of
+from .native_files import Parts, adapter_of, parts_of
 from .text import TextStream
 
 _SEQUENCES = 64
@@ -29,15 +31,46 @@ _NON_CAUSAL = 1
 _POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}
 
 
+_INSTALL = "pip install 'ubmoe-st[llama-cpp]'"
+_TESTED = {("0.11548", "2026.10.11549")}
+"""Declarations of llama-cpp-py-sync that were run over the library in xllamacpp."""
+
+
+def _open() -> tuple[Any, Any]:
+    """The C API of llama.cpp: declarations and library of llama-cpp-py-sync.
+
+    Its Linux library needs glibc 2.38. On older systems the library is that in xllamacpp, which holds the same API, if
+    the two are of versions that were tested together: a struct of another layout would corrupt memory.
+
+    Raises:
+        ImportError: If there is no library to open.
+    """
+    try:
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+    except ImportError as error:
+        raise ImportError(f"engine llama.cpp needs llama-cpp-py-sync: {_INSTALL}") from error
+    ffi = get_ffi()
+    try:
+        return ffi, get_lib()
+    except RuntimeError as error:
+        found = find_spec("xllamacpp.xllamacpp") if find_spec("xllamacpp") else None
+        if found is None or found.origin is None:
+            raise ImportError(f"{error}; the library in xllamacpp would do: {_INSTALL}") from error
+        pair = (version("llama-cpp-py-sync"), version("xllamacpp"))
+        if pair not in _TESTED:
+            raise ImportError(
+                f"llama-cpp-py-sync {pair[0]} cannot load its own library here, and was not tested over the one in "
+                f"xllamacpp {pair[1]}: {_INSTALL}"
+            ) from error
+        return ffi, ffi.dlopen(found.origin)
+
+
 class _Library:
-    """llama.cpp and its declarations, as the package `llama-cpp-py-sync` brings them together."""
+    """llama.cpp, opened once in a process."""
 
     def __init__(self) -> None:
-        try:
-            from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-        except ImportError as error:
-            raise ImportError("engine llama.cpp needs llama-cpp-py-sync: pip install 'ubmoe-st[llama-cpp]'") from error
-        self.ffi, self.lib = get_ffi(), get_lib()
+        self.ffi, self.lib = _open()
+        self._check_layout()
         self._said = ""
 
         def note(level: int, text: Any, _: Any) -> None:
@@ -48,6 +81,17 @@ class _Library:
         self._note = self.ffi.callback("void(enum ggml_log_level, const char *, void *)", note)
         self.lib.llama_log_set(self._note, self.ffi.NULL)
         self.lib.llama_backend_init()
+
+    def _check_layout(self) -> None:
+        """Refuse a library whose structs are not those declared.
+
+        Raises:
+            ImportError: If default values stand in other places.
+        """
+        found = self.lib.llama_context_default_params()
+        values = (found.n_ctx, found.n_seq_max, found.pooling_type, found.attention_type, found.embeddings)
+        if values != (512, 1, -1, -1, False) or (found.type_k, found.type_v) != (1, 1):
+            raise ImportError(f"the llama.cpp library does not fit its declarations: {_INSTALL}")
 
     def check(self, pointer: Any, what: str) -> Any:
         """A pointer that is not null.
@@ -75,7 +119,7 @@ class NativeUBMoE:
     """Embeds and generates like `UBMoE`, computed by llama.cpp. Threads may encode and generate at the same time.
 
     Args:
-        parts: The base GGUF, the adapter, and what the checkpoint says of pooling, prompts and chats.
+        parts: The base GGUF, the experts, and what the checkpoint says of pooling, prompts and chats.
         name: What clients of a server call it.
         longest_text: Tokens of the longest text to embed; full attention needs it in one pass.
         context: Tokens of a prompt and its continuation.
@@ -115,11 +159,12 @@ class NativeUBMoE:
         self.dimension = lib.llama_model_n_embd(self._model)
         self._vocab_size = lib.llama_vocab_n_tokens(self._vocab)
         threads = threads or os.cpu_count() or 1
-        adapter = check(lib.llama_adapter_lora_init(self._model, os.fsencode(parts.adapter)), f"read {parts.adapter}")
+        written = adapter_of(parts.experts, self._architecture())
+        adapter = check(lib.llama_adapter_lora_init(self._model, os.fsencode(written)), f"read {written}")
         self._encoder = self._make_context(threads, embed=True)
         pointers = self._library.ffi.new("struct llama_adapter_lora *[1]", [adapter])
         if lib.llama_set_adapters_lora(self._encoder, pointers, 1, self._library.ffi.new("float[1]", [1.0])):
-            raise ValueError(f"llama.cpp does not take {parts.adapter} for {parts.gguf}")
+            raise ValueError(f"llama.cpp does not take {written} for {parts.gguf}")
         self._encoder_lock = threading.Lock()
         self._generators: LifoQueue[Any] = LifoQueue()
         for _ in range(generations):
@@ -141,6 +186,11 @@ class NativeUBMoE:
             ValueError: If the experts are dense, or llama.cpp cannot pool as the checkpoint does.
         """
         return cls(parts_of(path, gguf), **options)
+
+    def _architecture(self) -> str:
+        out = self._library.ffi.new("char[64]")
+        self._library.lib.llama_model_meta_val_str(self._model, b"general.architecture", out, 64)
+        return self._library.ffi.string(out).decode()
 
     def _make_context(self, threads: int, *, embed: bool) -> Any:
         lib = self._library.lib

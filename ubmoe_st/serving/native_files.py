@@ -25,7 +25,7 @@ class Parts:
 
     Attributes:
         gguf: The base model.
-        adapter: The `bi` experts.
+        experts: The `bi` experts, `bi_delta.safetensors`.
         pooling: `mean`, `cls` or `lasttoken`.
         prompts: Of the encoder, by name.
         default_prompt: Name of the prompt of a text that comes without one.
@@ -35,7 +35,7 @@ class Parts:
     """
 
     gguf: Path
-    adapter: Path
+    experts: Path
     pooling: str = "mean"
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
@@ -67,7 +67,7 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
     default = stock.get("default_prompt_name")
     return Parts(
         gguf=base,
-        adapter=_adapter_of(folder, base),
+        experts=folder / checkpoint.DELTA_FILE,
         pooling=_pooling_of(folder, bool(prompts)),
         prompts=prompts,
         default_prompt=default if default in prompts else None,
@@ -119,23 +119,25 @@ def _base_of(folder: Path, config: Any) -> Path:
     return file
 
 
-def _adapter_of(folder: Path, base: Path) -> Path:
-    import gguf
+def adapter_of(experts: Path, architecture: str) -> Path:
+    """Low-rank experts as an adapter for llama.cpp, written once into the cache.
 
-    architecture = str(gguf.GGUFReader(base).get_field("general.architecture").contents())
-    delta = folder / checkpoint.DELTA_FILE
-    file = _cache() / f"bi-{sha256_of(delta)[:16]}-{architecture}-{_ADAPTER}.gguf"
+    Args:
+        experts: `bi_delta.safetensors` of a checkpoint.
+        architecture: llama.cpp's name of the base's architecture.
+    """
+    file = _cache() / f"bi-{sha256_of(experts)[:16]}-{architecture}-{_ADAPTER}.gguf"
     if not file.is_file():
         with replacing_by_name(file, unique=True) as temporary:
-            write_adapter(delta, temporary, architecture)
+            write_adapter(experts, temporary, architecture)
     return file
 
 
-def write_adapter(delta: Path, out: Path, architecture: str) -> None:
+def write_adapter(experts: Path, out: Path, architecture: str) -> None:
     """Write low-rank experts as a LoRA adapter for llama.cpp.
 
     Args:
-        delta: `bi_delta.safetensors` of a checkpoint.
+        experts: `bi_delta.safetensors` of a checkpoint.
         out: The GGUF file.
         architecture: llama.cpp's name of the base's architecture.
 
@@ -149,13 +151,13 @@ def write_adapter(delta: Path, out: Path, architecture: str) -> None:
     writer.add_string("adapter.type", "lora")
     # 0: B @ A is added as it is, whatever the rank.
     writer.add_float32("adapter.lora.alpha", 0.0)
-    for name, tensor in _tensors(delta):
+    for name, tensor in _tensors(experts):
         layer, _, rest = name.removeprefix("layers.").partition(".")
         _, _, place = rest.partition("mlp.")
         linear, _, side = place.partition(".")
         if not name.startswith("layers.") or linear not in _PLACES or side not in ("lora_A", "lora_B"):
             raise ValueError(
-                f"{delta.name}: llama.cpp has no place for {name}; serve this checkpoint with engine torch"
+                f"{experts.name}: llama.cpp has no place for {name}; serve this checkpoint with engine torch"
             )
         writer.add_tensor(f"blk.{layer}.{_PLACES[linear]}.weight.{side.lower()}", tensor)
     writer.write_header_to_file()
