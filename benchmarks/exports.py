@@ -43,7 +43,6 @@ LABELS = {
 }
 
 
-
 def _llama_cpp(gguf: Path, threads: int) -> Any:
     """A llama.cpp server that embeds; it ends with the process."""
     import xllamacpp

@@ -20,17 +20,16 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks import data as local
 from benchmarks.process import in_process
-from training.data import data_folder
+from training.data import data_folder, sts_pairs
 
 GENERATE_EVERY = 32
 
 
 def sentences(data: Path, count: int) -> list[str]:
     """Sentences of the STS benchmark's development set."""
-    rows = local.sts_pairs(data, "STSB-dev")
-    return [text for row in rows for text in row[:2]][:count]
+    first, second, _ = sts_pairs("STSB-dev", data)
+    return [text for pair in zip(first, second) for text in pair][:count]
 
 
 def plain_loop(model: str, texts: list[str], seconds: float, threads: int) -> dict[str, float]:
