@@ -36,7 +36,8 @@ test-space: install ## the Gradio Space in headless Chromium; screenshots in CI_
 PYTAG = $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 MIN = runs/venv-min$(PYTAG)
 CORE = runs/venv-core$(PYTAG)
-CORE_TESTS := architecture checkpoint cli dependence experts export hub index model promises stock
+CORE_TESTS := answers architecture cards checkpoint cli dependence experts export export_folders export_gguf \
+	export_graphs files generation hub index model promises stock terminal transformer
 
 test-min: ## core tests on the lowest supported versions of everything
 	test -x $(MIN)/bin/python || $(PYTHON) -m venv $(MIN)

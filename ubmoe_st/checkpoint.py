@@ -228,6 +228,17 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) 
     if missing:
         # Eight more characters of metadata move the data by eight bytes.
         save_file(plain, path, {"format": "pt", "pad": " " * missing})
+    sort_metadata(path)
+
+
+def sort_metadata(path: Path) -> None:
+    """Order the metadata of a safetensors file by name: its library orders them anew in each run."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 @dataclass(frozen=True)
@@ -342,6 +353,7 @@ def write(
     save_tensors(uni, folder / UNI_FILE, alignment)
     if low_rank is not None:
         save_low_rank(low_rank, folder / DELTA_FILE, {"base_sha256": config.base_sha256})
+        sort_metadata(folder / DELTA_FILE)
     if config.router is not None:
         save_tensors(routers or {}, folder / ROUTER_FILE)
     generation_config = source.generation_config()

@@ -278,6 +278,14 @@ class EmbeddingIndex:
         """The stored vectors of the probe texts, (2, P, D)."""
         return np.array(map_npy(self.path / self._snapshot.manifest.model.probes.file))
 
+    def find_model(self) -> str:
+        """The folder or Hub id of the model this index was built with; also after both were moved together.
+
+        Raises:
+            ValueError: If the model is gone, or was never known.
+        """
+        return self._snapshot.manifest.model.find(self.path)
+
     def check_same_model(self, other: EmbeddingIndex) -> None:
         """Refuse when `other` was built with another model, prompt or number of dimensions.
 
@@ -289,7 +297,7 @@ class EmbeddingIndex:
     def _model(self) -> Embedder:
         with self._lock:
             if self._embedder is None:
-                self.use_model(self._snapshot.manifest.model.find(self.path))
+                self.use_model(self.find_model())
             if self._embedder is None:
                 raise ValueError("no model: open the index with model=...")
             return self._embedder
