@@ -64,8 +64,8 @@ space: model ## the Gradio Space on this machine: search, answer, lossless check
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]"
 	UBMOE_MODEL=$(MODEL) UBMOE_INDEX=indexes/stdlib UBMOE_BASE=smollm2-135m $(BIN)/python space/app.py
 
-serve: model ## embeddings and chat on this machine, by the OpenAI protocol, from one process
-	$(BIN)/python -m examples.serve $(MODEL)
+serve: model ## embeddings and chat on this machine, by the OpenAI protocol, from one process and one port
+	$(BIN)/ubmoe serve $(MODEL)
 
 train-smoke: install ## both training stages on a few hundred sentences
 	$(BIN)/python -m training.contrastive training/recipes/smoke.yaml

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ubmoe_st.answers import answer, find, hit_table
 from ubmoe_st.files import replacing_by_name
+from ubmoe_st.serving.command import serve
 from ubmoe_st.terminal import (
     converse,
     err,
@@ -470,6 +471,9 @@ def push(
         say_json({"repo": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.pr_url or commit.commit_url})
     else:
         say(f"published: {commit.pr_url or commit.commit_url}")
+
+
+app.command()(errors_in_one_line(serve))
 
 
 def _load(path: str) -> UBMoE:
