@@ -18,6 +18,7 @@ ORDER = [
     "experts",
     "generator",
     "checkpoint",
+    "source",
     "cards",
     "hub",
     "bases",

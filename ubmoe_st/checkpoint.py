@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,75 +240,6 @@ def sort_metadata(path: Path) -> None:
         file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
-@dataclass(frozen=True)
-class Source:
-    """The files from which a module reads what the generator has of its own: of a checkpoint, of a base, or none.
-
-    Attributes:
-        folder: The checkpoint.
-        base: Folder of the base model, for a module that was made of one.
-    """
-
-    folder: Path | None = None
-    base: Path | None = None
-
-    def uni(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Original FFNs and an untied head, by backbone name.
-
-        Args:
-            dtype: To load a base in.
-
-        Raises:
-            ValueError: If there is neither a checkpoint nor a base.
-        """
-        if self.folder is not None:
-            from safetensors.torch import load_file
-
-            return load_file(self.folder / UNI_FILE)
-        if self.base is None:
-            raise ValueError(
-                "this model has no generator: it was not loaded from a UBMoE checkpoint; make one with `upcycle`"
-            )
-        from transformers import AutoModelForCausalLM
-
-        from ubmoe_st.generator import uni_keys
-
-        lm = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
-        state = lm.state_dict()
-        return {key: state[name] for key, name in uni_keys(lm).items()}
-
-    def low_rank(self) -> LowRank | None:
-        """The low-rank form of the `bi` experts, where it is stored."""
-        if self.folder is None or not (self.folder / DELTA_FILE).is_file():
-            return None
-        from ubmoe_st.experts import load_low_rank
-
-        return load_low_rank(self.folder / DELTA_FILE)[0]
-
-    def routers(self) -> dict[str, Tensor] | None:
-        """The token routers of a checkpoint that says it has some."""
-        if self.folder is None:
-            return None
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / ROUTER_FILE)
-
-    def generation_config(self) -> GenerationConfig | None:
-        """The base model's defaults for `generate`."""
-        from transformers import GenerationConfig
-
-        folder = self.folder / GENERATOR_FOLDER if self.folder else self.base
-        if folder is None or not (folder / "generation_config.json").is_file():
-            return None
-        return GenerationConfig.from_pretrained(folder)
-
-    def alignment(self) -> int:
-        """Where the base's tensors start in their file, modulo 64 bytes; see `save_tensors`."""
-        shards = sorted(self.base.glob("*.safetensors")) if self.base else []
-        first = self.folder / SHARED_FILE if self.folder else next(iter(shards), None)
-        return data_start(first) % CACHE_LINE if first else 0
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +252,8 @@ def write(
     uni: Mapping[str, Tensor],
     low_rank: LowRank | None,
     routers: Mapping[str, Tensor] | None,
-    source: Source,
+    generation_config: GenerationConfig | None,
+    alignment: int,
 ) -> None:
     """Write configs and weights of both views; tokenizer, modules, card and checksums are for the caller.
 
@@ -334,7 +265,8 @@ def write(
         uni: What the generator has beside the shared tensors, by backbone name.
         low_rank: Low-rank form of the `bi` experts. None: they are dense.
         routers: Token routers, where `config` has any.
-        source: What the model was read from.
+        generation_config: The base model's defaults for `generate`.
+        alignment: Of the base's tensors, see `save_tensors`.
     """
     from ubmoe_st.experts import is_ffn_key, save_low_rank
     from ubmoe_st.generator import causal_config
@@ -347,7 +279,6 @@ def write(
     config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values()) if low_rank is not None else None
     shared = {key: tensor for key, tensor in encoder.items() if not is_ffn_key(key)}
     bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
-    alignment = source.alignment()
     save_tensors(shared, folder / SHARED_FILE, alignment)
     save_tensors(bi, folder / BI_FILE, alignment)
     save_tensors(uni, folder / UNI_FILE, alignment)
@@ -356,7 +287,6 @@ def write(
         sort_metadata(folder / DELTA_FILE)
     if config.router is not None:
         save_tensors(routers or {}, folder / ROUTER_FILE)
-    generation_config = source.generation_config()
     if generation_config is not None:
         generation_config.save_pretrained(folder / GENERATOR_FOLDER)
 

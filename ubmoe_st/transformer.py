@@ -30,6 +30,7 @@ from ubmoe_st.experts import (
     with_low_rank,
 )
 from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns
+from ubmoe_st.source import Source
 
 _TEXT_ONLY: dict[str, Any] = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
@@ -89,19 +90,20 @@ class UBMoETransformer(Transformer):
     """What one more pass of the encoder costs on a CPU, in tokens: it reads all weights again."""
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
+        source = Source(folder=Path(model_name_or_path) if checkpoint.is_checkpoint(model_name_or_path) else None)
         super().__init__(str(model_name_or_path), **{**_TEXT_ONLY, **kwargs})
         # Read at every call by the stock mask functions; `is_causal` as a call argument is not thread-safe.
         self.model.config.is_causal = False
-        self.source = checkpoint.Source()
+        self.source = source
         self.base: Base | None = None
         self.low_rank: LowRank | None = None
         self.ubmoe_config: UBMoEConfig | None = None
         self._uni: dict[str, Tensor] | None = None
         self._routers: dict[str, Tensor] | None = None
         self._generators: dict[str, PreTrainedModel] = {}
-        if checkpoint.is_checkpoint(model_name_or_path):
-            self.source = checkpoint.Source(folder=Path(model_name_or_path))
-            self.ubmoe_config = checkpoint.read_config(model_name_or_path)
+        if source.folder is not None:
+            self.ubmoe_config = checkpoint.read_config(source.folder)
+            source.check_unchanged()
 
     @classmethod
     def from_base(
@@ -138,7 +140,7 @@ class UBMoETransformer(Transformer):
         find_ffns(module.model)
         _check_bidirectional(module.model)
         module.base = found
-        module.source = checkpoint.Source(base=found.path)
+        module.source = Source(base=found.path, dtype=module.model.dtype)
         module.ubmoe_config = UBMoEConfig(
             base_model=found.name,
             base_architecture=type(meta_causal_lm(causal_config(module.model.config))).__name__,
@@ -317,8 +319,9 @@ class UBMoETransformer(Transformer):
                 "load it with low_memory=False"
             )
         uni = self.uni_tensors()
-        for prefix, ffn in uni_ffns(self.model, uni).items():
-            replace_module(self.model, prefix, with_low_rank(ffn, prefix, low_rank))
+        with torch.inference_mode(False):
+            for prefix, ffn in uni_ffns(self.model, uni).items():
+                replace_module(self.model, prefix, with_low_rank(ffn, prefix, low_rank))
         self._uni = {key: tensor for key, tensor in uni.items() if not is_ffn_key(key)}
         self._generators = {}
         self.model.eval()
@@ -346,8 +349,8 @@ class UBMoETransformer(Transformer):
         with _BUILD_LOCK:
             if self._uni is None:
                 dtype, device = self.model.dtype, self.model.device
-                stored = self.source.uni(dtype)
-                self._uni = {key: tensor.to(device, dtype) for key, tensor in stored.items()}
+                with torch.inference_mode(False):
+                    self._uni = {key: tensor.to(device, dtype) for key, tensor in self.source.uni().items()}
         tensors = dict(self._uni)
         for prefix, ffn in find_ffns(self.model).items():
             for name, module in ffn.named_modules():
@@ -369,7 +372,9 @@ class UBMoETransformer(Transformer):
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
         with _BUILD_LOCK:
             if routing not in self._generators:
-                self._generators[routing] = self._build(routing)
+                # Tensors made in inference mode would be refused by autograd for ever.
+                with torch.inference_mode(False):
+                    self._generators[routing] = self._build(routing)
             return self._generators[routing]
 
     def _build(self, routing: Routing) -> PreTrainedModel:
@@ -406,10 +411,14 @@ class UBMoETransformer(Transformer):
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
         # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.
+        places = [parameter.data_ptr() for parameter in self.parameters()]
         if self._uni is not None:
             self._uni = {key: fn(tensor) for key, tensor in self._uni.items()}
-        self._generators = {}
-        return super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)
+        # Stock `encode` moves the model to the device where it is.
+        if places != [parameter.data_ptr() for parameter in self.parameters()]:
+            self._generators = {}
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_generators": {}}
@@ -465,7 +474,8 @@ class UBMoETransformer(Transformer):
             uni=self.uni_tensors(),
             low_rank=self._load_low_rank(),
             routers=self._load_routers() if self.ubmoe_config.router else None,
-            source=self.source,
+            generation_config=self.generation_config,
+            alignment=self.source.alignment(),
         )
         save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
