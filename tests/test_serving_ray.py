@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import httpx
@@ -17,6 +18,13 @@ pytest.importorskip("fastapi")
 from ubmoe_st import UBMoE  # noqa: E402 - after the skips
 from ubmoe_st.serving.ray_app import build  # noqa: E402
 
+PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+}
+
 
 @pytest.fixture(scope="module")
 def url(checkpoint):
@@ -25,6 +33,11 @@ def url(checkpoint):
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    # Its own limits are for idle machines.
+    for name, value in PATIENCE.items():
+        os.environ.setdefault(name, value)
+    # Without these Ray starts its small agent: the large one takes longer than the raylet waits on a busy machine.
+    sys.modules["ray.dashboard.optional_deps"] = None
     paths = os.pathsep.join([str(os.getcwd()), os.environ.get("PYTHONPATH", "")])
     environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
@@ -36,6 +49,7 @@ def url(checkpoint):
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:
+        del sys.modules["ray.dashboard.optional_deps"]
         ray.shutdown()
 
 
