@@ -36,9 +36,7 @@ def other(tmp_path_factory):
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_a_relative_path_a_deleted_and_a_replaced_folder(
-    checkpoint, other, tmp_path, monkeypatch, expected, low_memory
-):
+def test_a_folder_that_is_moved_deleted_or_replaced(checkpoint, other, tmp_path, monkeypatch, expected, low_memory):
     shutil.copytree(checkpoint, tmp_path / "a" / "m")
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "a")

@@ -108,11 +108,12 @@ class Source:
         files = self._open()
         return files.alignment if files else 0
 
-    def changed(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def changed(self, tensors: Mapping[str, Tensor], *, bi: bool = False) -> str | None:
         """The first tensor whose values are not those that were read, in its own dtype; None where all are.
 
         Args:
             tensors: Shared tensors, original FFNs and an untied head, by backbone name.
+            bi: Whether the FFNs among them are the `bi` experts.
 
         Returns:
             Its name. The first name of all where a base can no longer be read, so that nothing is claimed of it.
@@ -122,12 +123,12 @@ class Source:
             return next(iter(tensors), None)
         try:
             # Not what `uni()` gave: that may have been written to in place.
-            originals = files.originals()
+            originals = files.originals(bi)
         except (CheckpointError, OSError):
             return next(iter(tensors), None)
         for name, tensor in tensors.items():
             original = originals(name)
-            if original is None or not torch.equal(original.to(tensor.dtype), tensor.detach().cpu()):
+            if original is None or not _equal(original, tensor):
                 return name
         return None
 
@@ -161,15 +162,15 @@ class _Files:
     generation_config: GenerationConfig | None = None
     alignment = 0
 
-    def originals(self) -> Any:
-        """Function from a backbone name to the tensor as it was read, or None."""
+    def originals(self, bi: bool) -> Any:
+        """Function from a backbone name to the tensor as it was read, or None; of the `bi` experts or the original."""
         raise NotImplementedError
 
 
 class _CheckpointFiles(_Files):
     def __init__(self, folder: Path) -> None:
         shards = sorted({*json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()})
-        self._shared = [_mapped(folder, shard) for shard in shards]
+        self._encoder = [_mapped(folder, shard) for shard in shards]
         self._uni = _mapped(folder, UNI_FILE)
         self.uni = _tensors(_mapped(folder, UNI_FILE))
         config = read_config(folder)
@@ -180,9 +181,10 @@ class _CheckpointFiles(_Files):
         self.generation_config = _generation_config(folder / GENERATOR_FOLDER)
         self.alignment = data_start(folder / SHARED_FILE) % CACHE_LINE
 
-    def originals(self) -> Any:
-        places = {key: shard for shard in self._shared for key in shard.keys() if not is_ffn_key(key)}
-        places |= dict.fromkeys(self._uni.keys(), self._uni)
+    def originals(self, bi: bool) -> Any:
+        places = {key: shard for shard in self._encoder for key in shard.keys() if bi or not is_ffn_key(key)}
+        if not bi:
+            places |= dict.fromkeys(self._uni.keys(), self._uni)
         return lambda name: places[name].get_tensor(name) if name in places else None
 
 
@@ -201,13 +203,19 @@ class _BaseFiles(_Files):
     def _load(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self._source.base, dtype=self._source._dtype)
 
-    def originals(self) -> Any:
+    def originals(self, bi: bool) -> Any:
         self._source.check_unchanged()
         with torch.inference_mode(False):
             lm = self._load()
         prefix = f"{lm.base_model_prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in lm.state_dict().items()}
         return state.get
+
+
+def _equal(original: Tensor, tensor: Tensor) -> bool:
+    if not isinstance(tensor, Tensor) or original.shape != tensor.shape:
+        return False
+    return torch.equal(original.to(tensor.dtype), tensor.detach().cpu())
 
 
 def _weights(folder: Path) -> list[Path]:
