@@ -22,6 +22,7 @@ from ubmoe_st.experts import is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat
 from ubmoe_st.hub import download, push
+from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.transformer import UBMoETransformer
 
 __all__ = ["REQUIREMENTS", "UBMoE", "UBMoETransformer"]
@@ -180,6 +181,26 @@ class UBMoE(SentenceTransformer):
         total = sum(parts.values())
         return {**parts, "total": total, "base": base, "ratio": total / base}
 
+    def check_lossless(self, base: str | os.PathLike[str] | None = None) -> LosslessReport:
+        """Whether the generator is the base, to the last bit: logits, tokens and weights of both are compared.
+
+        Also whether attention is causal in the generator and full in the encoder, by what they compute.
+
+        Args:
+            base: Folder, `.gguf` file, Hub id or short name of the base. None: what the checkpoint names.
+
+        Returns:
+            The report: `ok`, and by name of each check what differs.
+
+        Raises:
+            ValueError: If no base is given, and that of the checkpoint is not named or not found.
+
+        Example:
+            >>> report = UBMoE("models/ubmoe-135m").check_lossless("smollm2-135m")
+            >>> report.ok or report.checks
+        """
+        return check_lossless(self._views, base)
+
     # --- saving ----------------------------------------------------------------------------------------------
 
     def save(
@@ -206,7 +227,6 @@ class UBMoE(SentenceTransformer):
         checkpoint.refuse_foreign_weights(path)
         with replacing_folder(path, keep=checkpoint.is_of_others) as temporary:
             before = self.ubmoe_config
-            config = before
             try:
                 super().save(
                     str(temporary),
@@ -215,13 +235,12 @@ class UBMoE(SentenceTransformer):
                     train_datasets=train_datasets,
                     safe_serialization=safe_serialization,
                 )
-                if not self._views.has_adapter:
-                    config = checkpoint.check_checkpoint(temporary)
             except CheckpointError as error:
                 raise CheckpointError(
                     f"nothing was written to {path}, because it would not open again: {error}. Save a model before it "
                     "is compiled or quantised"
                 ) from error
+            config = before if self._views.has_adapter else checkpoint.read_config(temporary)
             checkpoint.name_first_module(temporary, _STOCK_TRANSFORMER)
             if create_model_card:
                 name = model_name or Path(path).resolve().name

@@ -491,6 +491,7 @@ class UBMoETransformer(Transformer):
             **kwargs: Not used.
 
         Raises:
+            CheckpointError: If what was written would not open again.
             ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
         """
         if not safe_serialization:
@@ -512,6 +513,7 @@ class UBMoETransformer(Transformer):
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
         )
+        checkpoint.check_checkpoint(output_path)
         save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
 
