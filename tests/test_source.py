@@ -84,6 +84,15 @@ def test_first_use_in_inference_mode_leaves_ordinary_tensors(checkpoint, low_mem
     assert model.generate("the cat", max_new_tokens=2) == first
 
 
+def test_a_copy_does_not_follow_what_is_merged_into_the_original(checkpoint, base, expected):
+    for model in (UBMoE(str(checkpoint))[0], UBMoETransformer.from_base(base)):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            model.generator().model.layers[0].mlp.up_proj.weight.data += 1
+        assert not torch.equal(model.generator()(IDS).logits, expected)
+        assert torch.allclose(twin.generator()(IDS).logits, expected, atol=1e-5)
+
+
 def test_encoding_keeps_the_generator(checkpoint):
     """Stock `encode` moves the model to its device in each call, which changes nothing."""
     model = UBMoE(str(checkpoint))

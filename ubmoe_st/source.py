@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ class Source:
     Args:
         folder: A checkpoint.
         base: Folder of the base model, for a module that was made of one.
-        dtype: To load a base in.
+        dtype: To load a base in whose tensors are stored in several.
 
     Raises:
         CheckpointError: If a file is missing.
@@ -56,10 +57,13 @@ class Source:
         self._dtype = dtype
         self._stamps = self._stamp()
         self._files: _Files | None = None
+        self._is_copy = False
         self._open()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Source:
-        return self  # Nothing in it changes.
+        twin = copy.copy(self)
+        twin._files, twin._is_copy = self._files, True
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": None}
@@ -86,7 +90,11 @@ class Source:
             raise ValueError(
                 "this model has no generator: it was not loaded from a UBMoE checkpoint; make one with `upcycle`"
             )
-        return dict(files.uni)
+        if not self._is_copy:
+            return dict(files.uni)
+        # The model that this one was copied from may write into those in place.
+        originals = files.originals(False)
+        return {key: originals(key).clone() for key in files.uni}
 
     def low_rank(self) -> LowRank | None:
         """The low-rank form of the `bi` experts, where it is stored."""
@@ -191,17 +199,19 @@ class _CheckpointFiles(_Files):
 class _BaseFiles(_Files):
     def __init__(self, source: Source) -> None:
         self._source = source
+        if source.base is None:
+            raise ValueError("a source of base files needs the folder of the base")
+        # As stored, the files are mapped; converted, they would take memory that nobody may ask for.
+        self._stored_dtype = _dtype_of(source.base)
         lm = self._load()
         state = lm.state_dict()
         self.uni = {key: state[name] for key, name in uni_keys(lm).items()}
-        if source.base is None:
-            raise ValueError("a source of base files needs the folder of the base")
         self.generation_config = _generation_config(source.base)
         first = next(iter(sorted(source.base.glob("*.safetensors"))), None)
         self.alignment = data_start(first) % CACHE_LINE if first else 0
 
     def _load(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self._source.base, dtype=self._source._dtype)
+        return AutoModelForCausalLM.from_pretrained(self._source.base, dtype=self._stored_dtype or self._source._dtype)
 
     def originals(self, bi: bool) -> Any:
         self._source.check_unchanged()
@@ -210,6 +220,16 @@ class _BaseFiles(_Files):
         prefix = f"{lm.base_model_prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in lm.state_dict().items()}
         return state.get
+
+
+def _dtype_of(folder: Path) -> torch.dtype | None:
+    """The dtype of all tensors of a model folder; None where there are several."""
+    dtypes = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known.get(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def _equal(original: Tensor, tensor: Tensor) -> bool:
