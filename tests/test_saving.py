@@ -176,13 +176,38 @@ def quantised(model):
     return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
 
 
+class Packed(torch.Tensor):
+    """As torchao's: a tensor that few operators take."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.equal:
+            raise NotImplementedError("a packed tensor equals nothing")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def tensors_of_another_class(model):
+    linear = model[0].model.layers[0].self_attn.q_proj
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Packed))
+    return model
+
+
+def integers(model):
+    """As bitsandbytes with 8 bits."""
+    linear = model[0].model.layers[0].self_attn.q_proj
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+    return model
+
+
 def one_view_in_half(model):
     model.generator.half()
     return model
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("change", [compiled, one_compiled_layer, quantised, one_view_in_half])
+@pytest.mark.parametrize(
+    "change", [compiled, one_compiled_layer, quantised, tensors_of_another_class, integers, one_view_in_half]
+)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_what_would_not_open_replaces_nothing(checkpoint, tmp_path, change, low_memory):
     if low_memory and change is one_view_in_half:

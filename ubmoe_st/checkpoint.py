@@ -278,7 +278,7 @@ def write(
     from ubmoe_st.experts import is_ffn_key, save_low_rank
     from ubmoe_st.generator import causal_config
 
-    dtypes = [{_stored_dtype(key, tensor) for key, tensor in part.items()} for part in (encoder, uni)]
+    dtypes = [plain_dtypes(encoder), plain_dtypes(uni)]
     if dtypes[0] != dtypes[1]:
         raise CheckpointError(
             f"shared weights and experts are of {sorted(map(str, dtypes[0]))}, the generator's own of "
@@ -317,7 +317,16 @@ def write(
     _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, {**shared, **uni}, parts)
 
 
-def _stored_dtype(key: str, tensor: object) -> torch.dtype:
+def plain_dtypes(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
+    """The dtypes of tensors that can be stored.
+
+    Raises:
+        CheckpointError: If one is packed, quantised or no tensor at all; names it and its type.
+    """
+    return {_plain_dtype(key, tensor) for key, tensor in tensors.items()}
+
+
+def _plain_dtype(key: str, tensor: object) -> torch.dtype:
     import torch
 
     plain = isinstance(tensor, torch.Tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter)

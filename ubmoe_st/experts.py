@@ -132,7 +132,7 @@ def low_rank_mismatch(low_rank: LowRank, uni: Mapping[str, Tensor], bi: Mapping[
             continue
         found, original = tensor.detach().cpu(), uni[key].detach().cpu() if key in uni else None
         pair = low_rank.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
-        if original is None or original.shape != found.shape:
+        if original is None or original.shape != found.shape or not found.is_floating_point():
             return key
         if pair is None:
             if not torch.equal(original, found):

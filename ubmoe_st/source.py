@@ -233,7 +233,7 @@ def _dtype_of(folder: Path) -> torch.dtype | None:
 
 
 def _equal(original: Tensor, tensor: Tensor) -> bool:
-    if not isinstance(tensor, Tensor) or original.shape != tensor.shape:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or original.shape != tensor.shape:
         return False
     return torch.equal(original.to(tensor.dtype), tensor.detach().cpu())
 

@@ -502,6 +502,7 @@ class UBMoETransformer(Transformer):
         if self.ubmoe_config is None:
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
         encoder, uni = self.encoder_state(), self.uni_tensors()
+        checkpoint.plain_dtypes(encoder)  # first: what others put into their layers compares with nothing
         checkpoint.write(
             Path(output_path),
             self._honest_config(self.ubmoe_config, encoder, uni),
