@@ -62,7 +62,5 @@ def test_experts_of_another_shape_are_named(tmp_path):
     uni = module.uni_tensors()
     uni["layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
     module._uni = uni
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \(3, 3\), expected shape \(48, 32"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \(3, 3\), expected"):
         module.generator()

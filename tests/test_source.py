@@ -36,9 +36,7 @@ def other(tmp_path_factory):
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_a_relative_path_a_deleted_and_a_replaced_folder(
-    checkpoint, other, tmp_path, monkeypatch, expected, low_memory
-):
+def test_a_folder_that_is_moved_deleted_or_replaced(checkpoint, other, tmp_path, monkeypatch, expected, low_memory):
     shutil.copytree(checkpoint, tmp_path / "a" / "m")
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "a")
@@ -84,6 +82,15 @@ def test_first_use_in_inference_mode_leaves_ordinary_tensors(checkpoint, low_mem
     loss.backward()
     assert generator.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
     assert model.generate("the cat", max_new_tokens=2) == first
+
+
+def test_a_copy_does_not_follow_what_is_merged_into_the_original(checkpoint, base, expected):
+    for model in (UBMoE(str(checkpoint))[0], UBMoETransformer.from_base(base)):
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            model.generator().model.layers[0].mlp.up_proj.weight.data += 1
+        assert not torch.equal(model.generator()(IDS).logits, expected)
+        assert torch.allclose(twin.generator()(IDS).logits, expected, atol=1e-5)
 
 
 def test_encoding_keeps_the_generator(checkpoint):

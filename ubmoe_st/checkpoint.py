@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubmoe_st.configuration import UBMoEConfig
-from ubmoe_st.files import sha256_of
+from ubmoe_st.files import give_usual_mode, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +96,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> UBMoEConfig:
         if key not in shards[file]:
             raise CheckpointError(f"{file}: tensor {key} is missing, though {INDEX_FILE} places it there")
     encoder = {key: shards[file][key] for key, file in weight_map.items()}
-    _check_against_config(root, encoder, weight_map)
     uni = read_shapes(root, UNI_FILE)
+    _check_against_config(root, encoder, weight_map, uni)
     from ubmoe_st.experts import is_ffn_key
 
     for key in filter(is_ffn_key, encoder):
@@ -171,12 +171,15 @@ def read_shapes(root: Path, name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_against_config(root: Path, encoder: dict[str, tuple[int, ...]], weight_map: dict[str, str]) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModel
+def _check_against_config(
+    root: Path, encoder: dict[str, tuple[int, ...]], weight_map: dict[str, str], uni: dict[str, tuple[int, ...]]
+) -> None:
+    from transformers import AutoConfig
 
-    with torch.device("meta"):
-        expected = AutoModel.from_config(AutoConfig.from_pretrained(root)).state_dict()
+    from ubmoe_st.generator import meta_causal_lm, uni_keys
+
+    lm = meta_causal_lm(AutoConfig.from_pretrained(root))
+    expected = getattr(lm, lm.base_model_prefix).state_dict()
     for key, tensor in expected.items():
         if key not in encoder:
             raise CheckpointError(f"{INDEX_FILE}: {key} is missing, though config.json asks for it")
@@ -187,6 +190,9 @@ def _check_against_config(root: Path, encoder: dict[str, tuple[int, ...]], weigh
     unexpected = sorted(set(encoder) - set(expected))
     if unexpected:
         raise CheckpointError(f"{weight_map[unexpected[0]]}: {unexpected[0]} has no place in the model of config.json")
+    missing = sorted(set(uni_keys(lm)) - set(uni))
+    if missing:
+        raise CheckpointError(f"{UNI_FILE}: {missing[0]} is missing, which the generator of config.json needs")
 
 
 def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ...]]) -> None:
@@ -228,6 +234,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) 
         # Eight more characters of metadata move the data by eight bytes.
         save_file(plain, path, {"format": "pt", "pad": " " * missing})
     sort_metadata(path)
+    give_usual_mode(path)
 
 
 def sort_metadata(path: Path) -> None:
@@ -271,6 +278,12 @@ def write(
     from ubmoe_st.experts import is_ffn_key, save_low_rank
     from ubmoe_st.generator import causal_config
 
+    dtypes = [plain_dtypes(encoder), plain_dtypes(uni)]
+    if dtypes[0] != dtypes[1]:
+        raise CheckpointError(
+            f"shared weights and experts are of {sorted(map(str, dtypes[0]))}, the generator's own of "
+            f"{sorted(map(str, dtypes[1]))}; convert the whole model with `.to(dtype)`, not one view of it"
+        )
     (folder / GENERATOR_FOLDER).mkdir(exist_ok=True)
     config.versions = {
         name: importlib.metadata.version(name)
@@ -294,12 +307,33 @@ def write(
     causal = causal_config(model.config).to_dict() | {"architectures": [config.base_architecture]}
     for settings in (stock, causal):
         settings.pop("_name_or_path", None)
+        if len(dtypes[0]) == 1:
+            settings["dtype"] = str(next(iter(dtypes[0]))).removeprefix("torch.")
     _write_json(folder / "config.json", stock)
     _write_json(folder / GENERATOR_CONFIG, {**causal, CONFIG_KEY: config.to_dict()})
     _write_index(folder / INDEX_FILE, encoder, [(SHARED_FILE, shared), (BI_FILE, bi)])
     # Stock transformers opens the local folder `generator` as the base model by this index.
     parts = [(f"../{SHARED_FILE}", shared), (Path(UNI_FILE).name, uni)]
     _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, {**shared, **uni}, parts)
+
+
+def plain_dtypes(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
+    """The dtypes of tensors that can be stored.
+
+    Raises:
+        CheckpointError: If one is packed, quantised or no tensor at all; names it and its type.
+    """
+    return {_plain_dtype(key, tensor) for key, tensor in tensors.items()}
+
+
+def _plain_dtype(key: str, tensor: object) -> torch.dtype:
+    import torch
+
+    plain = isinstance(tensor, torch.Tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or not tensor.is_floating_point():
+        found = f"{type(tensor).__name__}{f' of {tensor.dtype}' if isinstance(tensor, torch.Tensor) else ''}"
+        raise CheckpointError(f"{key} is {found}, expected a plain tensor of floating point: save before quantising")
+    return tensor.dtype
 
 
 def name_first_module(folder: Path, kind: str) -> None:

@@ -370,11 +370,24 @@ def tune(
 @app.command()
 @errors_in_one_line
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint or index folder.")], as_json: JsonFlag = False
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint or index folder.")],
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Compare what a checkpoint generates with its base instead.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base to compare with: folder, .gguf file, Hub id or short name; by default the recorded."),
+    ] = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Check every byte of a checkpoint or an index against its checksums."""
+    """Check every byte of a checkpoint or an index against its checksums, or a checkpoint against its base."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
+    if base is not None and not lossless:
+        raise ValueError("--base is what --lossless compares with: give both")
+    if lossless:
+        _verify_lossless(path, base, as_json)
+        return
     with status(f"verifying {path}"):
         if (path / INDEX_FILE).is_file():
             from ubmoe_st.index import EmbeddingIndex
@@ -474,6 +487,23 @@ def push(
 
 
 app.command()(errors_in_one_line(serve))
+
+
+def _verify_lossless(path: Path, base: str | None, as_json: bool) -> None:
+    model = _load(str(path))
+    with status(f"comparing {path} with its base"):
+        report = model.check_lossless(base)
+    if as_json:
+        say_json({"path": str(path), **report.as_dict()})
+    else:
+        table = Table("check", Text(f"{path} against {report.base}"), show_edge=False, box=None)
+        for name, difference in report.checks.items():
+            table.add_row(name, Text("equal" if difference is None else f"DIFFERS: {difference}"))
+        out.print(table)
+        if report.same_files is False:
+            say(f"the weight files of {report.base} are not those whose SHA-256 the checkpoint records")
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def _load(path: str) -> UBMoE:

@@ -22,6 +22,7 @@ from ubmoe_st.experts import is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat
 from ubmoe_st.hub import download, push
+from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.transformer import UBMoETransformer
 
 __all__ = ["REQUIREMENTS", "UBMoE", "UBMoETransformer"]
@@ -77,7 +78,7 @@ class UBMoE(SentenceTransformer):
         if len(self) and not isinstance(self[0], UBMoETransformer):
             raise ValueError(f"the first module must be a UBMoETransformer, got {type(self[0]).__name__}")
         if low_memory:
-            self._views.use_low_memory()
+            self._views.use_low_memory(check=False)
 
     @property
     def _views(self) -> UBMoETransformer:
@@ -180,6 +181,26 @@ class UBMoE(SentenceTransformer):
         total = sum(parts.values())
         return {**parts, "total": total, "base": base, "ratio": total / base}
 
+    def check_lossless(self, base: str | os.PathLike[str] | None = None) -> LosslessReport:
+        """Whether the generator is the base, to the last bit: logits, tokens and weights of both are compared.
+
+        Also whether attention is causal in the generator and full in the encoder, by what they compute.
+
+        Args:
+            base: Folder, `.gguf` file, Hub id or short name of the base. None: what the checkpoint names.
+
+        Returns:
+            The report: `ok`, and by name of each check what differs.
+
+        Raises:
+            ValueError: If no base is given, and that of the checkpoint is not named or not found.
+
+        Example:
+            >>> report = UBMoE("models/ubmoe-135m").check_lossless("smollm2-135m")
+            >>> report.ok or report.checks
+        """
+        return check_lossless(self._views, base)
+
     # --- saving ----------------------------------------------------------------------------------------------
 
     def save(
@@ -198,22 +219,33 @@ class UBMoE(SentenceTransformer):
             create_model_card: Whether to write README.md.
             train_datasets: For the model card.
             safe_serialization: Must be True.
+
+        Raises:
+            CheckpointError: If what was written would not open, as of a compiled or quantised model; an old checkpoint
+                stays as it was.
         """
         checkpoint.refuse_foreign_weights(path)
         with replacing_folder(path, keep=checkpoint.is_of_others) as temporary:
-            super().save(
-                str(temporary),
-                model_name=model_name,
-                create_model_card=False,
-                train_datasets=train_datasets,
-                safe_serialization=safe_serialization,
-            )
+            before = self.ubmoe_config
+            try:
+                super().save(
+                    str(temporary),
+                    model_name=model_name,
+                    create_model_card=False,
+                    train_datasets=train_datasets,
+                    safe_serialization=safe_serialization,
+                )
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"nothing was written to {path}, because it would not open again: {error}. Save a model before it "
+                    "is compiled or quantised"
+                ) from error
+            config = before if self._views.has_adapter else checkpoint.read_config(temporary)
             checkpoint.name_first_module(temporary, _STOCK_TRANSFORMER)
             if create_model_card:
                 name = model_name or Path(path).resolve().name
-                (temporary / "README.md").write_text(
-                    self._model_card_text or model_card(self.ubmoe_config, name), encoding="utf-8"
-                )
+                kept = self._model_card_text if _same_claims(before, config) else None
+                (temporary / "README.md").write_text(kept or model_card(config, name), encoding="utf-8")
             if not self._views.has_adapter:
                 checkpoint.write_sums(temporary)
 
@@ -279,6 +311,13 @@ class UBMoE(SentenceTransformer):
 
     def _get_model_config(self) -> dict[str, Any]:
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
+
+
+def _same_claims(before: UBMoEConfig | None, after: UBMoEConfig | None) -> bool:
+    """Whether a card that was right before saving is right for what was saved."""
+    if before is None or after is None:
+        return before is after
+    return (before.base_model, before.expert_rank) == (after.base_model, after.expert_rank)
 
 
 def _check_texts(inputs: object) -> None:

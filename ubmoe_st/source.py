@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,7 @@ class Source:
     Args:
         folder: A checkpoint.
         base: Folder of the base model, for a module that was made of one.
-        dtype: To load a base in.
+        dtype: To load a base in whose tensors are stored in several.
 
     Raises:
         CheckpointError: If a file is missing.
@@ -56,10 +57,13 @@ class Source:
         self._dtype = dtype
         self._stamps = self._stamp()
         self._files: _Files | None = None
+        self._is_copy = False
         self._open()
 
     def __deepcopy__(self, memo: dict[int, object]) -> Source:
-        return self  # Nothing in it changes.
+        twin = copy.copy(self)
+        twin._files, twin._is_copy = self._files, True
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": None}
@@ -86,7 +90,11 @@ class Source:
             raise ValueError(
                 "this model has no generator: it was not loaded from a UBMoE checkpoint; make one with `upcycle`"
             )
-        return dict(files.uni)
+        if not self._is_copy:
+            return dict(files.uni)
+        # The model that this one was copied from may write into those in place.
+        originals = files.originals(False)
+        return {key: originals(key).clone() for key in files.uni}
 
     def low_rank(self) -> LowRank | None:
         """The low-rank form of the `bi` experts, where it is stored."""
@@ -108,11 +116,12 @@ class Source:
         files = self._open()
         return files.alignment if files else 0
 
-    def changed(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def changed(self, tensors: Mapping[str, Tensor], *, bi: bool = False) -> str | None:
         """The first tensor whose values are not those that were read, in its own dtype; None where all are.
 
         Args:
             tensors: Shared tensors, original FFNs and an untied head, by backbone name.
+            bi: Whether the FFNs among them are the `bi` experts.
 
         Returns:
             Its name. The first name of all where a base can no longer be read, so that nothing is claimed of it.
@@ -122,12 +131,12 @@ class Source:
             return next(iter(tensors), None)
         try:
             # Not what `uni()` gave: that may have been written to in place.
-            originals = files.originals()
+            originals = files.originals(bi)
         except (CheckpointError, OSError):
             return next(iter(tensors), None)
         for name, tensor in tensors.items():
             original = originals(name)
-            if original is None or not torch.equal(original.to(tensor.dtype), tensor.detach().cpu()):
+            if original is None or not _equal(original, tensor):
                 return name
         return None
 
@@ -161,15 +170,15 @@ class _Files:
     generation_config: GenerationConfig | None = None
     alignment = 0
 
-    def originals(self) -> Any:
-        """Function from a backbone name to the tensor as it was read, or None."""
+    def originals(self, bi: bool) -> Any:
+        """Function from a backbone name to the tensor as it was read, or None; of the `bi` experts or the original."""
         raise NotImplementedError
 
 
 class _CheckpointFiles(_Files):
     def __init__(self, folder: Path) -> None:
         shards = sorted({*json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()})
-        self._shared = [_mapped(folder, shard) for shard in shards]
+        self._encoder = [_mapped(folder, shard) for shard in shards]
         self._uni = _mapped(folder, UNI_FILE)
         self.uni = _tensors(_mapped(folder, UNI_FILE))
         config = read_config(folder)
@@ -180,34 +189,53 @@ class _CheckpointFiles(_Files):
         self.generation_config = _generation_config(folder / GENERATOR_FOLDER)
         self.alignment = data_start(folder / SHARED_FILE) % CACHE_LINE
 
-    def originals(self) -> Any:
-        places = {key: shard for shard in self._shared for key in shard.keys() if not is_ffn_key(key)}
-        places |= dict.fromkeys(self._uni.keys(), self._uni)
+    def originals(self, bi: bool) -> Any:
+        places = {key: shard for shard in self._encoder for key in shard.keys() if bi or not is_ffn_key(key)}
+        if not bi:
+            places |= dict.fromkeys(self._uni.keys(), self._uni)
         return lambda name: places[name].get_tensor(name) if name in places else None
 
 
 class _BaseFiles(_Files):
     def __init__(self, source: Source) -> None:
         self._source = source
+        if source.base is None:
+            raise ValueError("a source of base files needs the folder of the base")
+        # As stored, the files are mapped; converted, they would take memory that nobody may ask for.
+        self._stored_dtype = _dtype_of(source.base)
         lm = self._load()
         state = lm.state_dict()
         self.uni = {key: state[name] for key, name in uni_keys(lm).items()}
-        if source.base is None:
-            raise ValueError("a source of base files needs the folder of the base")
         self.generation_config = _generation_config(source.base)
         first = next(iter(sorted(source.base.glob("*.safetensors"))), None)
         self.alignment = data_start(first) % CACHE_LINE if first else 0
 
     def _load(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self._source.base, dtype=self._source._dtype)
+        return AutoModelForCausalLM.from_pretrained(self._source.base, dtype=self._stored_dtype or self._source._dtype)
 
-    def originals(self) -> Any:
+    def originals(self, bi: bool) -> Any:
         self._source.check_unchanged()
         with torch.inference_mode(False):
             lm = self._load()
         prefix = f"{lm.base_model_prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in lm.state_dict().items()}
         return state.get
+
+
+def _dtype_of(folder: Path) -> torch.dtype | None:
+    """The dtype of all tensors of a model folder; None where there are several."""
+    dtypes = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}
+    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known.get(dtypes.pop()) if len(dtypes) == 1 else None
+
+
+def _equal(original: Tensor, tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or original.shape != tensor.shape:
+        return False
+    return torch.equal(original.to(tensor.dtype), tensor.detach().cpu())
 
 
 def _weights(folder: Path) -> list[Path]:

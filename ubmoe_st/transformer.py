@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ubmoe_st.experts import (
     check_low_rank,
     find_ffns,
     is_ffn_key,
+    low_rank_mismatch,
     merge_low_rank,
     replace_module,
     share_copy,
@@ -272,11 +275,12 @@ class UBMoETransformer(Transformer):
         if self.ubmoe_config is not None:
             self.ubmoe_config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values())
 
-    def set_dense_experts(self, ffn: dict[str, Tensor]) -> None:
+    def set_dense_experts(self, ffn: dict[str, Tensor], low_rank: LowRank | None = None) -> None:
         """Take dense `bi` experts.
 
         Args:
             ffn: Every FFN tensor of the backbone by name.
+            low_rank: The same in low-rank form, where they have one.
 
         Raises:
             ValueError: If one is missing, unknown, or of another shape.
@@ -290,7 +294,7 @@ class UBMoETransformer(Transformer):
                 raise ValueError(f"{key}: expected shape {tuple(tensor.shape)}, got {tuple(ffn[key].shape)}")
             with torch.no_grad():
                 tensor.copy_(ffn[key])
-        self.low_rank = None
+        self.low_rank = low_rank
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
         """Take trained token routers, as given by `router_state`.
@@ -306,13 +310,18 @@ class UBMoETransformer(Transformer):
         self.ubmoe_config.router = kind
         self._generators.pop("router", None)
 
-    def use_low_memory(self) -> None:
+    def use_low_memory(self, *, check: bool = True) -> None:
         """Hold the `bi` experts as low-rank deltas on the `uni` weights, instead of merged.
+
+        Args:
+            check: Whether to find out first if the experts were changed since they were read; needs all weights.
 
         Raises:
             ValueError: If the experts are dense.
         """
         low_rank = self._load_low_rank()
+        if check and low_rank is not None:
+            low_rank = self._current_low_rank(self.encoder_state(), self.uni_tensors())
         if low_rank is None:
             raise ValueError(
                 "low_memory=True needs low-rank experts, but the bi experts of this checkpoint are dense; "
@@ -330,6 +339,33 @@ class UBMoETransformer(Transformer):
         if self.low_rank is None:
             self.low_rank = self.source.low_rank()
         return self.low_rank
+
+    def _current_low_rank(self, encoder: dict[str, Tensor], uni: dict[str, Tensor]) -> LowRank | None:
+        """The low-rank form of the experts as they are now, None where they are dense.
+
+        Args:
+            encoder: What `encoder_state` gives.
+            uni: What `uni_tensors` gives.
+        """
+        stored = self._load_low_rank()
+        if self.is_low_memory:
+            held = {n: (m.lora_A, m.lora_B) for n, m in self.model.named_modules() if isinstance(m, LowRankLinear)}
+            return stored if stored is not None and _same_low_rank(held, stored) else held
+        if stored is None:
+            return None
+        bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
+        original = {key: tensor for key, tensor in uni.items() if is_ffn_key(key)}
+        if stored is self.source.low_rank() and not (self.source.changed(bi, bi=True) or self.source.changed(original)):
+            return stored
+        key = low_rank_mismatch(stored, uni, bi)
+        if key is None:
+            return stored
+        warnings.warn(
+            f"{key} is not its original plus the low-rank experts any more: it was trained, merged into or replaced. "
+            "The bi experts are dense now, and low_memory is not possible",
+            stacklevel=3,
+        )
+        return None
 
     def _load_routers(self) -> dict[str, Tensor] | None:
         if self._routers is None:
@@ -391,8 +427,8 @@ class UBMoETransformer(Transformer):
 
     def _build_routed(self, uni: dict[str, Tensor], kind: RouterKind | None) -> PreTrainedModel:
         encoder = self.model
-        low_rank = self._load_low_rank()
-        if low_rank is not None and not self.is_low_memory:
+        low_rank = None if self.is_low_memory else self._current_low_rank(self.encoder_state(), uni)
+        if low_rank is not None:
             ffns = uni_ffns(encoder, uni)
             encoder = _with_ffns(encoder, {p: with_low_rank(ffn, p, low_rank) for p, ffn in ffns.items()})
         return build_generator(
@@ -455,6 +491,7 @@ class UBMoETransformer(Transformer):
             **kwargs: Not used.
 
         Raises:
+            CheckpointError: If what was written would not open again.
             ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
         """
         if not safe_serialization:
@@ -464,21 +501,38 @@ class UBMoETransformer(Transformer):
             return
         if self.ubmoe_config is None:
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
-        if not self.ubmoe_config.base_sha256 and self.base is not None:
-            self.ubmoe_config.base_sha256 = self.base.sha256
+        encoder, uni = self.encoder_state(), self.uni_tensors()
+        checkpoint.plain_dtypes(encoder)  # first: what others put into their layers compares with nothing
         checkpoint.write(
             Path(output_path),
-            self.ubmoe_config,
+            self._honest_config(self.ubmoe_config, encoder, uni),
             self.model,
-            encoder=self.encoder_state(),
-            uni=self.uni_tensors(),
-            low_rank=self._load_low_rank(),
+            encoder=encoder,
+            uni=uni,
+            low_rank=self._current_low_rank(encoder, uni),
             routers=self._load_routers() if self.ubmoe_config.router else None,
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
         )
+        checkpoint.check_checkpoint(output_path)
         save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
+
+    def _honest_config(self, config: UBMoEConfig, encoder: dict[str, Tensor], uni: dict[str, Tensor]) -> UBMoEConfig:
+        """The config to write: without the base where the generator is no longer that base."""
+        changed = self.source.changed({key: t for key, t in encoder.items() if not is_ffn_key(key)} | uni)
+        if changed is None:
+            if not config.base_sha256 and self.base is not None:
+                config.base_sha256 = self.base.sha256
+            return replace(config)
+        if config.base_model:
+            warnings.warn(
+                f"{changed}, which the generator uses, was changed by training or by a merged adapter: the model no "
+                f"longer generates exactly like {config.base_model}, so it is saved without that name and hash. To "
+                "keep generation as it was, train the FFN layers of the encoder only",
+                stacklevel=3,
+            )
+        return replace(config, base_model="", base_sha256={})
 
 
 def _check_decoder(base: Base) -> None:
@@ -515,6 +569,15 @@ def _check_bidirectional(encoder: PreTrainedModel) -> None:
             f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
             "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
         )
+
+
+def _same_low_rank(held: LowRank, stored: LowRank) -> bool:
+    """Whether the experts that a model holds are the stored ones, in its dtype."""
+    return set(held) == set(stored) and all(
+        torch.equal(half.detach().cpu(), other.to(half.dtype))
+        for name in held
+        for half, other in zip(held[name], stored[name], strict=True)
+    )
 
 
 def _with_ffns(encoder: PreTrainedModel, ffns: dict[str, nn.Module]) -> PreTrainedModel:
