@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +20,7 @@ from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.configuration import Routing, UBMoEConfig
 from ubmoe_st.experts import is_ffn_key
 from ubmoe_st.files import replacing_folder
-from ubmoe_st.generation import Chat
+from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import download, push
 from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.transformer import UBMoETransformer
@@ -111,26 +111,37 @@ class UBMoE(SentenceTransformer):
         prompts: str | Chat | Sequence[str | Chat],
         *,
         routing: Routing | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         stream: bool = False,
+        continue_final_message: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **generation_kwargs: Any,
     ) -> str | list[str] | Iterator[str]:
         """Continue texts, or answer chats.
 
         Args:
-            prompts: A text, a chat (list of messages with `role` and `content`), or a list of either.
+            prompts: A text, a chat (list of messages with `role` and `content`; a content is a text or a list of
+                `{"type": "text", "text": ...}`), or a list of either.
             routing: `uni`: exactly the base model. `bi`, `router`: see `generator_for`. None: the checkpoint's
                 own choice, which is `uni` unless it says otherwise.
-            max_new_tokens: At most so many tokens are generated for each prompt.
-            stream: Return an iterator over pieces of text; for one prompt.
-            **generation_kwargs: As for `transformers` `generate`, e.g. `do_sample`, `temperature`, `num_beams`.
+            max_new_tokens: At most so many tokens are generated for each prompt. None: `max_length` of this call, else
+                the limit of `generation_config`, else that of `generator.generation_config`, else 256.
+            stream: Return an iterator over pieces of text; for one prompt. Closing it ends the generation.
+            continue_final_message: Whether the last message of a chat is continued, instead of answered. None: it is if
+                it is the assistant's.
+            tools: Functions, or their JSON schemas, that the chat template is told of.
+            chat_template_kwargs: Further variables of the chat template, e.g. `enable_thinking`.
+            **generation_kwargs: As for `transformers` `generate`, e.g. `do_sample`, `temperature`, `num_beams`,
+                `stop_strings`, `generation_config`.
 
         Returns:
             The new text; a list of texts for a list of prompts; an iterator if `stream`.
 
         Raises:
             TypeError: If a prompt is neither a text nor a chat.
-            ValueError: If a keyword argument is not known, or several prompts are to be streamed.
+            ValueError: If a keyword argument is not known, several prompts are to be streamed, or the chat template
+                does not take a chat.
         """
         return generation.generate(
             self._views,
@@ -138,6 +149,7 @@ class UBMoE(SentenceTransformer):
             routing=routing,
             max_new_tokens=max_new_tokens,
             stream=stream,
+            chat=ChatOptions(continue_final_message, tools, chat_template_kwargs),
             **generation_kwargs,
         )
 
