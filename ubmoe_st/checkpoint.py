@@ -36,6 +36,9 @@ CONFIG_KEY = "ubmoe"
 CACHE_LINE = 64
 """Bytes; see `save_tensors`."""
 
+NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
+"""Files of terms that go with the experts of some bases, and so with every checkpoint made of them."""
+
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -421,6 +424,12 @@ def _dimension(root: Path, hidden: int) -> int:
             if "out_features" in settings:
                 return int(settings["out_features"])
     return hidden
+
+
+def notices_in(folder: Path) -> dict[str, bytes]:
+    """Terms and notices that lie in a folder, by name."""
+    found = {file for pattern in NOTICES for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: file.read_bytes() for file in sorted(found)}
 
 
 def write_sums(path: Path) -> None:

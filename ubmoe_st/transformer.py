@@ -101,11 +101,13 @@ class UBMoETransformer(Transformer):
         self.base: Base | None = None
         self.low_rank: LowRank | None = None
         self.ubmoe_config: UBMoEConfig | None = None
+        self.notices: dict[str, bytes] = {}
         self._uni: dict[str, Tensor] | None = None
         self._routers: dict[str, Tensor] | None = None
         self._generators: dict[str, PreTrainedModel] = {}
         if source.folder is not None:
             self.ubmoe_config = checkpoint.read_config(source.folder)
+            self.notices = checkpoint.notices_in(source.folder)
             source.check_unchanged()
 
     @classmethod
@@ -515,6 +517,8 @@ class UBMoETransformer(Transformer):
             alignment=self.source.alignment(),
         )
         checkpoint.check_checkpoint(output_path)
+        for name, content in self.notices.items():
+            (Path(output_path) / name).write_bytes(content)
         save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
 

@@ -83,6 +83,8 @@ def upcycle(
     recipe: dict[str, Any] = {}
     if bi_experts is not None:
         recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
+        if Path(bi_experts).is_dir():
+            module.notices = checkpoint.notices_in(Path(bi_experts))
     if module.ubmoe_config is not None:
         module.ubmoe_config.training = recipe.get("training")
     length = recipe.get("max_seq_length") if max_seq_length is None else max_seq_length
