@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 
 import httpx
@@ -36,8 +35,6 @@ def url(checkpoint):
     # Its own limits are for idle machines.
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
-    # Without these Ray starts its small agent: the large one takes longer than the raylet waits on a busy machine.
-    sys.modules["ray.dashboard.optional_deps"] = None
     paths = os.pathsep.join([str(os.getcwd()), os.environ.get("PYTHONPATH", "")])
     environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
@@ -49,7 +46,6 @@ def url(checkpoint):
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:
-        del sys.modules["ray.dashboard.optional_deps"]
         ray.shutdown()
 
 

@@ -496,7 +496,8 @@ def _verify_lossless(path: Path, base: str | None, as_json: bool) -> None:
     if as_json:
         say_json({"path": str(path), **report.as_dict()})
     else:
-        table = Table("check", Text(f"{path} against {report.base}"), show_edge=False, box=None)
+        say(f"{path} against {report.base}:")
+        table = Table("check", "result", show_edge=False, box=None)
         for name, difference in report.checks.items():
             table.add_row(name, Text("equal" if difference is None else f"DIFFERS: {difference}"))
         out.print(table)

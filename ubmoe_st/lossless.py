@@ -146,7 +146,7 @@ def _difference(found: Tensor, expected: Tensor) -> str | None:
         return None
     if not found.is_floating_point():
         return f"{int((found != expected).sum())} of {found.numel()} differ"
-    largest = float((found.float() - expected.float()).abs().max())
+    largest = float((found.detach().float() - expected.detach().float()).abs().max())
     return f"largest difference {largest:.3g}"
 
 
