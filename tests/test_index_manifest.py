@@ -147,6 +147,29 @@ def test_bm25_interrupted_before_its_commit_is_made_again(tmp_path, monkeypatch)
     assert index.verify() == []
 
 
+def test_a_name_that_a_stopped_change_gave_back_is_no_longer_its_own(tmp_path, monkeypatch):
+    index = EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i")
+    real = os.replace
+
+    def stop(source, target):
+        if Path(target).name == "index_info.json":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index.delete("d1")
+    assert (index.path / "dead.npy").exists()
+    assert index.delete("absent", missing_ok=True) == 0
+    assert not (index.path / "dead.npy").exists()
+    held = put(index.path, ["dead.npy"])
+    index.delete("d2")
+    index.reindex("flat", faiss_file=False)
+    check(held)
+    assert index.files()[-2:] == ["dead-000002.npy", "probes.npy"]
+
+
 def test_verify_counts_the_files_it_has_checked(tmp_path):
     from typer.testing import CliRunner
 

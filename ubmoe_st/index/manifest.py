@@ -37,7 +37,7 @@ OWN_NAMES = re.compile(
     | bm25-[0-9]{6,}b*(\.tmp | /[A-Za-z0-9_][^/]*)?
     | ((dead|probes)(-[0-9]{6,}b*)?\.npy | bad_rows(-[0-9]{6,}b*)?\.txt
        | index(-[0-9]{6,}b*)?(\.[0-9]+b*)?\.faiss)(\.tmp)?
-    | build/((journal|names)\.json | probes\.npy | dead\.bin | bad_rows\.txt | seen
+    | build/((journal|index_names)\.json | probes\.npy | dead\.bin | bad_rows\.txt | seen
              | part-[0-9]{8,}(-[0-9a-f]{8})?\.(npy|arrow))(\.tmp)?""",
     re.VERBOSE,
 )
