@@ -122,3 +122,16 @@ def test_bad_input(model):
         model.rank(QUERY, ["a"], top_k=0)
     with pytest.raises(ValueError, match="does not tell yes from no"):
         model.rank(QUERY, ["a"], method="yes_no")
+
+
+def test_the_stock_cross_encoder_opens_the_export_and_scores_alike(chat_model, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    from ubmoe_st.export import export
+
+    out = tmp_path / "cross-encoder"
+    export(chat_model[0].folder, out, format="cross-encoder")
+    stock = CrossEncoder(str(out), device="cpu").rank(QUERY, DOCUMENTS)
+    ours = chat_model.rank(QUERY, DOCUMENTS, method="yes_no")
+    assert scores_of(stock, len(DOCUMENTS)) == pytest.approx(scores_of(ours, len(DOCUMENTS)), abs=2e-4)
+    assert [result["corpus_id"] for result in stock] == [result["corpus_id"] for result in ours]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -106,9 +107,7 @@ def _likelihoods(views: UBMoETransformer, query: str, documents: list[str], batc
 def _log_odds(views: UBMoETransformer, query: str, documents: list[str], batch_size: int) -> list[float]:
     """How much likelier the base model answers yes than no, as difference of the two logits."""
     lm: Any = views.generator("uni")
-    yes, no = (views.token_ids(answer, add_special_tokens=False)[0] for answer in ANSWERS)
-    if yes == no:
-        raise ValueError("the tokenizer of this checkpoint does not tell yes from no; use method='likelihood'")
+    yes, no = answer_tokens(views)
     cut = 0
     rows = []
     for document in documents:
@@ -127,6 +126,41 @@ def _log_odds(views: UBMoETransformer, query: str, documents: list[str], batch_s
         return (logits[:, yes] - logits[:, no]).float()
 
     return _in_batches(rows, batch_size, scored)
+
+
+def answer_tokens(views: UBMoETransformer) -> tuple[int, int]:
+    """The first tokens of yes and of no.
+
+    Raises:
+        ValueError: If they are the same.
+    """
+    yes, no = (views.token_ids(answer, add_special_tokens=False)[0] for answer in ANSWERS)
+    if yes == no:
+        raise ValueError("the tokenizer of this checkpoint does not tell yes from no; use method='likelihood'")
+    return yes, no
+
+
+def pair_template(views: UBMoETransformer) -> str:
+    """The chat template that makes the prompt of `yes_no` from messages with the roles `query` and `document`.
+
+    Raises:
+        ValueError: If the base has no chat template, or one that changes what is said.
+    """
+    marks = {role: f"[[the {role} stands here]]" for role in ("query", "document")}
+    content = YES_NO_PROMPT.format(**marks)
+    rest = chat_text(views.tokenizer, [{"role": "user", "content": content}], ChatOptions())
+    template = ""
+    for role, mark in marks.items():
+        before, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise ValueError("the chat template of this checkpoint changes what the user says, so no pairs fit into it")
+        said = f"messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first"
+        template += f"{{{{ {_literal(before)} }}}}{{{{ {said} }}}}"
+    return f"{template}{{{{ {_literal(rest)} }}}}"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _asked(views: UBMoETransformer, query: str, document: str) -> list[int]:
