@@ -17,31 +17,38 @@ import torch
 
 from ubmoe_st.cards import export_card
 from ubmoe_st.checkpoint import is_checkpoint
-from ubmoe_st.export.folders import write_encoder_files, write_generator_files, write_safetensors
+from ubmoe_st.export.folders import (
+    write_cross_encoder_files,
+    write_encoder_files,
+    write_generator_files,
+    write_safetensors,
+)
 from ubmoe_st.export.gguf import write_gguf
 from ubmoe_st.export.graphs import PEAK_LIMIT, write_graph
 from ubmoe_st.files import replacing_by_name, replacing_folder
 from ubmoe_st.model import UBMoE
 
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "gguf", "onnx", "openvino"]
+Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino"]
 Quantization = Literal["f16", "int8"]
 
 _NEEDS = {
     "hf": (),
+    "cross-encoder": (),
     "gguf": ("gguf",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
 }
 _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "hf": (),
+    "cross-encoder": (),
     "gguf": ("f16", "int8"),
     "onnx": ("int8",),
     "openvino": ("int8",),
 }
 _PARTS = re.compile(
-    r"onnx|openvino|\d+_(Pooling|Dense|Normalize)|.+\.safetensors|model\.safetensors\.index\.json"
-    r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json"
+    r"onnx|openvino|\d+_(Pooling|Dense|Normalize|LogitScore)|.+\.safetensors|model\.safetensors\.index\.json"
+    r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json|chat_template\.jinja"
 )
 
 
@@ -62,7 +69,9 @@ def export(
         checkpoint: A checkpoint folder or the Hub id of one.
         out: Folder to write; for `gguf` a file that ends in `.gguf`.
         view: `encoder` (full attention, `bi` experts) or `generator` (the base model).
-        format: `hf`: safetensors for transformers and sentence-transformers, in the dtype of the checkpoint. `onnx`,
+        format: `hf`: safetensors for transformers and sentence-transformers, in the dtype of the checkpoint.
+            `cross-encoder`: the generator for `CrossEncoder` of sentence-transformers, with the scores of `UBMoE.rank`
+            by `yes_no`; whatever the `view`. `onnx`,
             `openvino`: a graph in fp32 with dynamic batch and length; of the generator without KV cache. `gguf`: one
             file for llama.cpp, in fp32.
         quantize: `int8`: 8-bit weights (and activations, for `onnx` and `openvino`, of the encoder only). `f16`:
@@ -83,7 +92,10 @@ def export(
     """
     target = Path(out)
     _check_arguments(target, view, format, quantize, overwrite)
-    dtype: dict[str, Any] = {} if format == "hf" else {"model_kwargs": {"dtype": torch.float32}}
+    if format == "cross-encoder":
+        view = "generator"
+    plain = format in ("hf", "cross-encoder")
+    dtype: dict[str, Any] = {} if plain else {"model_kwargs": {"dtype": torch.float32}}
     model = UBMoE(checkpoint, device="cpu", **dtype)
     kept: list[str] = []
     if format == "gguf":
@@ -93,11 +105,13 @@ def export(
         size = target.stat().st_size
     else:
         with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
-            if view == "encoder":
+            if format == "cross-encoder":
+                write_cross_encoder_files(model, folder)
+            elif view == "encoder":
                 write_encoder_files(model, folder, baked=format != "hf")
             else:
                 write_generator_files(model, folder)
-            if format == "hf":
+            if plain:
                 write_safetensors(model, folder, view)
             else:
                 kept = write_graph(model, folder, view, format, quantize, calibration, peak_limit)

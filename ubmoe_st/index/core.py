@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ..forking import ForkSafeLock
 from . import changes
 from .budget import MemoryBudget, search_mebibytes
 from .build import SEGMENT_ROWS, build_index
@@ -22,7 +22,8 @@ from .kinds import FEWEST_ROWS, Request, choose
 from .manifest import Manifest
 from .progress import ProgressCallback
 from .ray_engine import RayEngine
-from .search import Hit, Mode, Searcher, SearchSettings
+from .rerank import check_rerank, reranked
+from .search import Hit, Mode, Searcher, SearchSettings, check_k
 from .storage import map_npy, problems_of
 from .store import Entry, Snapshot, open_snapshot
 from .tuning import TuningReport, tune
@@ -52,7 +53,7 @@ class EmbeddingIndex:
     ) -> None:
         self._searcher = Searcher(snapshot, settings)
         self._embedder = embedder
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @property
     def _snapshot(self) -> Snapshot:
@@ -330,6 +331,7 @@ class EmbeddingIndex:
         mode: Mode = "dense",
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        rerank: int | None = None,
     ) -> tuple[np.ndarray, list[list[str]]]:
         """Cosines and ids of the nearest entries of each query, best first; equal scores in corpus order.
 
@@ -343,11 +345,13 @@ class EmbeddingIndex:
                 share a word with the query; its shorter results end in NaN scores and empty ids.
             exact: Compare with every entry, whatever the kind of index.
             parameters: nprobe, efSearch, rerank instead of the stored ones.
+            rerank: So many of the first results come in the order of `model.rank` instead, which reads query and
+                text together; scores stay cosines. None: none.
 
         Returns:
             Scores, float32, (Q, K), and ids, Q lists of K.
         """
-        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
+        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters, rerank)
         names = iter(self.ids_at(rows[rows >= 0]))
         return scores, [[next(names) if row >= 0 else "" for row in line] for line in rows.tolist()]
 
@@ -360,9 +364,10 @@ class EmbeddingIndex:
         mode: Mode = "dense",
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        rerank: int | None = None,
     ) -> list[list[Hit]]:
         """The nearest entries of each query with texts, spans and metadata, best first. Arguments as in `search`."""
-        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
+        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters, rerank)
         return [
             [self.hit_at(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
             for line, values in zip(rows, scores)
@@ -376,8 +381,14 @@ class EmbeddingIndex:
         mode: Mode,
         exact: bool,
         parameters: dict[str, int] | None,
+        rerank: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (Q, K) and rows (Q, K); -1 is no row."""
+        if rerank is not None:
+            check_k(k)
+            asked = check_rerank(rerank, queries, self.model)
+            found = self._search_rows(queries, max(k, rerank), spec, mode, exact, parameters)
+            return reranked(self.model, asked, found, k, rerank, self._snapshot.entry_at)
         if mode not in ("dense", "bm25", "hybrid"):
             raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
         texts = [queries] if isinstance(queries, str) else queries

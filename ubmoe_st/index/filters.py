@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import operator
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from ..forking import ForkSafeLock
 from .store import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class FilterEngine:
         self._snapshot = snapshot
         self._columns: dict[str, list[Any]] = {}
         self._masks: dict[str, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def mask(self, spec: Filter) -> np.ndarray:
         """Which stored rows pass, bool (N,). Deleted rows are not looked at apart.

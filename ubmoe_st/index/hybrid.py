@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..files import record_of, replacing_by_name
+from ..forking import ForkSafeLock
 from .manifest import FolderRecord
 from .store import Snapshot
 from .workplace import Workplace
@@ -61,7 +61,7 @@ class KeywordSearch:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._engine: Any = None
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None) -> list[np.ndarray]:
         """Rows by falling BM25 score, at most K and only such that share a word with the query, per query.

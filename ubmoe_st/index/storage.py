@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..files import disk_full_explained, replacing, sha256_of
+from ..forking import ForkSafeLock
 
 # numpy reads a header as a Python literal, and CPython 3.11's parser counts its depth across threads: two at once may
 # end in "AST constructor recursion depth mismatch".
-_HEADER_LOCK = threading.Lock()
+_HEADER_LOCK = ForkSafeLock()
 
 
 def npy_header(rows: int, dimension: int, dtype: np.dtype) -> bytes:
