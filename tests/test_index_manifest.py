@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.encoders import HashEncoder
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_index_encoders import HashEncoder
 
 from ubmoe_st.files import write_json
 from ubmoe_st.index import EmbeddingIndex
