@@ -166,7 +166,7 @@ class Build:
             len(manifest.sources) == 1
             and not manifest.edited
             and (manifest.index.requested, manifest.index.faiss_file) == (request.kind, request.faiss_file)
-            and self._took_in(manifest.sources[0])
+            and self._took_in(manifest.sources[0], self._corpus)
         )
 
     def entries_if_repeated(self, base: Manifest) -> int | None:
@@ -175,18 +175,19 @@ class Build:
         A corpus that can be read only once is never taken for a repeated one.
         """
         source = base.sources[-1]
+        numbered_from = self._corpus.first_number - source.corpus_rows  # as it was when this corpus went in
         if (
             source.version != base.version
             or (self._workplace.unfinished() and not self._workplace.committed())
             or not self._corpus.repeatable
-            or not self._took_in(source)
+            or not self._took_in(source, replace(self._corpus, first_number=numbered_from))
         ):
             return None
         return source.entries
 
-    def _took_in(self, source: SourceRecord) -> bool:
+    def _took_in(self, source: SourceRecord, corpus: Corpus) -> bool:
         """Whether a corpus went in as this run would take it in, and has the very rows that are on record."""
-        return source.config.same_input(self.config()) and same_rows(source, self._corpus)
+        return source.config.same_input(self.config()) and same_rows(source, corpus)
 
     def begin(self, restart: bool) -> None:
         """Start, or take up a run that was stopped.

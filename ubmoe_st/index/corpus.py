@@ -10,6 +10,7 @@ import csv
 import gzip
 import hashlib
 import json
+import numbers
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -66,7 +67,7 @@ class CorpusFields:
     """Where in a row the parts of a document are, and what is refused."""
 
     id: str | None = "id"
-    """Field that holds the id. None: rows are numbered from 0."""
+    """Field that holds the id. None: rows are numbered, on from those of the corpora before."""
     text: str = "text"
     """Field that holds the text."""
     title: str | None = "title"
@@ -92,6 +93,8 @@ class Corpus:
 
     source: Any
     fields: CorpusFields = field(default_factory=CorpusFields)
+    first_number: int = 0
+    """What the first row is called where rows have no ids of their own."""
 
     def __post_init__(self) -> None:
         self._read = 0
@@ -126,7 +129,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document | BadRow]:
         self._read, self._counted = 0, None
-        for number, (place, row) in enumerate(self._rows()):
+        for number, (place, row) in enumerate(self._rows(), self.first_number):
             yield row if isinstance(row, BadRow) else self._document(place, row, number)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
@@ -348,13 +351,11 @@ class Corpus:
         if not text.strip():
             return BadRow(place, f"has an empty {fields.text!r}")
         if fields.id is None:
-            identity: Any = str(number)
+            identity: str | None = str(number)
         else:
-            identity = row.get(fields.id)
-            if isinstance(identity, int) and not isinstance(identity, bool):
-                identity = str(identity)
-        if not isinstance(identity, str) or not identity:
-            return BadRow(place, f"needs a non-empty string or integer in {fields.id!r}, got {identity!r}")
+            identity = id_text(row.get(fields.id))
+        if not identity:
+            return BadRow(place, f"needs a non-empty string or integer in {fields.id!r}, got {row.get(fields.id)!r}")
         title = row.get(fields.title) if fields.title is not None else None
         if title is not None and not isinstance(title, str):
             return BadRow(place, f"needs a string in {fields.title!r}, got {type(title).__name__}")
@@ -382,6 +383,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def id_text(value: Any) -> str | None:
+    """An id as it is stored: text as it is, whole numbers as text; None for what is no id."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return str(int(value))
+    return value if isinstance(value, str) else None
+
+
+def id_texts(ids: Any) -> list[str]:
+    """One id or many as they are stored.
+
+    Raises:
+        TypeError: If one is neither a text nor a whole number.
+    """
+    many = [ids] if isinstance(ids, (str, numbers.Integral)) else list(ids)
+    found = []
+    for value in many:
+        if (identity := id_text(value)) is None:
+            raise TypeError(f"an id is a text or a whole number, got {value!r}")
+        found.append(identity)
+    return found
 
 
 def key_of(identity: str) -> bytes:

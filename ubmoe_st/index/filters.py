@@ -6,18 +6,19 @@ import json
 import logging
 import operator
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from .corpus import id_text
 from .store import Snapshot
 
 logger = logging.getLogger(__name__)
 
 Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 """`{"lang": "en"}`, `{"lang": ["en", "de"]}`, `{"year": {">=": 1990, "<": 2000}}` (all must hold), or a function of the
-metadata of a row."""
+metadata of a row. `id`, `title` and `parent` of the entry are there too, unless the row has such a field of its own."""
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -28,6 +29,10 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 COLLECTIONS = (list, tuple, set, frozenset)
 NEGATIVE = ("!=", "not in")
+OWN_FIELDS = ("id", "title", "parent")
+"""What a filter sees of an entry beside its metadata."""
+IDENTITIES = ("id", "parent")
+ORDERS = ("<", "<=", ">", ">=")
 MISSING = object()
 KEPT_MASKS = 32
 
@@ -50,6 +55,11 @@ def _holds(value: Any, name: str, wanted: Any) -> bool:
         return bool(OPERATORS[name](value, wanted))
     except TypeError:
         return False
+
+
+def _as_id(value: Any) -> Any:
+    """A wanted id as ids are stored."""
+    return value if (identity := id_text(value)) is None else identity
 
 
 def conditions(spec: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
@@ -99,8 +109,7 @@ class FilterEngine:
             TypeError: If `spec` is neither a mapping nor callable.
         """
         if callable(spec):
-            rows = (bool(spec(json.loads(text) if text else {})) for text in self._metadata())
-            return np.fromiter(rows, bool, self._snapshot.stored_rows)
+            return np.fromiter((bool(spec(fields)) for fields in self._rows()), bool, self._snapshot.stored_rows)
         if not isinstance(spec, Mapping):
             raise TypeError(f"a filter is a mapping or a function, got {type(spec).__name__}")
         with self._lock:
@@ -110,24 +119,30 @@ class FilterEngine:
                 mask = np.ones(self._snapshot.stored_rows, bool)
                 for field, name, wanted in wanted_all:
                     column = self._column(field)
+                    if field in IDENTITIES and name not in ORDERS:
+                        column = [_as_id(value) for value in column]
+                        many = isinstance(wanted, COLLECTIONS)
+                        wanted = [_as_id(one) for one in wanted] if many else _as_id(wanted)
                     mask &= np.fromiter((_holds(value, name, wanted) for value in column), bool, len(column))
                 if len(self._masks) >= KEPT_MASKS:
                     self._masks.pop(next(iter(self._masks)))
                 self._masks[key] = mask
             return self._masks[key]
 
-    def _metadata(self) -> Any:
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Every row's metadata, and what it has of `OWN_FIELDS` where the metadata have no field of that name."""
         for segment in self._snapshot.segments:
             for batch in segment.entries.batches():
-                yield from batch.column("metadata").to_pylist()
+                columns = (batch.column(name).to_pylist() for name in (*OWN_FIELDS, "metadata"))
+                for *own, text in zip(*columns):
+                    fields = {name: value for name, value in zip(OWN_FIELDS, own) if value is not None}
+                    yield fields | json.loads(text) if text else fields
 
     def _column(self, field: str) -> list[Any]:
         if field not in self._columns:
-            self._columns[field] = [
-                json.loads(text).get(field, MISSING) if text else MISSING for text in self._metadata()
-            ]
+            self._columns[field] = [fields.get(field, MISSING) for fields in self._rows()]
             if all(value is MISSING for value in self._columns[field]) and self._columns[field]:
-                known = sorted({key for text in self._metadata() if text for key in json.loads(text)})
+                known = sorted({key for fields in self._rows() for key in fields if key not in OWN_FIELDS})
                 logger.warning(
                     "filter: no row of %s has a field %r; it has %s",
                     self._snapshot.folder,
