@@ -101,7 +101,9 @@ class EmbeddingIndex:
             title_field: Field with the title, where a row has one.
             metadata_fields: Fields kept for filters and results; None keeps all others.
             max_row_bytes: A larger row is a bad row.
-            chunk_tokens: Cut documents into chunks of this many tokens; ids become `id#0`, `id#1`, ...
+            chunk_tokens: Cut documents into chunks of this many tokens, or fewer where the title takes room the model
+                needs; ids become `id#0`, `id#1`, ... None: documents stay whole, and
+                `info["sources"][n]["entries_cut"]` counts those of which the model reads only the beginning.
             overlap_tokens: Tokens that neighbouring chunks share.
             with_title: Let the model read the title on a line before the text.
             on_duplicate: An id met again: `raise`, `skip` (the first stays) or `upsert` (the last wins).

@@ -222,6 +222,8 @@ class SourceRecord:
     duplicates_left_out: int
     config: RunConfig
     added: str
+    entries_cut: int = 0
+    """Entries of which the model reads only the beginning."""
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> SourceRecord:
@@ -382,6 +384,7 @@ class Journal:
     bad_bytes: int = 0
     bad_rows: int = 0
     duplicates: int = 0
+    cut: int = 0
     finished: bool = False
 
     @staticmethod
