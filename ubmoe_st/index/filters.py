@@ -37,16 +37,16 @@ MISSING = object()
 KEPT_MASKS = 32
 
 
-def _holds(value: Any, name: str, wanted: Any) -> bool:
+def holds(value: Any, name: str, wanted: Any) -> bool:
     """Whether a field's value passes one condition. A list passes when one of its items does."""
     if name == "exists":
         return (value is not MISSING) == bool(wanted)
     if name in NEGATIVE:
-        return not _holds(value, {"!=": "==", "not in": "in"}[name], wanted)
+        return not holds(value, {"!=": "==", "not in": "in"}[name], wanted)
     if value is MISSING:
         return False
     if isinstance(value, list) and not (name == "==" and isinstance(wanted, list)):
-        return any(_holds(item, name, wanted) for item in value)
+        return any(holds(item, name, wanted) for item in value)
     if name == "in":
         return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in wanted)
     if isinstance(value, bool) != isinstance(wanted, bool):
@@ -89,6 +89,32 @@ def conditions(spec: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     return triples
 
 
+def passes(fields: Mapping[str, Any], spec: Filter) -> bool:
+    """Whether a row with these fields passes."""
+    if callable(spec):
+        return bool(spec(dict(fields)))
+    return all(
+        holds(*_comparable(field, name, fields.get(field, MISSING), wanted)) for field, name, wanted in conditions(spec)
+    )
+
+
+def both(first: Filter | None, second: Filter | None) -> Filter | None:
+    """A filter that is passed where both are."""
+    if first is None or second is None:
+        return second if first is None else first
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and not first.keys() & second.keys():
+        return {**first, **second}
+    return lambda fields: passes(fields, first) and passes(fields, second)
+
+
+def _comparable(field: str, name: str, value: Any, wanted: Any) -> tuple[Any, str, Any]:
+    """The arguments of `holds`, with ids as they are stored."""
+    if field not in IDENTITIES or name in ORDERS:
+        return value, name, wanted
+    many = isinstance(wanted, COLLECTIONS)
+    return _as_id(value), name, [_as_id(one) for one in wanted] if many else _as_id(wanted)
+
+
 class FilterEngine:
     """Evaluates filters over one snapshot; keeps the columns and masks it has worked out.
 
@@ -119,11 +145,8 @@ class FilterEngine:
                 mask = np.ones(self._snapshot.stored_rows, bool)
                 for field, name, wanted in wanted_all:
                     column = self._column(field)
-                    if field in IDENTITIES and name not in ORDERS:
-                        column = [_as_id(value) for value in column]
-                        many = isinstance(wanted, COLLECTIONS)
-                        wanted = [_as_id(one) for one in wanted] if many else _as_id(wanted)
-                    mask &= np.fromiter((_holds(value, name, wanted) for value in column), bool, len(column))
+                    held = (holds(*_comparable(field, name, value, wanted)) for value in column)
+                    mask &= np.fromiter(held, bool, len(column))
                 if len(self._masks) >= KEPT_MASKS:
                     self._masks.pop(next(iter(self._masks)))
                 self._masks[key] = mask
