@@ -7,6 +7,8 @@ import logging
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -48,13 +50,54 @@ def holds(value: Any, name: str, wanted: Any) -> bool:
     if isinstance(value, list) and not (name == "==" and isinstance(wanted, list)):
         return any(holds(item, name, wanted) for item in value)
     if name == "in":
-        return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in wanted)
-    if isinstance(value, bool) != isinstance(wanted, bool):
+        return any(holds(value, "==", item) for item in wanted)
+    if (pair := _alike(value, wanted)) is None:
         return False
     try:
-        return bool(OPERATORS[name](value, wanted))
+        return bool(OPERATORS[name](*pair))
     except TypeError:
         return False
+
+
+def _alike(value: Any, wanted: Any) -> tuple[Any, Any] | None:
+    """A stored value and a wanted one in forms that compare; None where they are of different types.
+
+    A corpus may hold as text what is wanted as a number or a truth value (CSV has nothing else), and dates are stored
+    as ISO text.
+    """
+    if isinstance(wanted, np.generic):
+        wanted = wanted.item()
+    if isinstance(wanted, date):
+        return _as_times(value, wanted)
+    if isinstance(wanted, bool) and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower())
+    if isinstance(value, bool) or isinstance(wanted, bool):
+        return (value, wanted) if isinstance(value, bool) and isinstance(wanted, bool) else None
+    if isinstance(wanted, (int, float, Decimal)) and isinstance(value, str):
+        try:
+            value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+        except ValueError:
+            return None
+    if isinstance(wanted, Decimal):
+        wanted = float(wanted)
+    return None if wanted is None or isinstance(value, str) != isinstance(wanted, str) else (value, wanted)
+
+
+def _as_times(value: Any, wanted: date) -> tuple[date, date] | None:
+    """ISO text and a wanted date, or a wanted time, which is in UTC where it has no zone; None for other values."""
+    try:
+        time = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    except (AttributeError, ValueError):
+        return None
+    if not isinstance(wanted, datetime):
+        return time.date(), wanted
+    first, second = (one if one.tzinfo else one.replace(tzinfo=timezone.utc) for one in (time, wanted))
+    return first, second
+
+
+def _items(value: Any) -> Any:
+    """The items of a list, or the one value."""
+    return value if isinstance(value, COLLECTIONS) else (value,)
 
 
 def _as_id(value: Any) -> Any:
@@ -145,12 +188,34 @@ class FilterEngine:
                 mask = np.ones(self._snapshot.stored_rows, bool)
                 for field, name, wanted in wanted_all:
                     column = self._column(field)
-                    held = (holds(*_comparable(field, name, value, wanted)) for value in column)
-                    mask &= np.fromiter(held, bool, len(column))
+                    tests = (holds(*_comparable(field, name, value, wanted)) for value in column)
+                    held = np.fromiter(tests, bool, len(column))
+                    if name != "exists" and (held.all() if name in NEGATIVE else not held.any()):
+                        self._warn_of_type(field, name, column, wanted)
+                    mask &= held
                 if len(self._masks) >= KEPT_MASKS:
                     self._masks.pop(next(iter(self._masks)))
                 self._masks[key] = mask
             return self._masks[key]
+
+    def _warn_of_type(self, field: str, name: str, column: list[Any], wanted: Any) -> None:
+        """Say that a filter decides nothing because no row has a value of the type that is wanted."""
+        other = None
+        for item in (item for value in column if value is not MISSING for item in _items(value)):
+            value, _, wanted_here = _comparable(field, name, item, wanted)
+            if any(_alike(value, one) is not None for one in _items(wanted_here)):
+                return
+            other = value
+        if other is not None:
+            logger.warning(
+                "filter: no value of %r in %s compares with %r, a %s: they are like %r, a %s",
+                field,
+                self._snapshot.folder,
+                wanted,
+                type(wanted).__name__,
+                other,
+                type(other).__name__,
+            )
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         """Every row's metadata, and what it has of `OWN_FIELDS` where the metadata have no field of that name."""
