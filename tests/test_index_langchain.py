@@ -11,6 +11,7 @@ langchain_tests = pytest.importorskip("langchain_tests.integration_tests")
 
 
 @pytest.mark.asyncio
+@pytest.mark.filterwarnings("ignore:.*marked with .@pytest.mark.asyncio")
 class TestLangChainStandard(langchain_tests.RetrieversIntegrationTests):
     @pytest.fixture(autouse=True)
     def _index(self, tmp_path):

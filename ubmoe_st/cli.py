@@ -274,7 +274,7 @@ def index(
     )
     if bm25 and built.info["bm25"] is None:
         built.build_bm25()
-    cut = sum(source["entries_cut"] for source in built.info["sources"])
+    cut = sum(source.get("entries_cut", 0) for source in built.info["sources"])
     facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind, "cut": cut}
     if as_json:
         say_json(facts)

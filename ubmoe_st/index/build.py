@@ -363,7 +363,7 @@ class Build:
         journal.dead_bytes, journal.bad_bytes = dead.length, bad.length
         journal.bad_rows += len(part.bad)
         journal.duplicates += part.duplicates
-        journal.cut += part.cut
+        journal.cut = ((journal.cut or 0) + part.cut) or None
         journal.write(self._folder)
         self._window_rows = 0
         if sum(part.rows for part in journal.parts) >= self._segment_rows:
