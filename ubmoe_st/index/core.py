@@ -17,7 +17,7 @@ from .corpus import Corpus, CorpusFields, id_text, id_texts
 from .embedder import Embedder, check_probes, query_vectors
 from .export import export_parquet
 from .filters import Filter
-from .kinds import FEWEST_ROWS, Request, choose
+from .kinds import FEWEST_ROWS, Request, check_factory, choose
 from .manifest import Manifest
 from .progress import ProgressCallback
 from .ray_engine import RayEngine
@@ -103,7 +103,7 @@ class EmbeddingIndex:
             max_row_bytes: A larger row is a bad row.
             chunk_tokens: Cut documents into chunks of this many tokens, or fewer where the title takes room the model
                 needs; ids become `id#0`, `id#1`, ... None: documents stay whole, and
-                `info["sources"][n]["entries_cut"]` counts those of which the model reads only the beginning.
+                `info["sources"][n]["entries_cut"]` counts those of which the model reads only the beginning, if any.
             overlap_tokens: Tokens that neighbouring chunks share.
             with_title: Let the model read the title on a line before the text.
             on_duplicate: An id met again: `raise`, `skip` (the first stays) or `upsert` (the last wins).
@@ -160,6 +160,7 @@ class EmbeddingIndex:
             raise ValueError(f"engine is local or ray, got {engine!r}")
         rows = Corpus(corpus, fields)
         embedder = Embedder(model, model_id, truncate_dim)
+        check_factory(kind, embedder.dimension)
 
         def ray_engine() -> RayEngine:
             sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model

@@ -15,8 +15,10 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import UUID
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
@@ -265,7 +267,10 @@ class Corpus:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
 
         reader = csv.reader(physical_lines(), delimiter=delimiter, strict=True)
-        header = next(reader, None)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise CorpusError(f"{name} line 1: the header is not a {name.rsplit('.', 1)[-1]} row ({error})") from error
         if header is None:
             return
         if self.fields.text not in header:
@@ -361,9 +366,10 @@ class Corpus:
             return BadRow(place, f"needs a string in {fields.title!r}, got {type(title).__name__}")
         own = (fields.id, fields.text, fields.title)
         kept = [key for key in row if key not in own] if fields.metadata is None else fields.metadata
-        values = {str(key): row[key] for key in kept if row.get(key) is not None}
         try:
-            metadata = json.dumps(values, sort_keys=True, ensure_ascii=False, default=_plain) if values else None
+            found = {str(key): _known(row[key]) for key in kept if key in row}
+            values = {key: value for key, value in found.items() if value is not None}
+            metadata = _json(values) if values else None
             size = sum(len(part.encode()) for part in (identity, text, title, metadata) if part)
         except UnicodeEncodeError:
             return BadRow(place, "is not valid UTF-8 (it holds bytes or surrogates that are no character)")
@@ -374,12 +380,30 @@ class Corpus:
         return Document(place, identity, text, title or None, metadata)
 
 
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _known(value: Any) -> Any:
+    """A value with None for what is NaN, which is how tables say that there is none, and JSON cannot."""
+    if isinstance(value, Mapping):
+        return {key: _known(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # of numpy
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_known(item) for item in value]
+    number = isinstance(value, (float, Decimal)) or hasattr(value, "isoformat")  # pandas has dates that are none
+    return None if number and value != value else value
+
+
 def _plain(value: Any) -> Any:
-    """Dates and numpy scalars as JSON values."""
+    """Dates, decimals and identifiers as JSON values."""
     if hasattr(value, "isoformat"):
         return value.isoformat()
-    if hasattr(value, "item"):
-        return value.item()
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, UUID):
+        return str(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} is not a JSON value")
