@@ -356,3 +356,31 @@ def test_filters_see_id_title_and_parent(tmp_path):
     )
     assert found({"id": {">=": 10}}, plain) == ["k10", "k11"], "a row's own field comes first"
     assert found({"id": ["7", 8]}, plain) == ["k7", "k8"]
+
+
+@pytest.mark.parametrize("change", ["compact", "rebuild", "bm25"])
+def test_an_open_reader_keeps_its_words_and_its_model(tmp_path, change):
+    """What a reader has not used yet is of its version, too, when a writer has replaced it."""
+    encoder = HashEncoder(12)
+    rows = [{"id": f"d{n}", "text": f"word{n % 7} word{n % 5} and text {n}"} for n in range(40)]
+    writer = EmbeddingIndex.build(encoder, rows, tmp_path / "i")
+    writer.build_bm25()
+    expected = {mode: writer.search("word3 text", 5, mode=mode) for mode in ("bm25", "hybrid")}
+    reader, other = EmbeddingIndex.open(tmp_path / "i"), EmbeddingIndex.open(tmp_path / "i")
+    before = tmp_path / "i" / reader.info["bm25"]["folder"]
+    probes = tmp_path / "i" / reader.info["model"]["probes"]["file"]
+    writer.delete([f"d{n}" for n in range(20)])
+    if change == "compact":
+        writer.compact()
+    elif change == "bm25":
+        writer.build_bm25()
+    else:
+        EmbeddingIndex.build(HashEncoder(12, salt="other"), rows[:9], tmp_path / "i", overwrite=True)
+        assert not probes.exists(), "the probes are still there, so this test would be vacuous"
+    assert not before.exists(), "the BM25 part is still there, so this test would be vacuous"
+    reader.check_same_model(other)
+    reader.use_model(encoder)
+    for mode, (scores, ids) in expected.items():
+        found = reader.search("word3 text", 5, mode=mode)
+        assert found[1] == ids
+        np.testing.assert_array_equal(found[0], scores)

@@ -22,7 +22,7 @@ from .manifest import Manifest
 from .progress import ProgressCallback
 from .ray_engine import RayEngine
 from .search import Hit, Mode, Searcher, SearchSettings
-from .storage import map_npy, problems_of, require_libraries
+from .storage import problems_of, require_libraries
 from .store import Entry, Namespace, Snapshot, open_snapshot
 from .tuning import TuningReport, tune
 from .windows import OnBadRow, OnDuplicate, PipelineOptions
@@ -268,12 +268,8 @@ class EmbeddingIndex:
         limit = stored.max_tokens
         if limit is not None and embedder.max_tokens is not None and embedder.max_tokens < limit:
             raise ValueError(f"the model reads {embedder.max_tokens} tokens, the index was built with {limit}")
-        check_probes(embedder.probes(), self._probes())
+        check_probes(embedder.probes(), self._snapshot.probes)
         self._embedder = embedder
-
-    def _probes(self) -> np.ndarray:
-        """The stored vectors of the probe texts, (2, P, D)."""
-        return np.array(map_npy(self.path / self._snapshot.manifest.model.probes.file))
 
     def find_model(self) -> str:
         """The folder or Hub id of the model this index was built with; also after both were moved together.
@@ -289,7 +285,7 @@ class EmbeddingIndex:
         Raises:
             ValueError: Saying what differs.
         """
-        check_probes(self._probes(), other._probes())
+        check_probes(self._snapshot.probes, other._snapshot.probes)
 
     def _model(self) -> Embedder:
         with self._lock:

@@ -277,6 +277,15 @@ class Snapshot:
             self.dead = np.array(map_npy(folder / self.manifest.dead.file))
         for file in self.manifest.index.files:
             check_size(folder / file.file, file.record())
+        # Held from now on, since they are first needed when a writer may have removed them.
+        probes = self.manifest.model.probes
+        check_size(folder / probes.file, probes.record())
+        self.probes = np.array(map_npy(folder / probes.file))  # (2, P, D)
+        self.bm25_files: dict[str, Any] = {}
+        if (bm25 := self.manifest.bm25) is not None:
+            for name, file in bm25.files.items():
+                check_size(folder / bm25.folder / name, file)
+                self.bm25_files[name] = map_file(folder / bm25.folder / name)
         self._alive: np.ndarray | None = None
 
     @cached_property
@@ -462,7 +471,7 @@ def open_snapshot(folder: Path) -> Snapshot:
         manifest = Manifest.read(folder)
         try:
             return Snapshot(folder, manifest)
-        except ValueError:
+        except (ValueError, OSError):
             if Manifest.read(folder).version == manifest.version:
                 raise
     return Snapshot(folder)
