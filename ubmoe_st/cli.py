@@ -277,11 +277,13 @@ def index(
     )
     if bm25 and built.info["bm25"] is None:
         built.build_bm25()
-    facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind}
+    cut = sum(source.get("entries_cut", 0) for source in built.info["sources"])
+    facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind, "cut": cut}
     if as_json:
         say_json(facts)
     else:
-        say(f"{len(built):,} entries, {built.dimension} dimensions, {built.kind} -> {out_dir}")
+        end = f"; of {cut:,} the model reads only the beginning: cut them with --chunk-tokens" if cut else ""
+        say(f"{len(built):,} entries, {built.dimension} dimensions, {built.kind} -> {out_dir}{end}")
 
 
 @app.command()
