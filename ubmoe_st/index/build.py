@@ -23,7 +23,7 @@ import numpy as np
 from ..files import remove, replacing, sha256_of
 from .corpus import Corpus, CorpusChangedError, CorpusError, Document
 from .embedder import Embedder, TokenCounter, check_probes, weights_fingerprint
-from .kinds import Request, write_faiss
+from .kinds import Request, check_factory, write_faiss
 from .manifest import (
     FaissRecord,
     FileRecord,
@@ -85,6 +85,7 @@ def build_index(
         elif strangers := workplace.strangers():
             raise ValueError(f"{folder} holds {strangers[0]!r}, which is no part of an index: give another folder")
         run.check_chunks()
+        check_factory(request.kind, embedder.dimension)
         if engine is not None:
             run.engine = engine()
         run.begin(restart=overwrite)

@@ -17,7 +17,7 @@ from .corpus import Corpus, CorpusFields, id_text, id_texts
 from .embedder import Embedder, check_probes, query_vectors
 from .export import export_parquet
 from .filters import Filter
-from .kinds import FEWEST_ROWS, Request, check_factory, choose
+from .kinds import FEWEST_ROWS, Request, choose
 from .manifest import Manifest
 from .progress import ProgressCallback
 from .ray_engine import RayEngine
@@ -161,7 +161,6 @@ class EmbeddingIndex:
             raise ValueError(f"engine is local or ray, got {engine!r}")
         rows = Corpus(corpus, fields)
         embedder = Embedder(model, model_id, truncate_dim)
-        check_factory(kind, embedder.dimension)
 
         def ray_engine() -> RayEngine:
             sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model
