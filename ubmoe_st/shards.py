@@ -6,8 +6,9 @@ What is written is what the safetensors library writes of the same tensors, to t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,53 @@ def spec_of(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
     return Spec(_CODES[name], tuple(shape))
 
 
-class TensorFiles(Mapping[str, "Tensor"]):
+class Described(Mapping[str, "Tensor"]):
+    """Tensors by name whose shapes and types are known without reading them."""
+
+    def spec(self, name: str) -> Spec:
+        """Shape and type of a tensor."""
+        raise NotImplementedError
+
+
+class LazyTensors(Described):
+    """Tensors that are made when they are asked for, and not kept.
+
+    Args:
+        makers: What each tensor is, and the function that gives it.
+    """
+
+    def __init__(self, makers: Mapping[str, tuple[Spec, Callable[[], Tensor]]]) -> None:
+        self._makers = dict(makers)
+
+    def spec(self, name: str) -> Spec:  # noqa: D102 - as of the class above
+        return self._makers[name][0]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._makers[name][1]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def pick(tensors: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> Mapping[str, Tensor]:
+    """The tensors whose name is wanted; reads none of them."""
+    names = [name for name in tensors if wanted(name)]
+    if isinstance(tensors, Described):
+        return LazyTensors({name: (tensors.spec(name), partial(tensors.__getitem__, name)) for name in names})
+    return {name: tensors[name] for name in names}
+
+
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
+    """Shapes and types by name; reads no tensor that is not in memory."""
+    if isinstance(tensors, Described):
+        return {name: tensors.spec(name) for name in tensors}
+    return {name: spec_of(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+class TensorFiles(Described):
     """The tensors of one or more safetensors files by name; each is read from disk when it is asked for, and not kept.
 
     They are read, not mapped: what was looked at does not stay in the memory of the process.
@@ -92,8 +139,7 @@ class TensorFiles(Mapping[str, "Tensor"]):
                     raise ValueError(f"{name} is in {self._places[name][0].name} and in {file.name}; expected it once")
                 self._places[name] = (file, offset, spec)
 
-    def spec(self, name: str) -> Spec:
-        """Shape and type of a tensor, from the header alone."""
+    def spec(self, name: str) -> Spec:  # noqa: D102 - as of the class above
         return self._places[name][2]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -175,7 +221,7 @@ def file_bytes(specs: Mapping[str, Spec], head: bytes) -> int:
     return len(head) + sum(spec.bytes for spec in specs.values())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec], alignment: int = 0) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], alignment: int = 0) -> None:
     """Write a safetensors file whose tensors start at a given offset modulo 64 bytes.
 
     transformers maps weights from the file, so their address modulo 64 is that of the file. MKL's matrix-vector
@@ -185,7 +231,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str,
     Args:
         path: The file.
         tensors: By name; each is asked for once, when it is written.
-        specs: What each of them is.
         alignment: Offset modulo 64; a multiple of 8, as safetensors pads its header to.
 
     Raises:
@@ -193,6 +238,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], specs: Mapping[str,
     """
     import torch
 
+    specs = specs_of(tensors)
     with open(path, "wb") as file:
         file.write(aligned_header(specs, alignment))
         for name in in_file_order(specs):
