@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ubmoe_st import shards
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 
 LowRank = dict[str, tuple[Tensor, Tensor]]
@@ -280,7 +281,7 @@ def save_low_rank(low_rank: LowRank, file: str | os.PathLike[str], metadata: Map
     for name, (lora_a, lora_b) in low_rank.items():
         tensors[f"{name}.lora_A"] = lora_a.detach().cpu().contiguous()
         tensors[f"{name}.lora_B"] = lora_b.detach().cpu().contiguous()
-    save_file(tensors, file, metadata=low_rank_header(metadata))
+    shards.write_with_metadata(Path(file), tensors, low_rank_header(metadata))
 
 
 def low_rank_header(metadata: Mapping[str, object]) -> dict[str, str]:

@@ -6,6 +6,7 @@ What is written is what the safetensors library writes of the same tensors, to t
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -76,9 +77,13 @@ def spec_of(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
 class Described(Mapping[str, "Tensor"]):
     """Tensors by name whose shapes and types are known without reading them."""
 
+    @abstractmethod
     def spec(self, name: str) -> Spec:
         """Shape and type of a tensor."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name; that of `Mapping` would read it."""
 
 
 class LazyTensors(Described):
@@ -96,6 +101,9 @@ class LazyTensors(Described):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._makers[name][1]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
@@ -153,6 +161,9 @@ class TensorFiles(Described):
                 raise ValueError(f"{path.name} is truncated: {name} ends after the end of the file")
         dtype = getattr(torch, _NAMES[spec.dtype])
         return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(spec.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -236,11 +247,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], alignment: int = 0)
     Raises:
         ValueError: If a tensor is not what its spec says.
     """
+    specs = specs_of(tensors)
+    _write(path, aligned_header(specs, alignment), tensors, specs)
+
+
+def write_with_metadata(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; the same tensors and metadata always give the same bytes.
+
+    The library writes metadata in an order that differs from call to call, and so do the checksums.
+
+    Args:
+        path: The file.
+        tensors: By name.
+        metadata: Kept in the header.
+    """
+    specs = specs_of(tensors)
+    _write(path, header_bytes(specs, metadata), tensors, specs)
+
+
+def _write(path: Path, head: bytes, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> None:
     import torch
 
-    specs = specs_of(tensors)
     with open(path, "wb") as file:
-        file.write(aligned_header(specs, alignment))
+        file.write(head)
         for name in in_file_order(specs):
             tensor = tensors[name].detach().cpu().contiguous()
             found = spec_of(tuple(tensor.shape), tensor.dtype)

@@ -1,7 +1,7 @@
 """Checkpoints made and exported without their weights in memory: from file to file, one tensor at a time.
 
-The model stands on the meta device and is an ordinary `UBMoETransformer` otherwise, so what is written is written by the
-same code, to the same bytes.
+The model stands on the meta device and is an ordinary `UBMoETransformer` otherwise, so the same code writes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from ubmoe_st.generator import causal_config, meta_causal_lm, uni_keys
 from ubmoe_st.model import UBMoE
 from ubmoe_st.transformer import UBMoETransformer
 
+_WIDENED = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+"""Where classes of transformers name the modules that they load in fp32."""
+
 _PROBE_LAYERS = 4
 """Of the small model that shows whether an architecture attends in full: a period of those that alternate."""
 
@@ -38,17 +41,17 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
 
 
-def can_stream(base: Base) -> bool:
-    """Whether the tensors of a base have, in its files, the names and types of the stock causal LM.
+def can_stream(folder: Path) -> bool:
+    """Whether the tensors of a base have, in its files, the names and shapes of the stock causal LM.
 
     Where transformers renames, merges or widens tensors when it loads them, the base has to be loaded.
     """
-    config = AutoConfig.from_pretrained(base.path)
     try:
-        files = shards.TensorFiles(weight_files(base.path))
+        config = AutoConfig.from_pretrained(folder)
+        files = shards.TensorFiles(weight_files(folder))
         lm = meta_causal_lm(config)
     except (KeyError, OSError, ValueError):
-        return False
+        return False  # The code that loads it says what is wrong.
     backbone = getattr(lm, lm.base_model_prefix)
     widened = (getattr(kind, name, None) for kind in (lm, backbone) for name in _WIDENED)
     tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
@@ -59,7 +62,35 @@ def can_stream(base: Base) -> bool:
     )
 
 
-_WIDENED = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+def dense_experts(base: Base, tuned: Path, encoder: PreTrainedModel) -> Mapping[str, Tensor]:
+    """The FFN tensors of a fine-tuned copy of a base, of which nothing else may differ; compared one by one.
+
+    Args:
+        base: The base.
+        tuned: Folder of the copy.
+        encoder: The base's backbone, for its names and its type.
+
+    Raises:
+        ValueError: If another tensor differs.
+    """
+    dtype = encoder.dtype
+    original, changed = (shards.TensorFiles(weight_files(folder)) for folder in (base.path, tuned))
+    lm = meta_causal_lm(causal_config(encoder.config))
+    if set(original) != set(changed):
+        raise ValueError(f"{tuned} is not the same model as {base.name}: {sorted(set(original) ^ set(changed))[0]}")
+    ffn = {key: name for key, name in uni_keys(lm).items() if is_ffn_key(key)}
+    for name in sorted(set(original) - set(ffn.values())):
+        if not torch.equal(original[name].to(dtype), changed[name].to(dtype)):
+            raise ValueError(
+                f"{tuned}: {name} differs from the base {base.name}; only FFN weights may be trained, since all "
+                "others are shared with the generator"
+            )
+
+    def read(name: str) -> Tensor:
+        return changed[name].to(dtype)
+
+    specs = {key: shards.spec_of(changed.spec(name).shape, dtype) for key, name in ffn.items()}
+    return shards.LazyTensors({key: (specs[key], partial(read, name)) for key, name in ffn.items()})
 
 
 class StreamedTransformer(UBMoETransformer):
