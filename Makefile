@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-venv test-min test-core test-space model demo space serve train train-smoke bench report help
+.PHONY: install check test test-real test-venv test-min test-core test-space model demo space serve train train-270m train-distilled train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -68,14 +68,26 @@ serve: model ## embeddings and chat on this machine, by the OpenAI protocol, fro
 
 train-smoke: install ## both training stages on a few hundred sentences
 	$(BIN)/python -m training.contrastive training/recipes/smoke.yaml
+	$(BIN)/python -m training.contrastive training/recipes/smoke-distilled.yaml
 	$(BIN)/python -m training.router training/recipes/router-smoke.yaml
 
 # Two processes of one thread each are faster than one of two; other numbers of processes form other batches.
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --module
 
-train: install ## reproduce the released experts (two hours on two cores; resumes)
-	$(TRAIN) training.teacher training/recipes/ubmoe-135m.yaml
-	$(TRAIN) training.contrastive training/recipes/ubmoe-135m.yaml
+# Without the data folder the same recipes run on datasets of the Hub.
+HUB := $(if $(wildcard $(or $(UBMOE_DATA),../shared/data)/train),,-hub)
+
+train: install ## train the self-distilled 135M experts (two hours on two cores; resumes)
+	$(TRAIN) training.teacher training/recipes/ubmoe-135m$(HUB).yaml
+	$(TRAIN) training.contrastive training/recipes/ubmoe-135m$(HUB).yaml
+
+train-270m: install ## distil the 270M experts (resumes)
+	$(TRAIN) training.teacher training/recipes/ubmoe-270m$(HUB).yaml
+	$(TRAIN) training.contrastive training/recipes/ubmoe-270m$(HUB).yaml
+
+train-distilled: install model ## distil the 135M experts from all-MiniLM and themselves; needs the data folder (resumes)
+	$(TRAIN) training.teacher training/recipes/ubmoe-135m-distilled.yaml
+	$(TRAIN) training.contrastive training/recipes/ubmoe-135m-distilled.yaml
 
 bench: model ## STS of the assembled model; needs the data folder
 	$(BIN)/python -m benchmarks.embedding --model $(MODEL) --tasks sts

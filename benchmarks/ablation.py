@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks import data as local
-from benchmarks.results import RESULTS, command_line, fingerprint, nearest, read_json, run_record, write_json
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, nearest, read_json, run_record
+from training.data import data_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from benchmarks.peers import Encoder
-    from training.contrastive import ContrastiveRecipe
+    from training.recipe import ContrastiveRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,10 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
         The encoder, the causal language model with the same weights, seconds of training.
     """
     from benchmarks.peers import MAX_TOKENS, Encoder, open_encoder, open_generator
-    from training.contrastive import SUMMARY_FILE, causal_model, encoder_of, load_run, train
-    from training.trainers import RECIPE_FILE, TRAINED_FILE
+    from training.command import RECIPE_FILE
+    from training.contrastive import SUMMARY_FILE, load_run, train
+    from training.resume import TRAINED_FILE
+    from training.student import causal_model, encoder_of
     from ubmoe_st.bases import resolve_base
 
     base = resolve_base(recipe.base)
@@ -115,7 +117,7 @@ def measure(
     """
     from lm_eval.models.huggingface import HFLM
 
-    from benchmarks import embedding, generation
+    from benchmarks import embedding, generation, lm_tasks
     from benchmarks.mteb_model import wrap
 
     wrapped = wrap(encoder)
@@ -127,7 +129,7 @@ def measure(
             wrapped, task, split, seed=seed, batch_size=batch_size, resamples=2, progress=False
         )
         scores[name] = found[0]["value"]
-    built = generation.build_tasks("wikitext", folder)
+    built = lm_tasks.build_tasks("wikitext", folder)
     samples = generation.choose_samples({key: len(task.eval_docs) for key, task in built.items()}, pages, seed)
     length = min(generation.MAX_TOKENS, lm.config.max_position_embeddings)
     hf = HFLM(pretrained=lm, tokenizer=tokenizer, backend="causal", batch_size=PAGES_AT_ONCE, max_length=length)
@@ -190,9 +192,13 @@ def run(
     facts = {"budget": budget, "tasks": list(names), "limit": limit, "pages": pages, "base": fingerprint(base.path)}
     mark = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     suffix = "-limited" if limit or pages else ""
-    path = Path(out) / f"ablation{suffix}.json"
-    old = read_json(path) if path.is_file() else {}
-    done: dict[str, Any] = old.get("rows", {}) if old.get("run", {}).get("fingerprint") == mark else {}
+    record = run_record(
+        command, seed=seed, packages=("mteb", "lm-eval", "peft"), fingerprint=mark, dtype="float32",
+        prompt="none", pooling=recipe.pooling, **{k: v for k, v in facts.items() if k != "budget"}
+    )  # fmt: skip
+    name = f"ablation{suffix}"
+    file = ResultFile(Path(out) / f"{name}.json", benchmark="ablation", row=name, run=record, budget=budget)
+    done = file.rows
     for row in rows:
         if row in done:
             say(f"{row}: kept")
@@ -203,16 +209,10 @@ def run(
             encoder, lm, tokenizer, names, folder, seed=seed, limit=limit, pages=pages, batch_size=batch_size
         )
         done[row] |= {"training_seconds": seconds, "seconds": round(time.perf_counter() - start, 1)}
-        record = run_record(
-            command, seed=seed, packages=("mteb", "lm-eval", "peft"), fingerprint=mark, dtype="float32",
-            prompt="none", pooling=recipe.pooling, **{k: v for k, v in facts.items() if k != "budget"}
-        )  # fmt: skip
-        content = {"schema": 1, "benchmark": "ablation", "row": f"ablation{suffix}", "run": record, "budget": budget}
-        tables = {f"{TABLE}{suffix}": make_table(done, names)}
-        write_json(path, {**content, "scores": [], "rows": done, "tables": tables})
+        file.add(rows=done, tables={f"{TABLE}{suffix}": make_table(done, names)})
         average = np.mean(list(done[row]["scores"].values()))
         say(f"{row}: STS {average:.2f}, perplexity {done[row]['wikitext_word_perplexity']:.2f}")
-    return path
+    return file.path
 
 
 app = typer.Typer(add_completion=False)
@@ -233,13 +233,13 @@ def main(
 ) -> None:
     """Train and measure each row at one equal budget; an interrupted command can be run again."""
     from benchmarks.embedding import expand
-    from training.contrastive import ContrastiveRecipe
-    from training.trainers import read_recipe
+    from training.command import read_recipe
+    from training.recipe import ContrastiveRecipe
 
     for noisy in ("mteb", "lm-eval", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        folder = local.data_dir(data_dir)
+        folder = data_folder(data_dir)
         names, _ = expand(tasks or ["sts"], online=False, folder=folder)
         changes = [*(change or []), *([f"base={base}"] if base else [])]
         budget = read_recipe(ContrastiveRecipe, recipe, changes)

@@ -1,4 +1,4 @@
-"""Local data folders in the layout of `--data-dir`: STS tables, language-model sets, BEIR folders, classification.
+"""What the benchmarks read of the data folder (`training.data.data_folder`): STS tables, BEIR folders, classification.
 
 Nothing of it is part of the repository. Where there is a network, mteb and lm-eval fetch the official sets themselves.
 """
@@ -6,15 +6,13 @@ Nothing of it is part of the repository. Where there is a network, mteb and lm-e
 from __future__ import annotations
 
 import csv
-import gzip
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEFAULT_DATA = Path("../shared/data")
+from training.data import read_lines
 
 STS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
     ("STS12", "test"): ("STS12",),
@@ -34,43 +32,14 @@ SICK_TEST_ROWS = 4927
 """Rows of SICK's own test split: the last ones of the local form of SICK-R."""
 
 
-def data_dir(given: str | Path | None = None) -> Path:
-    """The local data folder: the one given, else `$UBMOE_DATA`, else `../shared/data`.
-
-    Raises:
-        FileNotFoundError: If it does not exist, with what it must hold.
-    """
-    folder = Path(given or os.environ.get("UBMOE_DATA") or DEFAULT_DATA)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"Expected a data folder with eval/sts, lm, retrieval, classification, got no folder at {str(folder)!r}. "
-            "Give --data-dir or set UBMOE_DATA, or use --online to fetch the official sets from the Hub."
-        )
-    return folder
-
-
-def _need(path: Path) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"Expected {path.name!r} in {str(path.parent)!r}, got nothing there. "
-            "Complete the data folder (--data-dir, UBMOE_DATA), or use --online for the official set."
-        )
-    return path
-
-
-def read_table(path: str | Path) -> list[dict[str, str]]:
+def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a tab-separated file without quoting."""
-    with _need(Path(path)).open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return list(csv.DictReader(read_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a `.jsonl` or `.jsonl.gz` file."""
-    path = _need(Path(path))
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
-        for line in stream:
-            if line.strip():
-                yield json.loads(line)
+    return map(json.loads, filter(None, read_lines(path)))
 
 
 def sts_pairs(folder: Path, task: str, split: str) -> dict[str, list[Any]]:

@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import data as local
-from benchmarks.results import RESULTS, command_line, fingerprint, read_json, run_record, write_json
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from training.data import data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def open_row(kind: str, path: str) -> tuple[Any, Any]:
         raise ValueError(f"Expected base, model or run, got {kind!r}.")
     from transformers import AutoTokenizer
 
-    from training.contrastive import causal_model, encoder_of, load_run
+    from training.contrastive import load_run
+    from training.student import causal_model, encoder_of
     from ubmoe_st.bases import resolve_base
 
     recipe, model = load_run(path)
@@ -98,9 +100,11 @@ def run(
     wanted = list(buckets or BUCKETS)
     names = [f"{low}-{high}" for low, high in wanted]
     digest = sha256(repr((texts, per_bucket, names)).encode()).hexdigest()[:12]
-    path = Path(out) / "dependence.json"
-    old = read_json(path) if path.is_file() else {}
-    done: dict[str, Any] = old.get("rows", {}) if old.get("run", {}).get("fingerprint") == digest else {}
+    record = run_record(
+        command, seed=0, fingerprint=digest, dtype="float32", prompt="none", pooling="none", per_bucket=per_bucket
+    )
+    file = ResultFile(Path(out) / "dependence.json", benchmark="dependence", row="dependence", run=record)
+    done = file.rows
     for label, (kind, folder) in models.items():
         mark = fingerprint(folder) if Path(folder).is_dir() else folder
         if done.get(label, {}).get("fingerprint") == mark:
@@ -109,12 +113,7 @@ def run(
         lm, tokenizer = open_row(kind, folder)
         found = dependence(lm, texts, tokenizer=tokenizer, buckets=wanted, per_bucket=per_bucket)
         done[label] = {"fingerprint": mark, "buckets": {name: one.to_dict() for name, one in found.items()}}
-        record = run_record(
-            command, seed=0, fingerprint=digest, dtype="float32", prompt="none", pooling="none", per_bucket=per_bucket
-        )
-        tables = {"dependence": make_table(done, names)}
-        content = {"schema": 1, "benchmark": "dependence", "row": "dependence", "run": record, "scores": []}
-        write_json(path, {**content, "rows": done, "tables": tables})
+        file.add(rows=done, tables={"dependence": make_table(done, names)})
         say(f"{label}: after {', '.join(f'{name}: {one.after:.2f}' for name, one in found.items())}")
     if plot is not None:
         Path(plot).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,7 @@ def run(
             for label, row in done.items()
         }
         plot_dependence(drawn, plot)
-    return path
+    return file.path
 
 
 app = typer.Typer(add_completion=False)
@@ -152,7 +151,7 @@ def main(
         for folder in runs or []:
             row = folder.name if folder.name in ROWS else folder.name.replace("-", "+")
             models[ROWS.get(row, folder.name)] = ("run", str(folder))
-        texts = documents(local.data_dir(data_dir))
+        texts = documents(data_folder(data_dir))
         path = run(
             models, texts, out=out, plot=plot, per_bucket=per_bucket,
             command=command_line("benchmarks.dependence"), say=typer.echo,

@@ -30,6 +30,7 @@ from benchmarks.results import (
     nearest,
     run_record,
 )
+from training.data import data_folder
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -257,6 +258,7 @@ def score_task(
     batch_size: int = 32,
     resamples: int = 1000,
     progress: bool = True,
+    sick_test_rows: int = local.SICK_TEST_ROWS,
 ) -> list[dict[str, Any]]:
     """Run one task through `mteb.evaluate`: its main score x100 with a bootstrap interval.
 
@@ -269,6 +271,7 @@ def score_task(
         batch_size: Texts per batch.
         resamples: Draws of the bootstrap.
         progress: Show mteb's progress bars.
+        sick_test_rows: Pairs of SICK-R's own test split, the last ones.
 
     Returns:
         Scores for a result file; SICK-R gives two, see `SICK_TEST`.
@@ -306,8 +309,8 @@ def score_task(
                 f"Expected mteb's predictions of {name} to give {value:.4f}, got {direct:.4f}. Report it."
             )
         scores = [{**score, **_spread(draws), "n": len(gold)}]
-        if name == "SICK-R" and split == "test" and len(gold) > local.SICK_TEST_ROWS:
-            gold, cosines = gold[-local.SICK_TEST_ROWS :], cosines[-local.SICK_TEST_ROWS :]
+        if name == "SICK-R" and split == "test" and len(gold) > sick_test_rows:
+            gold, cosines = gold[-sick_test_rows:], cosines[-sick_test_rows:]
             draws = bootstrap_spearman(gold, cosines, seed=seed, resamples=resamples)
             part = {**score, "task": SICK_TEST, "value": _spearman(gold, cosines)}
             scores.append({**part, **_spread(draws), "n": len(gold)})
@@ -362,6 +365,7 @@ def run(
     *,
     folder: Path | None,
     out: str | Path = RESULTS,
+    mteb_files: str | Path | None = None,
     seed: int = 0,
     limit: int | None = None,
     batch_size: int = 32,
@@ -376,7 +380,8 @@ def run(
         encoder: From `peers.open_encoder`.
         names: Task names, already expanded.
         folder: Local data folder; None: official data.
-        out: Folder of the result files; mteb's own files go to `mteb/` in it.
+        out: Folder of the result files.
+        mteb_files: Folder for mteb's own result files, which mteb's leaderboard reads; None: none kept.
         seed: Of the bootstrap and of the sample of `limit`.
         limit: STS pairs per task, for a quick look; such results go to a file of their own.
         batch_size: Texts per batch.
@@ -412,7 +417,7 @@ def run(
         supervision=encoder.supervision,
         limit=limit,
     )
-    cache = None if limit else mteb.ResultCache(Path(out) / "mteb" / source)
+    cache = None if limit or mteb_files is None else mteb.ResultCache(Path(mteb_files) / source)
     model = wrap(encoder)
     for position, name in enumerate(names, start=1):
         task_name, split = split_name(name)
@@ -447,6 +452,7 @@ def main(
     online: Annotated[bool, typer.Option(help="Fetch the official data from the Hub instead.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model of the base-* peers; default $UBMOE_BASE.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    mteb_files: Annotated[Path, typer.Option(help="Folder for mteb's own result files.")] = Path("runs/mteb"),
     seed: int = 0,
     limit: Annotated[int | None, typer.Option(help="STS pairs per task (seeded sample), for a quick look.")] = None,
     batch_size: int = 32,
@@ -462,7 +468,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     try:
-        folder = None if online else local.data_dir(data_dir)
+        folder = None if online else data_folder(data_dir)
         names, missing = expand(tasks or ["sts"], online=online, folder=folder)
         if missing:
             typer.echo(f"no local data, left out: {', '.join(missing)}", err=True)
@@ -474,6 +480,7 @@ def main(
                 names,
                 folder=folder,
                 out=out,
+                mteb_files=mteb_files,
                 seed=seed,
                 limit=limit,
                 batch_size=batch_size,

@@ -6,10 +6,6 @@ and is compared by cosine, by Spearman on STSBenchmark dev, and by the tokens a 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +15,9 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
-from benchmarks.results import RESULTS, SCHEMA, command_line, fingerprint, run_record, write_json
+from benchmarks.process import in_process
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from training.data import data_folder
 
 EXPORTS: dict[str, tuple[str, str | None]] = {
     "onnx": ("onnx", None),
@@ -95,43 +93,31 @@ def encoder(system: str, path: str, threads: int) -> Any:
     return lambda texts: np.array(model(inputs(texts))["sentence_embedding"])
 
 
-def worker(task: dict[str, Any]) -> dict[str, Any]:
-    """Encode the texts of a task in batches of similar length; seconds for each repeat."""
-    run = encoder(task["system"], task["path"], task["threads"])
-    texts: list[str] = task["texts"]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    size = task["batch_size"]
-    seconds, vectors = [], np.zeros(0)
-    run([texts[i] for i in order[:size]])
-    for _ in range(task["repeats"]):
-        start = time.perf_counter()
-        rows = [run([texts[i] for i in order[first : first + size]]) for first in range(0, len(order), size)]
-        seconds.append(time.perf_counter() - start)
-        sorted_rows = np.concatenate(rows)
-        vectors = np.empty_like(sorted_rows)
-        vectors[order] = sorted_rows
-    np.save(task["out"], vectors)
-    return {"seconds": seconds}
+def measure(
+    system: str, path: str, texts: Sequence[str], *, batch_size: int, threads: int, repeats: int = 1
+) -> tuple[np.ndarray, list[float]]:
+    """Vectors (N, D) of texts, in batches of similar length, and seconds of each repeat; in this (fresh) process.
 
-
-def in_process(task: dict[str, Any]) -> tuple[np.ndarray, list[float]]:
-    """Run `worker` in a new process: vectors (N, D), and seconds.
-
-    Raises:
-        RuntimeError: If it fails, with its last lines.
+    Args:
+        system: A key of `LABELS`.
+        path: The checkpoint, or the export.
+        texts: N texts.
+        batch_size: Texts per batch.
+        threads: Threads of the engine.
+        repeats: How often all texts are encoded, after one batch that is not counted.
     """
-    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.exports", "worker"],
-            input=json.dumps({**task, "out": file.name}),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            tail = " / ".join(done.stderr.strip().splitlines()[-2:])
-            raise RuntimeError(f"Expected vectors of {task['system']}, got: {tail}")
-        return np.load(file.name), json.loads(done.stdout.strip().splitlines()[-1])["seconds"]
+    run = encoder(system, path, threads)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = [[texts[i] for i in order[first : first + batch_size]] for first in range(0, len(order), batch_size)]
+    run(batches[0])
+    seconds, found = [], np.zeros(0)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        found = np.concatenate([run(batch) for batch in batches])
+        seconds.append(time.perf_counter() - start)
+    vectors = np.empty_like(found)
+    vectors[order] = found
+    return vectors, seconds
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -156,10 +142,9 @@ def size_of(path: Path) -> int:
 app = typer.Typer(add_completion=False)
 
 
-@app.command(name="worker", hidden=True)
-def worker_command() -> None:
-    """Run one measurement read from the standard input."""
-    typer.echo(json.dumps(worker(json.loads(sys.stdin.read()))))
+@app.callback()
+def commands() -> None:
+    """Exports of a checkpoint beside the checkpoint."""
 
 
 @app.command(name="run")
@@ -185,7 +170,7 @@ def main(
         unknown = [name for name in wanted if name not in EXPORTS]
         if unknown:
             raise ValueError(f"systems must be of {', '.join(EXPORTS)}, got {unknown[0]!r}")
-        dev = local.sts_pairs(local.data_dir(data_dir), "STSBenchmark", "validation")
+        dev = local.sts_pairs(data_folder(data_dir), "STSBenchmark", "validation")
         chosen = np.random.default_rng(seed).permutation(len(dev["score"]))[:pairs]
         texts = [dev[side][index] for index in chosen for side in ("sentence1", "sentence2")]
         gold = [dev["score"][index] for index in chosen]
@@ -212,8 +197,7 @@ def main(
         seconds: dict[str, list[float]] = {name: [] for name in paths}
         for _ in range(rounds):
             for name, path in paths.items():
-                task = {"system": name, "path": path, "texts": texts, "batch_size": batch_size, "threads": threads}
-                vectors[name], taken = in_process({**task, "repeats": 1})
+                vectors[name], taken = in_process(measure, name, path, texts, batch_size=batch_size, threads=threads)
                 seconds[name] += taken
                 typer.echo(f"{LABELS[name]}: {len(texts) / min(taken):.1f} texts/s")
         reference = spearman(vectors["torch"], gold)
@@ -235,18 +219,10 @@ def main(
             )
             typer.echo(" | ".join(rows[-1]))
         columns = ["engine", "MB", "mean cosine", "smallest cosine", "STSB-dev", "texts/s [range]", "x torch"]
-        write_json(
-            Path(out) / f"exports-{model.name}.json",
-            {
-                "schema": SCHEMA,
-                "benchmark": "exports",
-                "row": model.name,
-                "label": model.name,
-                "run": record,
-                "scores": [],
-                "tables": {"exports": {"columns": columns, "rows": rows}},
-            },
+        file = ResultFile(
+            out / f"exports-{model.name}.json", benchmark="exports", row=model.name, run=record, label=model.name
         )
+        file.add(tables={"exports": {"columns": columns, "rows": rows}})
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

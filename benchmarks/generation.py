@@ -1,9 +1,8 @@
 """Generation quality through EleutherAI's lm-eval: `python -m benchmarks.generation --base FOLDER`.
 
-The tasks are lm-eval's own (prompts, choices, metrics); with `--data-dir` only their loading is replaced by local
-files. The untouched base and the generator view (`uni`, `router`) run through the same `HFLM` in one command. Answered
-requests are kept in a database, finished tasks in the result file: the same command goes on where an interrupted one
-stopped.
+The tasks are lm-eval's own, on local files with `--data-dir` (`lm_tasks`). The untouched base and the generator view
+(`uni`, `router`) run through the same `HFLM` in one command. Answered requests are kept in a database, finished tasks
+in the result file: the same command goes on where an interrupted one stopped.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +18,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks import data as local
+from benchmarks.lm_tasks import DEVIATIONS, METRICS, TASKS, build_tasks, task_manager
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -30,224 +27,16 @@ from benchmarks.results import (
     command_line,
     fingerprint,
     interval,
-    nearest,
     run_record,
 )
+from training.data import data_folder
 
 logger = logging.getLogger(__name__)
 
-TASKS = (
-    "truthfulqa_mc1",
-    "truthfulqa_mc2",
-    "winogrande",
-    "mmlu",
-    "hellaswag",
-    "piqa",
-    "arc_easy",
-    "arc_challenge",
-    "wikitext",
-)
-METRICS: dict[str, tuple[str, ...]] = {
-    "truthfulqa_mc1": ("acc",),
-    "truthfulqa_mc2": ("acc",),
-    "winogrande": ("acc",),
-    "mmlu": ("acc",),
-    "hellaswag": ("acc_norm", "acc"),
-    "piqa": ("acc_norm", "acc"),
-    "arc_easy": ("acc_norm", "acc"),
-    "arc_challenge": ("acc_norm", "acc"),
-    "wikitext": ("word_perplexity",),
-}
-"""Metrics per task, the one for the tables first."""
-DEVIATIONS = {
-    "truthfulqa_mc1": "built from the answer lists, a full stop closing each answer as in the official set",
-    "truthfulqa_mc2": "built from the answer lists, a full stop closing each answer as in the official set",
-    "hellaswag": "texts cleaned upstream; ctx_b keeps its case",
-    "arc_easy": "a fifth choice of the few five-choice questions is lost upstream",
-    "arc_challenge": "a fifth choice of the few five-choice questions is lost upstream",
-    "wikitext": "word-level WikiText-2 with <unk>, not the raw form: perplexities compare only with each other",
-}
 MMLU_PER_SUBJECT = 20
 MAX_TOKENS = 2048
 MIN_PREFIX = 16
 """Tokens that all requests must begin with before it pays to keep them."""
-
-
-def _truthfulqa(folder: Path) -> list[dict[str, Any]]:
-    def closed(answer: str) -> str:
-        answer = answer.strip()
-        return answer if answer.endswith(".") else answer + "."
-
-    rows = []
-    for row in local.read_jsonl(folder / "lm" / "truthfulqa.jsonl.gz"):
-        right = [closed(answer) for answer in row["correct_answers"]]
-        wrong = [closed(answer) for answer in row["incorrect_answers"]]
-        rows.append(
-            {
-                "question": row["question"],
-                "mc1_targets": {
-                    "choices": [closed(row["best_answer"]), *wrong],
-                    "labels": [1] + [0] * len(wrong),
-                },
-                "mc2_targets": {"choices": right + wrong, "labels": [1] * len(right) + [0] * len(wrong)},
-            }
-        )
-    return rows
-
-
-def _winogrande(folder: Path) -> list[dict[str, Any]]:
-    rows = local.read_jsonl(folder / "lm" / "winogrande_validation.jsonl")
-    return [{**{k: row[k] for k in ("sentence", "option1", "option2")}, "answer": str(row["answer"])} for row in rows]
-
-
-def _hellaswag(folder: Path) -> list[dict[str, Any]]:
-    rows = local.read_jsonl(folder / "lm" / "hellaswag_validation.jsonl.gz")
-    columns = []
-    for row in rows:  # lm-eval joins label, ctx_a and ctx_b to the query again
-        activity, _, context = row["query"].partition(": ")
-        columns.append(
-            {
-                "activity_label": activity,
-                "ctx_a": context,
-                "ctx_b": "",
-                "endings": row["choices"],
-                "label": str(row["gold"]),
-            }
-        )
-    return columns
-
-
-def _piqa(folder: Path) -> list[dict[str, Any]]:
-    rows = local.read_jsonl(folder / "lm" / "piqa_validation.jsonl.gz")
-    return [{"goal": r["query"], "sol1": r["choices"][0], "sol2": r["choices"][1], "label": r["gold"]} for r in rows]
-
-
-def _arc(folder: Path, name: str) -> list[dict[str, Any]]:
-    letters = "ABCDE"
-    return [
-        {
-            "question": row["query"],
-            "choices": {"text": row["choices"], "label": list(letters[: len(row["choices"])])},
-            "answerKey": letters[row["gold"]],
-        }
-        for row in local.read_jsonl(folder / "lm" / f"{name}_test.jsonl.gz")
-    ]
-
-
-def wikitext_pages(text: str) -> list[str]:
-    """Articles of a word-level WikiText file: each starts at a title line ` = Title = ` of the first level."""
-    pages: list[list[str]] = []
-    for line in text.splitlines(keepends=True):
-        words = line.split()
-        title = len(words) > 2 and words[0] == words[-1] == "=" and words[1] != "=" and words[-2] != "="
-        if title or not pages:
-            pages.append([])
-        pages[-1].append(line)
-    return ["".join(page) for page in pages if "".join(page).strip()]
-
-
-def _wikitext(folder: Path) -> list[dict[str, Any]]:
-    import gzip
-
-    path = folder / "lm" / "wikitext2_tokens_test.txt.gz"
-    if not path.exists():
-        raise FileNotFoundError(f"Expected {path.name!r} in {str(path.parent)!r}, got nothing there. Use --online.")
-    return [{"page": page} for page in wikitext_pages(gzip.decompress(path.read_bytes()).decode("utf-8"))]
-
-
-def local_documents(task: str, folder: str | Path) -> dict[str, list[dict[str, Any]]]:
-    """Splits of one lm-eval task from local files, with the columns of the official set.
-
-    Args:
-        task: Name in lm-eval; MMLU by subject (`mmlu_anatomy`).
-        folder: The data folder.
-
-    Raises:
-        ValueError: If there is no local form of the task.
-        FileNotFoundError: If a file is missing.
-    """
-    folder = Path(folder)
-    if task.startswith("truthfulqa_mc"):
-        return {"validation": _truthfulqa(folder)}
-    if task == "winogrande":
-        return {"validation": _winogrande(folder)}
-    if task == "hellaswag":
-        return {"validation": _hellaswag(folder)}
-    if task == "piqa":
-        return {"validation": _piqa(folder)}
-    if task in ("arc_easy", "arc_challenge"):
-        return {"test": _arc(folder, task)}
-    if task == "wikitext":
-        return {"test": _wikitext(folder)}
-    if task.startswith("mmlu_"):
-        subjects = _mmlu(folder)
-        if task in subjects:
-            return subjects[task]
-    raise ValueError(f"Expected a task with local data, got {task!r} ({nearest(task, TASKS)}). Check the name.")
-
-
-@lru_cache(maxsize=1)
-def _mmlu(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for split, file in (("test", "mmlu_test.jsonl.gz"), ("dev", "mmlu_dev.jsonl")):
-        for row in local.read_jsonl(folder / "lm" / file):
-            subjects.setdefault(f"mmlu_{row['subject']}", {}).setdefault(split, []).append(row)
-    return subjects
-
-
-def mmlu_subjects(folder: Path) -> list[str]:
-    """lm-eval names of the subjects in the local MMLU file, sorted."""
-    return sorted(_mmlu(folder))
-
-
-@lru_cache(maxsize=1)
-def _manager() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()  # reads thousands of task files: once is enough
-
-
-def build_tasks(name: str, folder: Path | None) -> dict[str, Any]:
-    """lm-eval task objects of one entry of `TASKS`; `mmlu` gives one per subject.
-
-    Args:
-        name: Entry of `TASKS`, or any single lm-eval task.
-        folder: Local data folder; None: lm-eval fetches the official sets.
-
-    Raises:
-        ValueError: If lm-eval does not know the task, with the nearest names.
-    """
-    manager = _manager()
-    if name != "mmlu" and name not in manager.all_tasks:
-        raise ValueError(
-            f"Expected a task, got {name!r} ({nearest(name, [*TASKS, *manager.all_tasks])}). Check the name."
-        )
-    if folder is None:
-        return dict(manager.load([name])["tasks"])
-    tasks: dict[str, Any] = {}
-    for single in mmlu_subjects(folder) if name == "mmlu" else [name]:
-        with _local_loading(local_documents(single, folder)):
-            tasks |= manager.load([single])["tasks"]
-    return tasks
-
-
-@contextmanager
-def _local_loading(splits: Mapping[str, list[dict[str, Any]]]) -> Iterator[None]:
-    """Give lm-eval local rows where it asks `datasets` for the official set; its tasks load when they are made."""
-    import datasets
-
-    columns = next(rows[0] for rows in splits.values() if rows)
-    empty: dict[str, list[Any]] = {key: [] for key in columns}
-    content = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items() if rows})
-    for split in ("train", "validation", "test"):  # named by the tasks for few-shot examples; never read at 0 shots
-        if split not in content:
-            content[split] = datasets.Dataset.from_dict(empty)
-    official = datasets.load_dataset
-    datasets.load_dataset = lambda *args, **kwargs: content
-    try:
-        yield
-    finally:
-        datasets.load_dataset = official
 
 
 def choose_samples(sizes: Mapping[str, int], limit: int | None, seed: int) -> dict[str, list[int]]:
@@ -313,7 +102,7 @@ def evaluate(
         samples=dict(samples),
         bootstrap_iters=0,
         use_cache=cache,
-        task_manager=_manager(),
+        task_manager=task_manager(),
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,
@@ -544,7 +333,7 @@ def main(
     wanted = tasks or list(TASKS)
     try:
         base_name = base_folder(base)
-        folder = None if online else local.data_dir(data_dir)
+        folder = None if online else data_folder(data_dir)
         if count:
             from transformers import AutoTokenizer
 

@@ -10,16 +10,15 @@ made from the work folder.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,9 @@ import numpy as np
 import typer
 
 from benchmarks.index_systems import SYSTEMS, Table, status_mb
+from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, fingerprint, interval, run_record
+from training.data import read_lines
 
 K = 10
 BASELINE = "flat"
@@ -35,12 +36,20 @@ FAISS_FLAT = "faiss IndexFlatIP"
 KINDS = f"{BASELINE},{FAISS_FLAT},int8,hnsw,hnsw-int8,ivf-flat,ivf-pq,binary"
 GOAL_RECALL, GOAL_SPEED, GOAL_MEMORY = 0.95, 20.0, 0.25
 """recall@10 at least, queries/s of flat at least, memory of flat at most."""
-LEAST_SECONDS, LEAST_ROUNDS = 2.0, 3
-"""A speed is the median of so many rounds over all queries, or of more until so much time has passed."""
 SINGLE_QUERIES = 100
 FILLER = "and some words that a sentence of the usual length would have, to weigh what a row of text weighs in memory"
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a speed is measured: it is the median of rounds over all queries."""
+
+    seconds: float = 2.0
+    """More rounds until so much time has passed."""
+    rounds: int = 3
+    """At least so many rounds."""
 
 
 class Numbers:
@@ -59,13 +68,11 @@ class Numbers:
 def read_texts(path: Path, count: int) -> list[str]:
     """Up to `count` texts: lines of .txt(.gz), or sentences of the `text` fields of .jsonl(.gz)."""
     found: list[str] = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for line in lines:
-            text = line.strip()
-            pieces = json.loads(text)["text"].replace("\n", " ").split(". ") if ".jsonl" in path.name else [text]
-            found.extend(piece for piece in pieces if 30 <= len(piece) <= 300)
-            if len(found) >= count:
-                break
+    for line in read_lines(path):
+        pieces = json.loads(line)["text"].replace("\n", " ").split(". ") if ".jsonl" in path.name else [line]
+        found.extend(piece for piece in pieces if 30 <= len(piece) <= 300)
+        if len(found) >= count:
+            break
     return found[:count]
 
 
@@ -149,11 +156,11 @@ def prepare(seeds: np.ndarray, rows: int, noise: float, seed: int, dtype: str, q
     return folder
 
 
-def speeds(work: Callable[[], Any], queries: int) -> list[float]:
+def speeds(work: Callable[[], Any], queries: int, timing: Timing) -> list[float]:
     """Queries per second of each round."""
     rounds: list[float] = []
     total = 0.0
-    while len(rounds) < LEAST_ROUNDS or total < LEAST_SECONDS:
+    while len(rounds) < timing.rounds or total < timing.seconds:
         began = time.perf_counter()
         work()
         seconds = time.perf_counter() - began
@@ -162,7 +169,7 @@ def speeds(work: Callable[[], Any], queries: int) -> list[float]:
     return rounds
 
 
-def measure_searches(search: Callable[[np.ndarray], list[list[int]]], folder: Path) -> dict[str, Any]:
+def measure_searches(search: Callable[[np.ndarray], list[list[int]]], folder: Path, timing: Timing) -> dict[str, Any]:
     """Recall and speed of a search function over the held-back queries."""
     queries, truth = np.load(folder / "queries.npy"), np.load(folder / "truth.npy")
     found = search(queries)
@@ -170,15 +177,15 @@ def measure_searches(search: Callable[[np.ndarray], list[list[int]]], folder: Pa
     single = queries[:SINGLE_QUERIES]
     return {
         "recall@10": hits,
-        "queries/s, all at once": speeds(lambda: search(queries), len(queries)),
-        "queries/s, one by one": speeds(lambda: [search(query[None]) for query in single], len(single)),
+        "queries/s, all at once": speeds(lambda: search(queries), len(queries), timing),
+        "queries/s, one by one": speeds(lambda: [search(query[None]) for query in single], len(single), timing),
     }
 
 
-def measure_kind(folder: Path, kind: str, recall: float) -> dict[str, Any]:
+def measure_kind(folder: Path, kind: str, recall: float, timing: Timing) -> dict[str, Any]:
     """Make one kind over the stored vectors, tune it with other queries, and measure it, in this (fresh) process."""
     if kind == FAISS_FLAT:
-        return measure_faiss_flat(folder)
+        return measure_faiss_flat(folder, timing)
     from ubmoe_st.index import EmbeddingIndex
 
     index = EmbeddingIndex.open(folder / "index")
@@ -193,13 +200,15 @@ def measure_kind(folder: Path, kind: str, recall: float) -> dict[str, Any]:
         index.reindex(BASELINE, faiss_file=False)
     index = EmbeddingIndex.open(folder / "index")
     before = status_mb("VmRSS")
-    facts |= measure_searches(lambda q: [[int(name) for name in line] for line in index.search(q, K)[1]], folder)
+    facts |= measure_searches(
+        lambda q: [[int(name) for name in line] for line in index.search(q, K)[1]], folder, timing
+    )
     held = index.info["index"]["bytes"] or len(index) * index.dimension * np.dtype(index.info["dtype"]).itemsize
     facts |= {"resident bytes/row": held / len(index), "RSS MB": status_mb("VmRSS") - before}
     return facts | {"factory": index.info["index"]["factory"], "files": len(index.info["index"]["files"])}
 
 
-def measure_faiss_flat(folder: Path) -> dict[str, Any]:
+def measure_faiss_flat(folder: Path, timing: Timing) -> dict[str, Any]:
     """The plain library, all vectors in memory: what the plain loop ends with."""
     import faiss
 
@@ -215,15 +224,9 @@ def measure_faiss_flat(folder: Path) -> dict[str, Any]:
         unit = queries / np.linalg.norm(queries, axis=1, keepdims=True)
         return index.search(unit.astype(np.float32), K)[1].tolist()
 
-    facts = measure_searches(search, folder)
+    facts = measure_searches(search, folder, timing)
     facts |= {"seconds to make": made, "factory": "Flat", "resident bytes/row": 4.0 * index.d}
     return facts | {"RSS MB": status_mb("VmRSS") - before, "files": 1}
-
-
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function run in a fresh process, so that memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def scores_of(name: str, facts: dict[str, Any], seed: int) -> list[dict[str, Any]]:
@@ -303,14 +306,14 @@ def kinds_table(file: ResultFile) -> dict[str, Any]:
 
 
 def kinds_part(
-    seeds: np.ndarray, kinds: list[str], folder: Path, recall: float, file: ResultFile, seed: int, say: Say
+    kinds: list[str], folder: Path, recall: float, timing: Timing, file: ResultFile, seed: int, say: Say
 ) -> None:
     """Measure the kinds that are not in the result file yet."""
     for kind in kinds:
         if file.find(task=kind):
             say(f"{kind}: kept")
             continue
-        facts = in_process(measure_kind, folder, kind, recall)
+        facts = in_process(measure_kind, folder, kind, recall, timing)
         file.add(*scores_of(kind, facts, seed))
         file.add(tables={"index-kinds": kinds_table(file)})
         say(
@@ -415,6 +418,8 @@ def main(
     model_rows: Annotated[int, typer.Option(help="Texts of the build part with the model itself; 0: none.")] = 2_000,
     kinds: Annotated[str, typer.Option(help="Index kinds, comma-separated; faiss:FACTORY, too.")] = KINDS,
     recall: Annotated[float, typer.Option(help="Recall the search parameters are tuned to.")] = 0.965,
+    least_seconds: Annotated[float, typer.Option(help="A speed is measured for so long at least.")] = Timing.seconds,
+    least_rounds: Annotated[int, typer.Option(help="And in so many rounds over all queries.")] = Timing.rounds,
     noise: Annotated[float, typer.Option(help="Strength of the perturbation.")] = 0.25,
     dtype: Annotated[str, typer.Option(help="Type of the stored vectors.")] = "float32",
     budget: Annotated[str, typer.Option(help="memory_budget of the streaming builds.")] = "256MB",
@@ -453,7 +458,7 @@ def main(
 
         if "kinds" in parts:
             file = result("index-kinds", rows=rows, tuned_to=recall)
-            kinds_part(seeds, kinds.split(","), folder, recall, file, seed, typer.echo)
+            kinds_part(kinds.split(","), folder, recall, Timing(least_seconds, least_rounds), file, seed, typer.echo)
         if "build" in parts:
             file = result("index-build", rows=rows, memory_budget=budget)
             corpus = folder / "texts.jsonl"

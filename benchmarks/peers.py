@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.results import fingerprint, relative
+from training.prompted import PromptedReader
 from ubmoe_st.bases import SHORT_NAMES, resolve_base
 from ubmoe_st.checkpoint import is_checkpoint, read_config
 
@@ -41,9 +43,7 @@ PROMPT_SUFFIX = '" means in one word:"'
 
 
 class OneWordPrompt(InputModule):
-    """Causal sentence vector from a one-word prompt: hidden state of its last token, no training.
-
-    The prompt before the text is the same for every input, so its keys and values are computed once.
+    """Causal sentence vector from a one-word prompt, see `PromptedReader`: its last token's hidden state, no training.
 
     Args:
         model: Decoder without its head, left causal.
@@ -64,10 +64,8 @@ class OneWordPrompt(InputModule):
         super().__init__()
         self.auto_model = model
         self.tokenizer = tokenizer
-        self.prefix = prefix
-        self.suffix = suffix
         self.max_seq_length = max_seq_length
-        self._prefix_cache: Any = None
+        self._reader = PromptedReader(model, tokenizer, prefix, suffix, max_seq_length)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Token ids of text and suffix, right-padded, (B, T), and the mask that says where each ends.
@@ -78,37 +76,15 @@ class OneWordPrompt(InputModule):
         for position, text in enumerate(inputs):
             if not isinstance(text, str):
                 raise TypeError(f"Expected strings, got {type(text).__name__} at position {position}. Pass plain text.")
-        tokenizer: Any = self.tokenizer
-        tail = tokenizer(self.suffix, add_special_tokens=False)["input_ids"]
-        rows = []
-        for text in inputs:
-            ids = tokenizer(f"{prompt or ''}{text}{self.suffix}", add_special_tokens=False)["input_ids"]
-            rows.append(ids if len(ids) <= self.max_seq_length else ids[: self.max_seq_length - len(tail)] + tail)
-        width = max(map(len, rows))
-        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for row, ids in enumerate(rows):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            mask[row, : len(ids)] = 1
-        return {"input_ids": input_ids, "attention_mask": mask}
+        rows = [torch.tensor(row) for row in self._reader.tokens([f"{prompt or ''}{text}" for text in inputs])]
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return {"input_ids": pad_sequence(rows, batch_first=True), "attention_mask": mask}
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Add `sentence_embedding`, (B, D)."""
-        from transformers import DynamicCache
-
-        input_ids: Tensor = features["input_ids"]
-        batch = input_ids.shape[0]
-        if self._prefix_cache is None:
-            tokenizer: Any = self.tokenizer
-            ids = tokenizer(self.prefix, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            self._prefix_cache = self.auto_model(ids.to(input_ids.device), use_cache=True).past_key_values
-        cache = DynamicCache(config=self.auto_model.config)
-        for number, layer in enumerate(self._prefix_cache.layers):
-            cache.update(layer.keys.expand(batch, -1, -1, -1), layer.values.expand(batch, -1, -1, -1), number)
-        # causal, padding on the right: what follows a row's last token cannot reach it, so no mask is needed
-        hidden = self.auto_model(input_ids, past_key_values=cache, use_cache=True).last_hidden_state  # (B, T, D)
-        last = features["attention_mask"].sum(dim=1) - 1
-        features["sentence_embedding"] = hidden[torch.arange(batch, device=hidden.device), last]
+        lengths = features["attention_mask"].sum(dim=1).tolist()
+        rows = [row[:length] for row, length in zip(features["input_ids"].tolist(), lengths)]
+        features["sentence_embedding"] = self._reader.states(rows)[:, 0]
         return features
 
     def get_embedding_dimension(self) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import typer
 
 from benchmarks.embedding import AVG7, SICK_TEST
-from benchmarks.generation import METRICS
+from benchmarks.lm_tasks import METRICS
 from benchmarks.results import RESULTS, nearest, read_all
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,8 @@
      "scores": [{"task", "split", "metric", "value", "low", "high", "n", command, date, commit, ...}, ...]}
 
 `run` is the last run that wrote the file; each score names the command that made it. `low` and `high` are the ends of a
-seeded bootstrap interval. A file may also carry `tables`
-(`{name: {"columns": [...], "rows": [[...]]}}`), which the report prints as they are.
+seeded bootstrap interval. A file may also carry `rows` (what was measured by name, where it is more than a score) and
+`tables` (`{name: {"columns": [...], "rows": [[...]]}}`), which the report prints as they are.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class ResultFile:
 
     Args:
         path: Where it lives.
-        benchmark: `embedding`, `generation`, `retrieval` or `speed`.
+        benchmark: Name of the module that measures.
         row: Name of the row in the tables.
         run: From `run_record`; must hold `fingerprint`.
         **facts: Further top-level entries, such as `label` and `supervision`.
@@ -191,11 +191,17 @@ class ResultFile:
                 old.get("run", {}).get(key) == run.get(key) for key in ("fingerprint", "dtype", "prompt", "pooling")
             )
             if same:
-                self.content["scores"] = old.get("scores", [])
+                self.content |= {key: old[key] for key in ("scores", "rows") if key in old}
 
     @staticmethod
     def _key(score: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(score.get(k) for k in ("task", "split", "metric", "data", "limit", "seed"))
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """What was measured by name; `add(rows=...)` writes it."""
+        rows: dict[str, Any] = self.content.setdefault("rows", {})
+        return rows
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
         """The first score whose entries equal all of `wanted`, or None."""

@@ -17,6 +17,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, interval, nearest, run_record
+from training.data import data_folder
 
 if TYPE_CHECKING:
     from benchmarks.data import Collection
@@ -200,7 +201,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     try:
-        folder = local.data_dir(data_dir)
+        folder = data_folder(data_dir)
         known = local.collections(folder)
         for name in collection or COLLECTIONS:
             if name not in known:

@@ -6,11 +6,8 @@ a peer named in the same file. Encode throughput counts the tokens of the texts,
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +17,9 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
+from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from training.data import data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -148,23 +147,16 @@ def _memory(task: dict[str, Any]) -> dict[str, Any]:
     return {"weights": weights, "resident": resident_bytes() - resident, "private": private_bytes() - private}
 
 
-def in_process(task: dict[str, Any]) -> dict[str, Any]:
-    """Run `worker` in a new process.
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """What `worker` finds in a new process.
 
     Raises:
-        RuntimeError: If it fails, with its last lines.
+        RuntimeError: If it fails, with what was to be measured.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", "worker"],
-        input=json.dumps(task),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        tail = " / ".join(done.stderr.strip().splitlines()[-2:])
-        raise RuntimeError(f"Expected a measurement of {task['kind']} with {task['system']}, got: {tail}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        return in_process(worker, task)
+    except RuntimeError as error:
+        raise RuntimeError(f"Expected a measurement of {task['kind']} with {task['system']}, got: {error}") from error
 
 
 def rates(runs: Sequence[dict[str, Any]], unit: str = "tokens") -> dict[str, float]:
@@ -176,10 +168,9 @@ def rates(runs: Sequence[dict[str, Any]], unit: str = "tokens") -> dict[str, flo
 app = typer.Typer(add_completion=False)
 
 
-@app.command(name="worker", hidden=True)
-def worker_command() -> None:
-    """Run one measurement read from the standard input."""
-    typer.echo(json.dumps(worker(json.loads(sys.stdin.read()))))
+@app.callback()
+def commands() -> None:
+    """Speed and memory of a checkpoint beside its peers."""
 
 
 @app.command(name="run")
@@ -205,7 +196,7 @@ def main(
 
     try:
         base_name = base_folder(base)
-        folder = local.data_dir(data_dir)
+        folder = data_folder(data_dir)
         mark = fingerprint(model)
         record = run_record(
             command_line("benchmarks.speed"),
@@ -233,7 +224,7 @@ def main(
             runs: dict[str, list[dict[str, Any]]] = {system: [] for system in ENCODE_SYSTEMS}
             for _ in range(rounds):
                 for system in ENCODE_SYSTEMS:
-                    runs[system].append(in_process({**common, "kind": "encode", "system": system, "texts": texts}))
+                    runs[system].append(measure({**common, "kind": "encode", "system": system, "texts": texts}))
             for system, label in ENCODE_SYSTEMS.items():
                 for unit in ("tokens", "texts"):
                     score: dict[str, Any] = {"task": f"encode {kind}", "split": system, "metric": f"{unit}/s"}
@@ -246,7 +237,7 @@ def main(
         runs = {system: [] for system in systems}
         for _ in range(rounds):
             for system in systems:
-                runs[system].append(in_process({**common, "kind": "generate", "system": system}))
+                runs[system].append(measure({**common, "kind": "generate", "system": system}))
         for system in systems:
             label = GENERATE_SYSTEMS[system]
             score = {"task": "generate", "split": system, "metric": "tokens/s", "label": label}
@@ -257,7 +248,7 @@ def main(
         measured = {}
         for system in MEMORY_SYSTEMS:
             try:
-                measured[system] = in_process({**common, "kind": "memory", "system": system})
+                measured[system] = measure({**common, "kind": "memory", "system": system})
             except RuntimeError as error:
                 if system != "low":
                     raise

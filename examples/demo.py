@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from examples.stdlib_corpus import write_corpus
-from ubmoe_st.cli import answer_prompt, hit_table
+from space.stdlib_corpus import write_corpus
+from ubmoe_st.answers import answer, hit_table
 
 QUESTIONS = [
     "read a csv file row by row",
@@ -70,16 +70,16 @@ def main(model_folder: str) -> None:
     console.rule("3. search")
     answers = index.search_entries(QUESTIONS, k=4)
     for question, hits in zip(QUESTIONS, answers, strict=True):
-        console.print(hit_table(hits, title=f"\n[bold]{question}[/bold]"))
+        console.print(hit_table(hits, title=f"\n{question}"))
 
     console.rule("4. answer from what was found, with the same weights")
     question = f"Which function should I call to {QUESTIONS[ANSWERED]}?"
     console.print(f"[bold]{question}[/bold]")
-    for piece in model.generate(answer_prompt(question, answers[ANSWERED][:2]), max_new_tokens=60, stream=True):
+    for piece in answer(model, question, answers[ANSWERED][:2], max_new_tokens=60, stream=True):
         console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
     for number, hit in enumerate(answers[ANSWERED][:2], 1):
-        console.print(f"  \\[{number}] {hit.id}")
+        console.print(f"  [{number}] {hit.id}", markup=False)
 
     console.rule("5. generation is lossless")
     config = model.ubmoe_config

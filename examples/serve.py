@@ -46,13 +46,13 @@ def server(gguf: Path, name: str, *, embedding: bool, port: int, host: str = "12
 
 def main(
     checkpoint: Annotated[str, typer.Argument(help="UBMoE checkpoint: a folder or a Hub id.")] = "models/ubmoe-135m",
-    folder: Annotated[Path, typer.Option(help="Of the GGUF files; newer ones than the checkpoint are kept.")] = Path(
-        "runs/serve"
-    ),
-    encoder_port: int = 8080,
-    generator_port: int = 8081,
-    host: str = "127.0.0.1",
-    threads: int = 0,
+    folder: Annotated[
+        Path, typer.Option(help="Folder of the GGUF files; those newer than the checkpoint are kept.")
+    ] = Path("runs/serve"),
+    encoder_port: Annotated[int, typer.Option(help="Port of the embeddings; 0 takes a free one.")] = 8080,
+    generator_port: Annotated[int, typer.Option(help="Port of the chat; 0 takes a free one.")] = 8081,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    threads: Annotated[int, typer.Option(help="Number of threads; 0 leaves the choice to llama.cpp.")] = 0,
 ) -> None:
     """Serve both views of a checkpoint until interrupted."""
     from ubmoe_st.export import export

@@ -21,9 +21,9 @@ from stdlib_corpus import write_corpus
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import EmbeddingIndex, UBMoE
+from ubmoe_st.answers import answer, find
 from ubmoe_st.bases import resolve_base
 from ubmoe_st.checkpoint import GENERATOR_FOLDER
-from ubmoe_st.cli import answer_prompt
 
 MODEL = "org/ubmoe-135m"
 EXAMPLES = ["read a csv file row by row", "copy a directory tree", "turn a dictionary into a JSON string"]
@@ -91,14 +91,13 @@ def build_app(model: UBMoE, index: EmbeddingIndex, base: str | None) -> gr.Block
     def ask(question: str, count: int) -> Iterator[tuple[list[list[str]], str]]:
         if not question.strip():
             raise gr.Error("Type a question first.")
-        hits = index.search_entries([question], k=int(count))[0]
-        rows = [[f"{hit.score:.3f}", hit.id, " ".join(hit.text.split())] for hit in hits]
-        answer = ""
-        yield rows, answer
-        chat = answer_prompt(question, hits[:ANSWERED_FROM])
-        for piece in model.generate(chat, max_new_tokens=MAX_NEW_TOKENS, stream=True):
-            answer += piece
-            yield rows, answer
+        hits = find(index, question, int(count))
+        rows = [[f"[{n}]", f"{hit.score:.3f}", hit.id, " ".join(hit.text.split())] for n, hit in enumerate(hits, 1)]
+        text = ""
+        yield rows, text
+        for piece in answer(model, question, hits[:ANSWERED_FROM], max_new_tokens=MAX_NEW_TOKENS, stream=True):
+            text += piece
+            yield rows, text
 
     def check(text: str) -> str:
         if not text.strip():
@@ -123,18 +122,18 @@ def build_app(model: UBMoE, index: EmbeddingIndex, base: str | None) -> gr.Block
             count = gr.Slider(1, 10, value=4, step=1, label="Entries")
             button = gr.Button("Search and answer", variant="primary", elem_id="ask")
             gr.Examples(EXAMPLES, inputs=question)
-            hits = gr.Dataframe(
-                headers=["cosine", "entry", "text"],
+            found = gr.Dataframe(
+                headers=["number", "cosine", "entry", "text"],
                 label=f"Found among {len(index):,} entries",
-                column_widths=["10%", "30%", "60%"],
+                column_widths=["10%", "10%", "25%", "55%"],
                 wrap=True,
                 interactive=False,
                 elem_id="hits",
             )
-            answer = gr.Textbox(
+            answered = gr.Textbox(
                 label=f"Answer, from the first {ANSWERED_FROM} entries", lines=4, interactive=False, elem_id="answer"
             )
-            gr.on([button.click, question.submit], fn=ask, inputs=[question, count], outputs=[hits, answer])
+            gr.on([button.click, question.submit], fn=ask, inputs=[question, count], outputs=[found, answered])
         with gr.Tab("Lossless check"):
             gr.Markdown("The generator is the base model: its logits are compared with the base's, loaded apart.")
             text = gr.Textbox(label="Text", value="The quick brown fox jumps over the lazy dog.", elem_id="text")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.benchmark_data import make_base, make_data
 from scipy.stats import spearmanr
-from test_benchmarks import make_base, make_data
 
 mteb = pytest.importorskip("mteb")
 
@@ -78,7 +78,7 @@ def test_local_banking77_is_the_official_task():
 
 def test_scores_are_those_of_numpy_and_finished_tasks_are_kept(encoder, data, tmp_path, monkeypatch):
     names = ["STS12", "SICK-R", "STSBenchmark:validation"]
-    options = {"folder": data, "out": tmp_path, "resamples": 20, "progress": False}
+    options = {"folder": data, "out": tmp_path, "mteb_files": tmp_path / "mteb", "resamples": 20, "progress": False}
     content = read_json(embedding.run(encoder, names, **options))
     values = {(score["task"], score["split"]): score["value"] for score in content["scores"]}
     for task, split in (("STS12", "test"), ("SICK-R", "test"), ("STSBenchmark", "validation")):
@@ -113,10 +113,10 @@ def test_an_interrupted_run_keeps_its_finished_tasks(encoder, data, tmp_path, mo
     assert len(calls) == 3
 
 
-def test_sicks_own_test_split_is_the_end_of_mtebs(encoder, data, monkeypatch):
-    monkeypatch.setattr(local, "SICK_TEST_ROWS", 24)
+def test_sicks_own_test_split_is_the_end_of_mtebs(encoder, data):
     task = embedding.local_task("SICK-R", data)
-    scores = embedding.score_task(wrap(encoder), task, "test", seed=0, resamples=5, progress=False)
+    options = {"resamples": 5, "progress": False, "sick_test_rows": 24}
+    scores = embedding.score_task(wrap(encoder), task, "test", seed=0, **options)
     rows = local.read_table(data / "eval" / "sts" / "SICK-R-test.tsv")
     columns = {"sentence1": [r["s1"] for r in rows], "sentence2": [r["s2"] for r in rows]}
     columns["score"] = [float(r["score"]) for r in rows]

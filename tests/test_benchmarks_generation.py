@@ -7,11 +7,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_benchmarks import make_base, make_data
+from helpers.benchmark_data import make_base, make_data
 
 pytest.importorskip("lm_eval")
 
-from benchmarks import generation
+from benchmarks import generation, lm_tasks
 from benchmarks.peers import open_generator
 from benchmarks.results import read_json
 
@@ -45,17 +45,17 @@ def run(base, data, tmp_path, tasks, **options):
 def test_the_local_rows_give_the_official_prompts(data):
     """Prompts and choices come from lm-eval; only the rows are local, and `datasets` is left as it was."""
     before = datasets.load_dataset
-    task = generation.build_tasks("piqa", data)["piqa"]
-    row = generation.local_documents("piqa", data)["validation"][0]
+    task = lm_tasks.build_tasks("piqa", data)["piqa"]
+    row = lm_tasks.local_documents("piqa", data)["validation"][0]
     document = task.eval_docs[0]
     assert task.doc_to_text(document) == f"Question: {row['goal']}\nAnswer:"
     assert task.doc_to_choice(document) == [row["sol1"], row["sol2"]]
-    task = generation.build_tasks("hellaswag", data)["hellaswag"]
+    task = lm_tasks.build_tasks("hellaswag", data)["hellaswag"]
     assert task.doc_to_text(task.eval_docs[0]).startswith("Topic: ")
-    task = generation.build_tasks("truthfulqa_mc1", data)["truthfulqa_mc1"]
+    task = lm_tasks.build_tasks("truthfulqa_mc1", data)["truthfulqa_mc1"]
     assert task.doc_to_text(task.eval_docs[0]).endswith("Q: What cat?\nA:")
     assert task.doc_to_choice(task.eval_docs[0]) == ["a cat.", "a dog."]
-    subjects = generation.build_tasks("mmlu", data)
+    subjects = lm_tasks.build_tasks("mmlu", data)
     assert sorted(subjects) == ["mmlu_anatomy", "mmlu_virology"]
     assert "about anatomy" in subjects["mmlu_anatomy"].config.description
     assert datasets.load_dataset is before
@@ -67,12 +67,12 @@ def test_the_local_rows_give_the_official_prompts(data):
     [("truthfulqa_mc1", 817), ("truthfulqa_mc2", 817), ("winogrande", 1267), ("piqa", 1838), ("arc_challenge", 1172)],
 )
 def test_local_sets_have_the_official_row_counts(name, rows):
-    assert sum(map(len, generation.local_documents(name, REAL).values())) == rows
+    assert sum(map(len, lm_tasks.local_documents(name, REAL).values())) == rows
 
 
 def test_pages_of_wikitext_join_to_the_file():
     text = " \n = Cat = \n \n A cat . \n = = Life = = \n x \n \n = Dog = \n \n y \n"
-    pages = generation.wikitext_pages(text)
+    pages = lm_tasks.wikitext_pages(text)
     assert len(pages) == 2
     assert pages[0].strip().startswith("= Cat =")
     assert "".join(pages) in text
@@ -92,7 +92,7 @@ def test_samples_are_seeded_and_a_task_does_not_change_anothers():
 def test_multiple_choice_is_what_torch_says(base, data, tmp_path):
     content = run(base, data, tmp_path, ["piqa"], limit=8, seed=3)
     score = next(s for s in content["scores"] if s["metric"] == "acc")
-    rows = generation.local_documents("piqa", data)["validation"]
+    rows = lm_tasks.local_documents("piqa", data)["validation"]
     expected = ""
     for number in score["samples"]["piqa"]:
         row = rows[number]
@@ -133,7 +133,7 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(base):
 def test_mc2_is_the_mass_of_the_true_answers(base, data, tmp_path):
     content = run(base, data, tmp_path, ["truthfulqa_mc2"], limit=3)
     (score,) = content["scores"]
-    task = generation.build_tasks("truthfulqa_mc2", data)["truthfulqa_mc2"]
+    task = lm_tasks.build_tasks("truthfulqa_mc2", data)["truthfulqa_mc2"]
     for number, outcome in zip(score["samples"]["truthfulqa_mc2"], score["outcomes"]):
         document = task.eval_docs[number]
         context = task.doc_to_text(document)
@@ -148,7 +148,7 @@ def test_perplexity_is_that_of_torch(base, data, tmp_path):
     (score,) = run(base, data, tmp_path, ["wikitext"])["scores"]
     model, tokenizer = base
     loss, words = 0.0, 0
-    for row in generation.local_documents("wikitext", data)["test"]:
+    for row in lm_tasks.local_documents("wikitext", data)["test"]:
         ids = [tokenizer.eos_token_id, *tokenizer(wikitext_detokenizer(row))["input_ids"]]
         losses = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         loss += float(sum(losses[i - 1, ids[i]] for i in range(1, len(ids))))
@@ -177,7 +177,7 @@ def test_finished_tasks_and_answers_are_kept(base, data, tmp_path, monkeypatch):
 
 def test_unknown_tasks_name_the_nearest(data):
     with pytest.raises(ValueError, match="winogrande"):
-        generation.build_tasks("winogrand", data)
+        lm_tasks.build_tasks("winogrand", data)
 
 
 def test_uni_answers_are_the_bases_to_the_last_bit(data, tmp_path):

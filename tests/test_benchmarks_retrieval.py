@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_benchmarks import make_base, make_data
+from helpers.benchmark_data import make_base, make_data
 
 pytest.importorskip("ir_measures")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_benchmarks import make_base, make_data
+from helpers.benchmark_data import make_base, make_data
 
 from benchmarks import speed
 from benchmarks.peers import open_encoder
@@ -49,7 +49,7 @@ def test_memory_counts_each_tensor_once(base):
     """The tied head of the tiny base is not counted twice."""
     from transformers import AutoModelForCausalLM
 
-    found = speed.in_process({"kind": "memory", "system": "base", "base": str(base), "model": "", "threads": 1})
+    found = speed.measure({"kind": "memory", "system": "base", "base": str(base), "model": "", "threads": 1})
     model = AutoModelForCausalLM.from_pretrained(base)
     assert found["weights"] == sum(p.numel() * 4 for p in model.parameters())
     assert found["private"] > found["weights"] / 2  # of a process whose libraries were loaded before
@@ -57,4 +57,4 @@ def test_memory_counts_each_tensor_once(base):
 
 def test_a_failing_worker_is_named():
     with pytest.raises(RuntimeError, match="nothing with base"):
-        speed.in_process({"kind": "nothing", "system": "base", "threads": 1})
+        speed.measure({"kind": "nothing", "system": "base", "threads": 1})

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXTS, make_tokenizer
+from helpers.models import ARCHITECTURES, TEXTS, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE, dependence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_experts
+from helpers.models import ARCHITECTURES, random_experts
 from torch import nn
 from transformers import AutoModel
 

@@ -19,18 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, make_checkpoint
+from helpers.loopback_hub import CHUNK, MULTIPART_ABOVE, TOKEN, Commit, File, LoopbackHub, git_sha1
+from helpers.models import TEXTS, make_checkpoint
 from huggingface_hub import constants
-from loopback_hub import CHUNK, MULTIPART_ABOVE, TOKEN, Commit, File, LoopbackHub, git_sha1
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ubmoe_st import UBMoE
-from ubmoe_st.bases import download, resolve_base
+from ubmoe_st.bases import resolve_base
 from ubmoe_st.checkpoint import CheckpointError, verify_sums
 from ubmoe_st.cli import app
-from ubmoe_st.hub import push
+from ubmoe_st.hub import download, push
 
 REPO = "org/ubmoe-tiny"
 
@@ -163,11 +163,12 @@ def test_private_branch_and_pull_request(hub, client, checkpoint, monkeypatch):
 
 def test_a_repository_with_files_is_not_changed_unasked(hub, checkpoint, base, tmp_path):
     push(checkpoint, REPO)
-    with pytest.raises(FileExistsError, match="--exist-ok"):
+    with pytest.raises(FileExistsError, match="exist_ok=True"):
         push(checkpoint, REPO)
     with pytest.raises(ValueError, match="public"):
         push(checkpoint, REPO, private=True, exist_ok=True)
-    assert "--exist-ok" in run("push", checkpoint, REPO, code=1).stderr
+    refused = run("push", checkpoint, REPO, code=1).stderr
+    assert "with --exist-ok, or open a pull request with --create-pr" in refused
     push(checkpoint, REPO, exist_ok=True)
     assert len(titles(hub)) == 2, "an unchanged checkpoint makes no commit"
 
@@ -329,7 +330,7 @@ def test_bad_input_is_one_line(hub, client, checkpoint, monkeypatch, tmp_path, c
         client("http://127.0.0.1:9")
     elif case == "no Hub":
         monkeypatch.setattr(LoopbackHub, "info", lambda hub, request, **_: request.reply(200, b"<html>"))
-        monkeypatch.setattr("loopback_hub.ROUTES", [("GET", "/api/models/.*", LoopbackHub.info)])
+        monkeypatch.setattr("helpers.loopback_hub.ROUTES", [("GET", "/api/models/.*", LoopbackHub.info)])
     elif case == "bad id":
         repo = "org/two words"
     elif case == "foreign owner":

@@ -7,9 +7,12 @@ import json
 
 import numpy as np
 import pytest
-from test_index_encoders import HashEncoder
+from helpers.encoders import HashEncoder
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex
+from ubmoe_st.index.embedder import Embedder
+from ubmoe_st.index.search import SearchSettings
+from ubmoe_st.index.store import Snapshot
 
 
 def rows(count: int, words: int = 12, seed: int = 0) -> list[dict]:
@@ -80,13 +83,13 @@ def test_equal_vectors_tie_and_come_in_corpus_order(tmp_path, encoder):
         assert len(set(values.tolist())) == 1
 
 
-def test_blocks_and_segments_do_not_change_the_result(tmp_path, encoder, monkeypatch):
+def test_blocks_and_segments_do_not_change_the_result(tmp_path, encoder):
     corpus = rows(700)
     whole = EmbeddingIndex.build(encoder, corpus, tmp_path / "a")
     cut = EmbeddingIndex.build(encoder, corpus, tmp_path / "b", segment_rows=100, window_tokens=300)
     assert len(cut.info["segments"]) > 3
     assert len(whole.info["segments"]) == 1
-    monkeypatch.setattr("ubmoe_st.index.snapshot.BLOCK_BYTES", 4 * 24 * 37)
+    cut = EmbeddingIndex(Snapshot(cut.path), Embedder(encoder), SearchSettings(block_bytes=4 * 24 * 37))
     queries = [f"query {number}" for number in range(20)]
     for k in (1, 10, 699, 700, 5000):
         ours, ours_ids = cut.search(queries, k)
@@ -303,14 +306,13 @@ def test_chunks_keep_parent_and_span_and_lose_no_word(tmp_path, encoder):
     assert index.search_entries(index.texts("d7#0")[0], 1)[0][0].score > 0.999
 
 
-def test_a_long_text_is_cut_the_same_in_blocks(monkeypatch):
+def test_a_long_text_is_cut_the_same_in_blocks():
     from ubmoe_st.index.embedder import TokenCounter, chunk_spans
 
     text = " ".join(f"word{n}" for n in range(3000))
     counter = TokenCounter(None, None)
     whole = chunk_spans(text, counter, 50, 7)
-    monkeypatch.setattr("ubmoe_st.index.embedder.BLOCK_CHARACTERS", 333)
-    assert chunk_spans(text, counter, 50, 7) == whole
+    assert chunk_spans(text, counter, 50, 7, block_characters=333) == whole
     assert len(whole) == 70
 
 
@@ -482,7 +484,7 @@ def test_progress_is_told_and_nothing_printed(tmp_path, encoder, capfd):
 
 
 def test_batches_stay_within_the_token_budget():
-    from ubmoe_st.index.pipeline import token_batches
+    from ubmoe_st.index.windows import token_batches
 
     lengths = np.random.default_rng(0).integers(1, 300, 500).tolist()
     batches = list(token_batches(lengths, 1000, 64))
@@ -493,11 +495,10 @@ def test_batches_stay_within_the_token_budget():
     assert list(token_batches([5000, 1], 1000, 64)) == [[0], [1]]
 
 
-def test_ids_seen_are_remembered_like_a_dictionary_would(tmp_path, monkeypatch):
-    from ubmoe_st.index.pipeline import SeenIds
+def test_ids_seen_are_remembered_like_a_dictionary_would(tmp_path):
+    from ubmoe_st.index.windows import SeenIds
 
-    monkeypatch.setattr("ubmoe_st.index.pipeline.SEEN_CACHE_KIB", 16)
-    seen, expected = SeenIds(tmp_path), {}
+    seen, expected = SeenIds(tmp_path, cache_kib=16), {}
     for row, number in enumerate(np.random.default_rng(0).integers(3000, size=10_000).tolist()):
         name = f"id {number}"
         assert seen.add(name, row) == expected.get(name)

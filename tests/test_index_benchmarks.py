@@ -25,9 +25,7 @@ def seeds(tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(benchmark, "LEAST_SECONDS", 0.0)
-    monkeypatch.setattr(benchmark, "LEAST_ROUNDS", 1)
+def same_process(monkeypatch):
     monkeypatch.setattr(benchmark, "in_process", lambda function, *arguments: function(*arguments))
 
 
@@ -48,9 +46,10 @@ def test_a_free_encoder_gives_the_rows_of_its_file(seeds):
     assert table.encode_document(["no number"]).shape == (1, 16)
 
 
-def test_a_stopped_run_goes_on_and_the_report_prints_the_ratios(seeds, quick, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_and_the_report_prints_the_ratios(seeds, same_process, tmp_path, monkeypatch):
     def run(kinds: str) -> str:
         arguments = ["--vectors", str(seeds), "--rows", "1500", "--queries", "40", "--kinds", kinds, "--parts", "kinds"]
+        arguments += ["--least-seconds", "0", "--least-rounds", "1"]
         places = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "results")]
         done = typer.testing.CliRunner().invoke(benchmark.app, [*arguments, *places])
         assert done.exit_code == 0, done.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import TEXTS
+from helpers.models import TEXTS
 from typer.testing import CliRunner
 
 from ubmoe_st.cli import app
@@ -65,7 +65,7 @@ def test_options_of_the_build_arrive(made):
 def test_what_does_not_fit_together_is_refused_in_one_line(made, checkpoint):
     cases = {
         "searches one index, got 2": ("search", made / "one", made / "two", "the", "--mode", "hybrid"),
-        "call build_bm25": ("search", made / "whole", "the", "--mode", "hybrid"),
+        "repeating its `ubmoe index` command with --bm25": ("search", made / "whole", "the", "--mode", "hybrid"),
         "a size is a number": ("index", made / "one.jsonl", "--model", checkpoint, "--out", "x", "--memory", "lots"),
         "at least 64 MB": ("index", made / "one.jsonl", "--model", checkpoint, "--out", "x", "--memory", "1MB"),
     }
@@ -73,4 +73,6 @@ def test_what_does_not_fit_together_is_refused_in_one_line(made, checkpoint):
         stderr = run(*arguments, code=1).stderr
         error = stderr[stderr.index("error:") :]  # progress bars of this process may come before
         assert message in error
+        assert "build_bm25" not in error
+        assert "memory_budget" not in error
         assert len(error.strip().splitlines()) == 1

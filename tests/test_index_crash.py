@@ -5,72 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_index_encoders import HashEncoder
+from helpers.encoders import HashEncoder, Stops
+from helpers.index_driver import CUT, drive, small
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex
-
-ROOT = Path(__file__).parents[1]
-
-# Imports the index alone (no torch), then forks one child per attempt, so that an attempt takes milliseconds.
-DRIVER = """
-import os, random, signal, sys, time, types
-from pathlib import Path
-root = Path(sys.argv[1])
-package = types.ModuleType("ubmoe_st")
-package.__path__ = [str(root / "ubmoe_st")]
-sys.modules["ubmoe_st"] = package
-sys.path.insert(0, str(root / "tests"))
-import numpy, pyarrow, faiss
-os.fsync = lambda descriptor: None  # what a killed process wrote stays with the system; only a power cut needs syncs
-from test_index_encoders import HashEncoder
-from ubmoe_st.index import EmbeddingIndex
-
-def build(corpus, out, delay=0.0):
-    encoder = HashEncoder(16, batch_noise=1e-3, delay=delay)
-    EmbeddingIndex.build(encoder, corpus, out, window_tokens=1000, batch_tokens=200, segment_rows=60,
-                         chunk_tokens=20, overlap_tokens=4, on_duplicate="upsert", on_bad_row="skip")
-
-# One build before forking loads every module once, not in each child.
-import tempfile
-with tempfile.TemporaryDirectory() as folder:
-    build(sys.argv[2], folder + "/i")
-
-def attempt(work):
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-def finish(pid):
-    status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status):
-        return "killed"
-    if os.WEXITSTATUS(status):
-        sys.exit("the build failed")
-    return "done"
-"""
-
-
-def drive(body: str, *arguments: str) -> str:
-    script = DRIVER + textwrap.dedent(body)
-    command = [sys.executable, "-c", script, str(ROOT), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 def content(folder: Path):
@@ -175,26 +117,6 @@ def test_kills_at_random_moments_lose_nothing(corpus, uninterrupted, tmp_path):
     assert kills >= 6
     for trial in range(6):
         assert content(tmp_path / str(trial)) == uninterrupted
-
-
-def small(tmp_path: Path, count: int = 60) -> list[dict]:
-    return [{"id": f"d{number}", "text": f"some text number {number}"} for number in range(count)]
-
-
-class Stops(HashEncoder):
-    """Fails after some batches, as a machine would."""
-
-    def __init__(self, after: int, **options) -> None:
-        super().__init__(16, batch_noise=1e-3, **options)
-        self.after = after
-
-    def encode(self, inputs, **kwargs):
-        if len(self.batches) >= self.after:
-            raise KeyboardInterrupt
-        return super().encode(inputs, **kwargs)
-
-
-CUT = {"window_tokens": 60, "batch_tokens": 20, "segment_rows": 25}
 
 
 def stopped(tmp_path: Path, corpus: list[dict], **options) -> Path:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import WORDS
+from helpers.models import WORDS
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_index_encoders import HashEncoder
+from helpers.encoders import HashEncoder
 
 from ubmoe_st.index import EmbeddingIndex, IndexGroup
 

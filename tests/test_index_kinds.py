@@ -9,7 +9,11 @@ import pytest
 
 from ubmoe_st.index import EmbeddingIndex
 from ubmoe_st.index.budget import MemoryBudget, parse_size, token_bytes
-from ubmoe_st.index.kinds import KINDS, choose, subquantizers_for
+from ubmoe_st.index.embedder import Embedder
+from ubmoe_st.index.kinds import KINDS, Request, choose, subquantizers_for, write_faiss
+from ubmoe_st.index.search import SearchSettings
+from ubmoe_st.index.store import Snapshot
+from ubmoe_st.index.workplace import Workplace
 
 DIMENSION = 32
 ROWS = 3000
@@ -101,8 +105,13 @@ def test_every_kind_returns_exact_cosines_and_finds_most(approximate, encoder, q
     assert approximate.verify() == []
 
 
-def test_filters_hold_in_every_kind_and_fill_the_list(approximate, encoder, queries, monkeypatch):
-    monkeypatch.setattr("ubmoe_st.index.search.FEW_ROWS", 50)
+def through_faiss(index: EmbeddingIndex, encoder) -> EmbeddingIndex:
+    """The same index, which compares all rows that a filter leaves only where they are very few."""
+    return EmbeddingIndex(Snapshot(index.path), Embedder(encoder), SearchSettings(few_rows=50))
+
+
+def test_filters_hold_in_every_kind_and_fill_the_list(approximate, encoder, queries):
+    approximate = through_faiss(approximate, encoder)
     keep = np.array([row["lang"] == "de" and row["year"] >= 1950 for row in corpus()])
     spec = {"lang": "de", "year": {">=": 1950}}
     _, names = truth(encoder, queries, 10, keep)
@@ -180,30 +189,32 @@ def test_an_index_of_several_files_finds_what_one_file_does(kind, encoder, tmp_p
     assert recall(found, names) >= (1.0 if kind in ("int8", "ivf-flat", "faiss:IVF32,SQ8") else 0.97)
     assert {int(name[1:]) // 750 for line in found for name in line} == {0, 1, 2, 3}
     keep = {row["id"] for row in corpus() if row["lang"] == "de"}
-    monkeypatch.setattr("ubmoe_st.index.search.FEW_ROWS", 50)
-    filtered = cut.search(queries, 10, filter={"lang": "de"})[1]
+    filtered = through_faiss(cut, encoder).search(queries, 10, filter={"lang": "de"})[1]
     assert all(len(line) == 10 and set(line) <= keep for line in filtered)
     (cut.path / files[2]["file"]).write_bytes(b"short")
     with pytest.raises(ValueError, match=r"index\.2\.faiss.*truncated"):
         EmbeddingIndex.open(cut.path)
 
 
-def test_a_flat_index_has_a_faiss_file_when_asked_or_small(encoder, tmp_path, queries, monkeypatch):
+def test_a_flat_index_has_a_faiss_file_when_asked_or_small(encoder, tmp_path, queries):
     import faiss
 
     small = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "small")
     assert faiss.read_index(str(small.path / "index.faiss")).ntotal == 50
     without = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "without", faiss_file=False)
     assert without.info["index"]["file"] is None
-    monkeypatch.setattr("ubmoe_st.index.commit.FLAT_ROWS", 40)
-    large = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "large")
+    with Workplace(without.path) as workplace:
+        for most, files in ((40, 0), (49, 0), (50, 1)):
+            request = Request("auto", MemoryBudget.of(None), flat_rows=most)
+            record = write_faiss(Snapshot(without.path), request, workplace, 2)
+            assert (record.kind, len(record.files)) == ("flat", files)
     asked = EmbeddingIndex.build(encoder, corpus(50), tmp_path / "asked", kind="flat", faiss_file=True)
-    for index in (without, large):
-        assert not list(index.path.rglob("*.faiss"))
-        assert index.search(queries, 5)[1] == small.search(queries, 5)[1]
-        assert index.verify() == []
-    large.reindex("flat", faiss_file=True)
-    for index in (large, asked):
+    without.delete("absent", missing_ok=True)
+    assert not list(without.path.rglob("*.faiss")), "what no version needs has stayed"
+    assert without.search(queries, 5)[1] == small.search(queries, 5)[1]
+    assert without.verify() == []
+    without.reindex("flat", faiss_file=True)
+    for index in (without, asked):
         stock = faiss.read_index(str(index.path / index.info["index"]["file"]))
         np.testing.assert_array_equal(stock.reconstruct_n(0, 50), index.vectors([f"r{n}" for n in range(50)]))
     assert EmbeddingIndex.build(encoder, corpus(50), asked.path, kind="flat", faiss_file=True).version == 1

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 
 import numpy as np
 import pytest
-from test_index_crash import DRIVER, ROOT
-from test_index_encoders import HashEncoder
+from helpers.encoders import HashEncoder, Stops
+from helpers.index_driver import CUT, drive
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex
-
-CUT = {"window_tokens": 60, "batch_tokens": 20, "segment_rows": 25}
+from ubmoe_st.index.workplace import Workplace
 
 
 def check(index: EmbeddingIndex, expected: dict[str, str], encoder: HashEncoder) -> None:
@@ -96,8 +92,6 @@ def test_neighbouring_versions_of_one_id_are_told_apart(tmp_path):
 
 
 def test_an_addition_that_was_stopped_goes_on_and_guards_the_index(tmp_path):
-    from test_index_crash import Stops
-
     encoder = HashEncoder(16, batch_noise=1e-3)
     first = [{"id": f"d{n}", "text": f"some text number {n}"} for n in range(20)]
     more = [{"id": f"e{n}", "text": f"some more text number {n}"} for n in range(60)]
@@ -128,15 +122,15 @@ def test_an_addition_that_is_repeated_after_its_commit_is_done_already(tmp_path,
     more = [{"id": f"e{n}", "text": f"some more text number {n}"} for n in range(60)]
     index = EmbeddingIndex.build(encoder, [{"id": "a", "text": "b"}], tmp_path / "i", **CUT)
 
-    def stop(path):
-        if path.name == "build":
-            raise KeyboardInterrupt
-        remove(path)
+    clear = Workplace.clear
 
-    from ubmoe_st.index.commit import remove
+    def stop(workplace):
+        if EmbeddingIndex.open(workplace.folder).version == 2:
+            raise KeyboardInterrupt
+        return clear(workplace)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ubmoe_st.index.commit.remove", stop)
+        patch.setattr(Workplace, "clear", stop)
         with pytest.raises(KeyboardInterrupt):
             index.add(more)
     assert (tmp_path / "i" / "build" / "journal.json").exists()
@@ -158,8 +152,6 @@ def test_an_addition_that_is_repeated_after_its_commit_is_done_already(tmp_path,
 
 
 def test_a_stopped_addition_can_be_thrown_away(tmp_path):
-    from test_index_crash import Stops
-
     EmbeddingIndex.build(HashEncoder(16), [{"id": "a", "text": "b"}], tmp_path / "i", **CUT)
     index = EmbeddingIndex.open(tmp_path / "i", model=Stops(6))
     with pytest.raises(KeyboardInterrupt):
@@ -280,13 +272,6 @@ def test_a_kill_during_any_change_leaves_the_old_or_the_new_version(tmp_path):
             finish(attempt(again))
     print(kills)
     """
-    from textwrap import dedent
-
-    script = DRIVER + dedent(body)
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "a", "text": "b"}))
-    command = [sys.executable, "-c", script, str(ROOT), str(tmp_path / "c.jsonl"), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) > 18
+    assert int(drive(body, str(tmp_path / "c.jsonl"), str(tmp_path))) > 18
     assert signal.SIGKILL

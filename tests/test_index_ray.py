@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import helpers.encoders
 import numpy as np
 import pytest
-import test_index_encoders
-from test_index_encoders import HashEncoder
+from helpers.encoders import HashEncoder, Stops
+from helpers.index_driver import CUT, small
 
 from ubmoe_st.index import EmbeddingIndex
 
@@ -14,7 +15,7 @@ ray = pytest.importorskip("ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    ray.cloudpickle.register_pickle_by_value(test_index_encoders)
+    ray.cloudpickle.register_pickle_by_value(helpers.encoders)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
@@ -42,8 +43,6 @@ def test_two_workers_give_the_same_index_as_one_process(tmp_path):
 
 
 def test_a_build_begun_locally_goes_on_with_ray(tmp_path):
-    from test_index_crash import CUT, Stops, small
-
     with pytest.raises(KeyboardInterrupt):
         EmbeddingIndex.build(Stops(9), small(tmp_path), tmp_path / "i", **CUT)
     encoder = HashEncoder(16, batch_noise=1e-3)

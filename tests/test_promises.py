@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXTS, make_tokenizer
+from helpers.models import ARCHITECTURES, TEXTS, make_tokenizer
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 

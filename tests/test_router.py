@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, WORDS, make_checkpoint, make_tokenizer
+from helpers.models import ARCHITECTURES, WORDS, make_checkpoint, make_tokenizer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from training.resume import trained_parameters
 from training.router import (
     IGNORED,
     RouterRecipe,
@@ -21,7 +22,6 @@ from training.router import (
     pad_answers,
     train,
 )
-from training.trainers import trained_parameters
 from ubmoe_st import UBMoE, upcycle
 
 IDS = torch.tensor([[4, 5, 6, 7, 20, 11], [9, 9, 4, 30, 2, 8]])
@@ -116,6 +116,23 @@ def test_the_loss_is_its_formula(recipe, tmp_path):
     assert values["kl"] == pytest.approx((expected + 0.5 * torch.stack(kl).mean()).item(), abs=1e-4)
     assert values["balance"] == pytest.approx((expected + 2 * ((share - 0.5) ** 2).mean()).item(), abs=1e-4)
     assert len({round(value, 4) for value in values.values()}) == 3
+
+
+@pytest.mark.parametrize("template_says_it", [True, False])
+def test_a_chat_begins_as_the_template_says_also_where_the_tokenizer_puts_a_start_token(template_says_it):
+    """In front of a chat stands what `apply_chat_template` puts there: its own start token, never two."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer("the cat")["input_ids"][0] == 1
+    if template_says_it:
+        tokenizer.chat_template = "{{ bos_token }} " + tokenizer.chat_template
+    found = encode_answer(tokenizer, "the cat", "sits on", 99)
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sits on"}]
+    expected = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert found["input_ids"] == expected
+    assert (found["input_ids"].count(1) == 1) is template_says_it
 
 
 @pytest.mark.parametrize("kind", ["soft", "top1"])

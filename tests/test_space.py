@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TEXTS
+from helpers.models import TEXTS
 
 from ubmoe_st import EmbeddingIndex, UBMoE
-from ubmoe_st.cli import answer_prompt
+from ubmoe_st.answers import answer, find
 
 pytestmark = pytest.mark.space
 
@@ -94,8 +94,8 @@ def test_search_and_answer(page, checkpoint, index):
     model = UBMoE(str(checkpoint), low_memory=True)
     expected = {}
     for question in [*TEXTS, "the blue house", "a bird and a train"]:
-        hits = index.search_entries([question], k=4)[0]
-        expected[question] = hits, model.generate(answer_prompt(question, hits[:2]), max_new_tokens=NEW_TOKENS)
+        hits = find(index, question, 4)
+        expected[question] = hits, answer(model, question, hits[:2], max_new_tokens=NEW_TOKENS)
     question = next(question for question, (_, text) in expected.items() if text.split())
     hits, text = expected[question]
 

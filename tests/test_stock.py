@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TEXTS
+from helpers.models import TEXTS
 from sentence_transformers import SentenceTransformer
 
 from ubmoe_st import UBMoE

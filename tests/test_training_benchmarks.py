@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_benchmarks import WORDS, make_base, make_data
+from helpers.benchmark_data import WORDS, make_base, make_data
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("mteb")
@@ -14,8 +14,7 @@ pytest.importorskip("peft")
 from benchmarks import ablation, dependence
 from benchmarks.report import own_tables
 from benchmarks.results import read_json
-from training.contrastive import ContrastiveRecipe
-from training.data import Mixture
+from training.recipe import ContrastiveRecipe, Mixture
 
 BUCKETS = ((0, 32), (32, 64), (64, 128), (128, 256))
 

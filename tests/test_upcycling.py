@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SIZES, TEXTS, make_base, make_tokenizer, random_experts
+from helpers.models import SIZES, TEXTS, make_base, make_tokenizer, random_experts
 from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense

@@ -1,4 +1,8 @@
-"""Texts to train and choose on, from a local folder (`--data-dir`, `$UBMOE_DATA`, `../shared/data`) or the Hub."""
+"""Data in the layout of the local folder (`--data-dir`, `$UBMOE_DATA`, `../shared/data`), for training and benchmarks.
+
+Reading files, the development sets, instruction sets, classification and retrieval sets. What a recipe mixes from
+them is in `texts.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ import hashlib
 import json
 import os
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from training.recipe import Mixture
 
 DEFAULT_DATA = Path("../shared/data")
 
@@ -28,36 +35,66 @@ def data_folder(given: str | os.PathLike[str] | None = None) -> Path:
     return folder
 
 
-def read_lines(file: Path) -> Iterator[str]:
-    """Stripped lines of a `.txt` or `.gz` file.
+def need(file: Path) -> Path:
+    """A file of the data folder.
 
     Raises:
         FileNotFoundError: If it does not exist.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"expected {file.name} in {file.parent}, got nothing there; check the recipe's data")
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield line.strip()
+        raise FileNotFoundError(
+            f"expected {file.name} in {file.parent}, got nothing there; check the name, or complete the data folder "
+            "(UBMOE_DATA)"
+        )
+    return file
 
 
-@dataclass
-class Mixture:
-    """Sentences drawn from several files.
+def read_lines(file: Path, *, strip: bool = True) -> Iterator[str]:
+    """Lines of a text file, or of a gzip file of one.
 
-    Attributes:
-        files: Share of each file, by name without `train/sentences-` and `.txt.gz`, or by path of a text file.
-        count: Sentences to draw in all; a file that holds fewer gives what it has.
-        use: Train on the first so many of the drawn ones. None: all.
-        words: Fewest and most words of a sentence.
-        seed: Of the draw.
+    Args:
+        file: UTF-8, `.gz` or not.
+        strip: Without white space at both ends. False: without the line end alone.
+
+    Raises:
+        FileNotFoundError: If it does not exist.
+        ValueError: If a line is not UTF-8, or the compressed file is broken.
     """
+    with gzip.open(need(file), "rb") if file.suffix == ".gz" else need(file).open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield text.strip() if strip else text.rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{file}, line {number}: expected UTF-8, got byte 0x{error.object[error.start]:02x}; convert the file, "
+                "e.g. with `iconv -f ISO-8859-1 -t UTF-8`"
+            ) from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is no whole gzip file ({error}); get it again") from error
 
-    files: dict[str, float]
-    count: int = 60_000
-    use: int | None = None
-    words: tuple[int, int] = (4, 28)
-    seed: int = 0
+
+def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a `.jsonl` or `.jsonl.gz` file.
+
+    Raises:
+        ValueError: If a line is no JSON object.
+    """
+    for number, line in enumerate(read_lines(file), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:40]!r}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:40]!r}")
+        yield row
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """Rows of a tab-separated file with a header and without quoting."""
+    return list(csv.DictReader(read_lines(file, strip=False), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def read_sentences(mixture: Mixture, folder: Path | None = None) -> list[str]:
@@ -105,7 +142,7 @@ def read_rows(source: str, columns: Sequence[str]) -> dict[str, list[str]]:
         ValueError: If a column is missing.
     """
     if Path(source).is_file():
-        rows: Iterable[Mapping[str, Any]] = map(json.loads, filter(None, read_lines(Path(source))))
+        rows: Iterable[Mapping[str, Any]] = read_jsonl(Path(source))
     else:
         from datasets import load_dataset
 
@@ -133,8 +170,7 @@ def sts_pairs(name: str, folder: Path, sample: int | None = None) -> tuple[list[
     """
     if not name.endswith("-dev"):
         raise ValueError(f"training looks at development sets only (STSB-dev, SICK-R-dev), got {name}")
-    lines = list(read_lines(folder / "eval" / "sts" / f"{name}.tsv"))
-    rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = read_table(folder / "eval" / "sts" / f"{name}.tsv")
     if sample is not None and sample < len(rows):
         rows = random.Random(0).sample(rows, sample)
     return [row["s1"] for row in rows], [row["s2"] for row in rows], [float(row["score"]) for row in rows]
@@ -155,10 +191,85 @@ def read_instructions(files: Sequence[str], folder: Path | None = None) -> list[
         file = Path(name)
         if not file.is_file():
             file = (folder or data_folder()) / "instruct" / f"{name}.jsonl.gz"
-        for row in map(json.loads, filter(None, read_lines(file))):
+        for row in read_jsonl(file):
             question = "\n\n".join(filter(None, (row["instruction"].strip(), (row.get("input") or "").strip())))
             if question and row["output"].strip():
                 pairs.append((question, row["output"].strip()))
     if not pairs:
         raise ValueError(f"no question with an answer in {', '.join(files)}")
     return pairs
+
+
+def labelled_texts(folder: Path, name: str) -> dict[str, dict[str, list[Any]]]:
+    """Texts and label numbers of a classification set, by split; labels are numbered in sorted order."""
+    rows = list(read_jsonl(folder / "classification" / f"{name}.jsonl.gz"))
+    numbers = {label: number for number, label in enumerate(sorted({row["label"] for row in rows}))}
+    splits: dict[str, dict[str, list[Any]]] = {}
+    for row in rows:
+        columns = splits.setdefault(row["split"], {"text": [], "label": []})
+        columns["text"].append(row["text"])
+        columns["label"].append(numbers[row["label"]])
+    return splits
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A retrieval set."""
+
+    name: str
+    documents: dict[str, str]
+    """Document id to text; a title stands before the text."""
+    queries: dict[str, str]
+    """Query id to text, only queries with at least one relevant document."""
+    relevance: dict[str, dict[str, int]]
+    """Query id to document id to grade; judged but not relevant documents have grade 0."""
+
+
+def read_collection(folder: str | Path) -> Collection:
+    """Read a folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels.tsv.
+
+    Raises:
+        FileNotFoundError: If one of the three files is missing.
+        ValueError: If no query has a relevant document.
+    """
+    folder = Path(folder)
+    documents = {
+        str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip()
+        for row in read_jsonl(folder / "corpus.jsonl")
+    }
+    relevance: dict[str, dict[str, int]] = {}
+    for row in read_table(folder / "qrels.tsv"):
+        relevance.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
+    relevance = {query: grades for query, grades in relevance.items() if any(g > 0 for g in grades.values())}
+    if not relevance:
+        raise ValueError(f"expected a relevant document in {folder / 'qrels.tsv'}, got none; check the file")
+    queries = {str(r["_id"]): r["text"] for r in read_jsonl(folder / "queries.jsonl") if str(r["_id"]) in relevance}
+    return Collection(folder.name, documents, queries, relevance)
+
+
+DOLLY_DEV = "Dolly-dev"
+DOLLY_DEV_CATEGORIES = ("closed_qa", "information_extraction")
+"""Of the instruction set; training must skip them, see `TextSource.skip`."""
+
+
+def dolly_dev(folder: Path, queries: int | None = 300, documents: int = 500, words: int = 110) -> Collection:
+    """The retrieval development set: questions of Dolly against their own contexts.
+
+    Args:
+        folder: The data folder.
+        queries: Questions, of a seeded sample. None: one for each context.
+        documents: Contexts, each cut to `words`; those of 30 words or fewer are left out.
+        words: Most words of a context.
+    """
+    asked: dict[str, str] = {}
+    for row in read_jsonl(folder / "instruct" / "dolly_partial.jsonl.gz"):
+        context = row["input"].strip()
+        if row["category"] in DOLLY_DEV_CATEGORIES and len(context.split()) > 30:
+            asked.setdefault(context, row["instruction"].strip())
+    pairs = sorted(asked.items())
+    if not pairs:
+        raise ValueError("dolly_partial holds no question of the development categories with a context")
+    pairs = random.Random(3).sample(pairs, min(documents, len(pairs)))
+    found = {f"d{number}": " ".join(context.split()[:words]) for number, (context, _) in enumerate(pairs)}
+    questions = {f"q{number}": question for number, (_, question) in enumerate(pairs[:queries])}
+    return Collection(DOLLY_DEV, found, questions, {query: {f"d{query[1:]}": 1} for query in questions})

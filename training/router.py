@@ -14,7 +14,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from training.contrastive import encoder_of
+from training.command import arguments_of, check_same_recipe, one_line_errors, recipe_of_command
 from training.data import read_instructions
-from training.trainers import (
-    TrainedOnly,
-    arguments_of,
-    check_same_recipe,
-    checkpoint_to_resume,
-    one_line_errors,
-    recipe_of_command,
-)
+from training.recipe import RouterRecipe
+from training.resume import TrainedOnly, checkpoint_to_resume
+from training.student import encoder_of
 from ubmoe_st import UBMoE
-from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
+from ubmoe_st.configuration import RouterKind
 from ubmoe_st.experts import TokenRouter, save_routers
 from ubmoe_st.generator import build_generator, router_state
 from ubmoe_st.upcycling import ROUTERS_FILE
@@ -44,51 +39,6 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 MODEL_FOLDER = "model"
 SUMMARY_FILE = "router.json"
-
-
-@dataclass
-class RouterRecipe:
-    """What stage 2 trains on; the rest is transformers' `TrainingArguments`."""
-
-    checkpoint: str
-    """UBMoE checkpoint with trained `bi` experts."""
-
-    out: str
-    """Folder of checkpoints and results."""
-
-    instructions: list[str]
-    """Instruction sets, see `read_instructions`."""
-
-    kind: RouterKind = "soft"
-    """`soft`: weighted sum of both experts; `top1`: one of them."""
-
-    kl: float = 0.0
-    """Weight of KL(base || routed) on the answer tokens: keeps the mix near the base."""
-
-    balance: float = 0.0
-    """Weight of the load balance: squared distance of each layer's mean `bi` weight from `balance_target`."""
-
-    balance_target: float = 0.5
-    count: int | None = None
-    """Answers to train on, a seeded sample. None: all."""
-
-    held_out: int = 100
-    """Answers kept for the evaluation loss."""
-
-    max_tokens: int = 512
-    """Longer questions and answers lose their end."""
-
-    seed: int = 0
-    """Of the sample."""
-
-    trainer: dict[str, Any] = field(default_factory=dict)
-    """`TrainingArguments`."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ROUTER_KINDS:
-            raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
-        if min(self.kl, self.balance) < 0:
-            raise ValueError("kl and balance are weights of losses and cannot be negative")
 
 
 def build_routed(checkpoint: str, kind: RouterKind) -> tuple[PreTrainedModel, PreTrainedModel, Any]:

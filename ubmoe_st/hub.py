@@ -1,4 +1,4 @@
-"""Publishing: a checkpoint folder becomes one commit on the Hub."""
+"""The Hub: download a repository, publish a checkpoint in one commit, say what went wrong in a few words."""
 
 from __future__ import annotations
 
@@ -6,24 +6,128 @@ import contextlib
 import hashlib
 import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ubmoe_st import checkpoint as layout
-from ubmoe_st.bases import hub_errors, hub_problem
+from ubmoe_st import checkpoint
+from ubmoe_st.cards import CARD, card_on_the_hub, check_front_matter
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-CARD = "README.md"
 _MAIN = "main"
-_GENERATOR_INDEX = f"{layout.GENERATOR_FOLDER}/{layout.INDEX_FILE}"
-_GENERATOR_SHARED = f"{layout.GENERATOR_FOLDER}/{layout.SHARED_FILE}"
+_GENERATOR_INDEX = f"{checkpoint.GENERATOR_FOLDER}/{checkpoint.INDEX_FILE}"
+_GENERATOR_SHARED = f"{checkpoint.GENERATOR_FOLDER}/{checkpoint.SHARED_FILE}"
 _EMPTY = {".gitattributes"}
+
+
+def download(
+    repo_id: str,
+    *,
+    wanted: str,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    allow_patterns: list[str] | None = None,
+    whole: Callable[[Path], bool] = lambda folder: True,
+) -> Path:
+    """Folder of a Hub repository in the local cache; what is there already is not downloaded again.
+
+    Args:
+        repo_id: Hub id.
+        wanted: What a caller could have given instead, for the message of an error.
+        revision: Branch, tag or commit. None: the main branch.
+        cache_dir: None: the client's own.
+        token: As for `huggingface_hub`.
+        local_files_only: Whether to look into the cache alone.
+        allow_patterns: Globs of the files. None: all.
+        whole: Asked of a folder from the cache alone, of which huggingface_hub 1 gives what there is.
+
+    Raises:
+        FileNotFoundError: If it cannot be got; says why in one line.
+    """
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=Path(cache_dir) if cache_dir is not None else None,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=allow_patterns,
+            )
+        )
+    except hub_errors() as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} is no local folder and cannot be got from the Hub: {hub_problem(error)}; expected {wanted}"
+        ) from error
+    if (local_files_only or constants.HF_HUB_OFFLINE) and not whole(folder):
+        raise FileNotFoundError(
+            f"{repo_id!r} is no local folder, and not all of it is in the cache; expected {wanted}. "
+            "Load it once with a network"
+        )
+    return folder
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What `huggingface_hub` raises for reasons outside the program: the request, the network, the disk."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+    return (HfHubHTTPError, HFValidationError, HTTPError, json.JSONDecodeError, OSError)
+
+
+def hub_problem(error: BaseException) -> str:
+    """What went wrong with the Hub, and what to do, in a few words.
+
+    Args:
+        error: Of `huggingface_hub`, possibly raised from another one that says more.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+
+    def first(*kinds: type[BaseException]) -> BaseException | None:
+        return next((found for found in chain if isinstance(found, kinds)), None)
+
+    if first(hub.HFValidationError):
+        return "a Hub id is `owner/name`, of letters, digits, '-', '_' and '.'"
+    if first(hub.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and not all of it is in the cache"
+    if first(hub.GatedRepoError):
+        return "access to it must be asked for on its page, then log in with `hf auth login`"
+    if first(hub.RepositoryNotFoundError):
+        return "there is no such repository, or it is private and the token does not open it"
+    if first(hub.RevisionNotFoundError):
+        return "it has no such revision"
+    answer = first(hub.HfHubHTTPError)
+    if isinstance(answer, hub.HfHubHTTPError):
+        status = answer.response.status_code
+        meaning = {
+            401: "the token is not valid, log in with `hf auth login`",
+            403: "the token has no right to do this, use one with write access",
+            412: "the repository has changed meanwhile",
+            429: "too many requests, wait a while",
+        }
+        said = " ".join((answer.server_message or meaning.get(status, "")).split())
+        note = meaning.get(status, said)
+        return f"the Hub answered {status}" + (f" ({note})" if note else "")
+    if first(json.JSONDecodeError, hub.FileMetadataError):
+        return f"{constants.ENDPOINT} does not answer like a Hub"
+    if first(hub.LocalEntryNotFoundError) and not first(hub.HTTPError):
+        return "not all of it is in the cache"
+    network = first(hub.HTTPError)
+    if network is not None:
+        return f"no connection to {constants.ENDPOINT} ({type(network).__name__}), check the network"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -141,24 +245,24 @@ def plan(folder: str | os.PathLike[str], repo_id: str, *, card: str | os.PathLik
         raise FileNotFoundError(f"{root} is not a folder; expected a checkpoint made by `ubmoe build`")
     if card is not None and not Path(card).is_file():
         raise FileNotFoundError(f"the model card {card} does not exist")
-    layout.verify_sums(root)
-    layout.check_checkpoint(root)
+    checkpoint.verify_sums(root)
+    checkpoint.check_checkpoint(root)
     uploads = _listed(root)
     if card is not None or CARD in uploads:
         file = Path(card) if card is not None else root / CARD
         text = file.read_text(encoding="utf-8")
-        _check_front_matter(text, file)
-        uploads[CARD] = _content(CARD, _card_on_the_hub(text, root.resolve().name, repo_id).encode())
+        check_front_matter(text, file)
+        uploads[CARD] = _content(CARD, card_on_the_hub(text, root.resolve().name, repo_id).encode())
     _name_shared_tensors(uploads)
     return _with_sums(list(uploads.values()))
 
 
 def _listed(root: Path) -> dict[str, Upload]:
     uploads = {}
-    for line in (root / layout.SUMS_FILE).read_text(encoding="utf-8").splitlines():
+    for line in (root / checkpoint.SUMS_FILE).read_text(encoding="utf-8").splitlines():
         digest, _, path = line.partition("  ")
         if Path(path).is_absolute() or ".." in Path(path).parts:
-            raise layout.CheckpointError(f"{layout.SUMS_FILE} names {path}, which is not in {root}")
+            raise checkpoint.CheckpointError(f"{checkpoint.SUMS_FILE} names {path}, which is not in {root}")
         uploads[path] = Upload(path, root / path, (root / path).stat().st_size, digest)
     return uploads
 
@@ -167,42 +271,27 @@ def _content(path: str, source: bytes) -> Upload:
     return Upload(path, source, len(source), hashlib.sha256(source).hexdigest())
 
 
-def _check_front_matter(text: str, file: Path) -> None:
-    import yaml
-    from huggingface_hub import ModelCard
-
-    try:
-        ModelCard(text)
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"the front matter of {file} is not valid: {' '.join(str(error).split())}") from error
-
-
-def _card_on_the_hub(text: str, name: str, repo_id: str) -> str:
-    """The card with the folder's path replaced by the repository's id in its quoted strings."""
-    path = rf'"(?:[\w.-]+/)*{re.escape(name)}'
-    text = re.sub(rf'{path}/{layout.GENERATOR_FOLDER}"', f'"{repo_id}", subfolder="{layout.GENERATOR_FOLDER}"', text)
-    return re.sub(rf'{path}"', f'"{repo_id}"', text)
-
-
 def _name_shared_tensors(uploads: dict[str, Upload]) -> None:
     index = uploads.get(_GENERATOR_INDEX)
     if index is None or not isinstance(index.source, Path):
         return
     content = json.loads(index.source.read_text(encoding="utf-8"))
-    outside = f"../{layout.SHARED_FILE}"
+    outside = f"../{checkpoint.SHARED_FILE}"
     if outside not in content["weight_map"].values():
         return
     content["weight_map"] = {
-        key: layout.SHARED_FILE if file == outside else file for key, file in content["weight_map"].items()
+        key: checkpoint.SHARED_FILE if file == outside else file for key, file in content["weight_map"].items()
     }
     uploads[_GENERATOR_INDEX] = _content(_GENERATOR_INDEX, f"{json.dumps(content, indent=2)}\n".encode())
-    uploads[_GENERATOR_SHARED] = replace(uploads[layout.SHARED_FILE], path=_GENERATOR_SHARED)
+    uploads[_GENERATOR_SHARED] = replace(uploads[checkpoint.SHARED_FILE], path=_GENERATOR_SHARED)
 
 
 def _with_sums(uploads: Sequence[Upload]) -> list[Upload]:
-    files = sorted((upload for upload in uploads if upload.path != layout.SUMS_FILE), key=lambda upload: upload.path)
+    files = sorted(
+        (upload for upload in uploads if upload.path != checkpoint.SUMS_FILE), key=lambda upload: upload.path
+    )
     sums = "".join(f"{upload.sha256}  {upload.path}\n" for upload in files)
-    return [*files, _content(layout.SUMS_FILE, sums.encode())]
+    return [*files, _content(checkpoint.SUMS_FILE, sums.encode())]
 
 
 def _with_card(uploads: Sequence[Upload], card: bytes) -> list[Upload]:
@@ -234,8 +323,8 @@ def _open_repository(
         there = {file.rfilename for state in states for file in state.siblings or []}
         if not (exist_ok or create_pr) and there - _EMPTY:
             raise FileExistsError(
-                f"{repo_id} exists and has files; choose another name, allow changing it (--exist-ok, exist_ok=True), "
-                "or open a pull request (--create-pr, create_pr=True)"
+                f"{repo_id} exists and has files; choose another name, allow changing it with exist_ok=True, "
+                "or open a pull request with create_pr=True"
             )
     if revision not in (None, _MAIN) and not create_pr and not str(revision).startswith("refs/"):
         api.create_branch(repo_id, branch=str(revision), exist_ok=True)
@@ -302,6 +391,6 @@ def _commit(
 
 def _stale(files: set[str], new: set[str]) -> list[str]:
     """Files of an older checkpoint, which loaders would take for parts of this one."""
-    ours = {file for file in files if file.startswith(f"{layout.GENERATOR_FOLDER}/")}
+    ours = {file for file in files if file.startswith(f"{checkpoint.GENERATOR_FOLDER}/")}
     ours |= {file for file in files if "/" not in file and file.endswith(".safetensors")}
     return sorted(ours - new)

@@ -72,7 +72,7 @@ def upcycle(
     """
     target = Path(out)
     if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True (--overwrite)")
+        raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True")
     if max_seq_length is not None and max_seq_length < 1:
         raise ValueError(f"max_seq_length must be at least 1 token, got {max_seq_length}")
     checkpoint.refuse_foreign_weights(target)
@@ -194,7 +194,7 @@ def _check_base(base: Base, recorded: object, file: str, allow_mismatch: bool) -
         raise ValueError(
             f"{file} was trained on other base weights: expected sha256 {sorted(recorded.values())[0][:16]}..., "
             f"got {sorted(base.sha256.values())[0][:16]}... from {base.name}; give that base, or pass "
-            "allow_base_mismatch=True (--allow-base-mismatch) and measure what it does"
+            "allow_base_mismatch=True and measure what it does"
         )
 
 

@@ -1,10 +1,11 @@
 """Retrieval indexes at corpus scale: streaming, resumable, exact about what they hold."""
 
-from .core import EmbeddingIndex, Hit
+from .core import EmbeddingIndex
 from .corpus import BadRow, Corpus, CorpusError
 from .group import IndexGroup
-from .pipeline import BuildProgress
-from .segments import Entry
+from .progress import BuildProgress
+from .search import Hit
+from .store import Entry
 from .tuning import TuningReport
 
 __all__ = [

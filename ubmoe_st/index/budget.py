@@ -41,6 +41,19 @@ def parse_size(size: int | str) -> int:
     return size
 
 
+def search_mebibytes(size: int | str | None) -> int | None:
+    """A memory budget of a search in MiB, as `choose` and the manifest have it; None stays None.
+
+    Raises:
+        ValueError: If it is no size, or less than 1 MiB.
+    """
+    if size is None:
+        return None
+    if (mebibytes := parse_size(size) >> 20) < 1:
+        raise ValueError(f"search_memory_budget is at least 1 MiB, got {size!r}")
+    return mebibytes
+
+
 def physical_memory() -> int:
     """Memory of the machine, bytes; 4 GiB where the system does not say."""
     try:
@@ -75,8 +88,8 @@ class MemoryBudget:
     def window(self, dimension: int) -> dict[str, int]:
         """`window_tokens`, `window_rows` and `window_bytes`.
 
-        Three windows are in memory at a time, as Python strings of up to two bytes a character on average, and one of
-        them a second time as it is written.
+        Two windows are in memory at a time, as Python strings of up to two bytes a character on average, one of them a
+        second time as it is written, and the rows between the reader and the next window.
 
         Args:
             dimension: D; a window's vectors are held twice.
@@ -94,6 +107,10 @@ class MemoryBudget:
             token_bytes: What the model needs per token while it computes.
         """
         return max(64, min(BATCH_TOKENS, self.size // 4 // token_bytes))
+
+    def sizes(self, model: Any, dimension: int) -> dict[str, Any]:
+        """The sizes of windows and batches as fields of `PipelineOptions`."""
+        return self.window(dimension) | {"batch_tokens": self.batch_tokens(token_bytes(model, dimension))}
 
     def check_row(self, max_row_bytes: int) -> None:
         """Refuse a row limit that does not fit.

@@ -2,82 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .budget import BATCH_TOKENS, WINDOW_TOKENS, MemoryBudget, token_bytes
-from .builder import BuildWriter
-from .commit import (
-    OWN_PREFIXES,
-    commit_add,
-    commit_bm25,
-    commit_build,
-    commit_compact,
-    commit_delete,
-    commit_parameters,
-    commit_reindex,
-    discard_unfinished,
-    repeated_addition,
-    same_build,
-    writing,
-)
-from .corpus import Corpus, CorpusChangedError, CorpusFields
-from .embedder import Embedder, check_probes, find_model, normalized
-from .exact import pair_scores
+from . import changes
+from .budget import MemoryBudget, search_mebibytes
+from .build import SEGMENT_ROWS, build_index
+from .corpus import Corpus, CorpusFields
+from .embedder import Embedder, check_probes, normalized
 from .export import export_parquet
 from .filters import Filter
-from .hybrid import KeywordSearch, fuse
-from .kinds import FEWEST_ROWS, choose
-from .pipeline import OnBadRow, OnDuplicate, PipelineOptions, ProgressCallback
-from .progress import show
+from .kinds import FEWEST_ROWS, Request, choose
+from .manifest import Manifest
+from .progress import ProgressCallback
 from .ray_engine import RayEngine
-from .search import Searcher
-from .segments import Entry
-from .snapshot import INFO_FILE, Snapshot, read_info
-from .storage import WriterLock, map_npy, problems_of, remove
+from .search import Hit, Mode, Searcher, SearchSettings
+from .storage import map_npy, problems_of
+from .store import Entry, Snapshot, open_snapshot
 from .tuning import TuningReport, tune
+from .windows import OnBadRow, OnDuplicate, PipelineOptions
 
 DTYPES = ("float32", "float16")
-FUSION_DEPTH = 100
-"""Results of each search that reciprocal rank fusion looks at, at least."""
-
-Mode = Literal["dense", "bm25", "hybrid"]
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One search result."""
-
-    id: str
-    score: float
-    """Cosine of query and entry."""
-    text: str
-    title: str | None
-    parent: str | None
-    """Id of the document a chunk was cut from; None for a whole document."""
-    start: int
-    """First character of `text` in its document."""
-    end: int
-    """Character after the last one."""
-    metadata: dict[str, Any]
-    """Other fields of the corpus row."""
-    row: int
-    """Row number in this version of the index."""
-    index: str
-    """Folder of the index."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def _identities(ids: Any) -> list[str]:
@@ -96,9 +47,10 @@ class EmbeddingIndex:
     another process, do not disturb (`refresh` moves on). Scores are cosines. Make one with `build` or `open`.
     """
 
-    def __init__(self, snapshot: Snapshot, embedder: Embedder | None = None) -> None:
-        self._searcher = Searcher(snapshot)
-        self._keywords = KeywordSearch(snapshot)
+    def __init__(
+        self, snapshot: Snapshot, embedder: Embedder | None = None, settings: SearchSettings | None = None
+    ) -> None:
+        self._searcher = Searcher(snapshot, settings)
         self._embedder = embedder
         self._lock = threading.Lock()
 
@@ -107,7 +59,7 @@ class EmbeddingIndex:
         return self._searcher.snapshot
 
     def _move_to(self, snapshot: Snapshot) -> None:
-        self._searcher, self._keywords = Searcher(snapshot), KeywordSearch(snapshot)
+        self._searcher = Searcher(snapshot, self._searcher.settings)
 
     @classmethod
     def build(
@@ -127,14 +79,14 @@ class EmbeddingIndex:
         on_duplicate: OnDuplicate = "raise",
         on_bad_row: OnBadRow = "raise",
         kind: str = "auto",
-        memory_mb: int | None = None,
+        search_memory_budget: int | str | None = None,
         memory_budget: int | str | None = None,
         faiss_file: bool | None = None,
         dtype: str = "float32",
         truncate_dim: int | None = None,
         batch_tokens: int | None = None,
         window_tokens: int | None = None,
-        segment_rows: int = 1 << 17,
+        segment_rows: int = SEGMENT_ROWS,
         overwrite: bool = False,
         progress: bool | ProgressCallback = False,
         model_id: str | None = None,
@@ -164,7 +116,8 @@ class EmbeddingIndex:
             on_bad_row: `raise`, or `skip` and report in `bad_rows.txt` and `info["sources"]`.
             kind: `auto` (chosen by rows, dimension and memory; `info["index"]["why"]` tells), `flat`, `int8`, `hnsw`,
                 `hnsw-int8`, `ivf-flat`, `ivf-pq`, `binary`, or `faiss:FACTORY` with a faiss factory string.
-            memory_mb: Memory the index may take when searched, MiB, for `auto`. None: a quarter of the machine's.
+            search_memory_budget: Memory the index may take when searched, `"4GB"` or bytes, for `auto`. None: a quarter
+                of the machine's.
             memory_budget: Memory the build may take beside the model and the libraries, `"512MB"` or bytes, whatever
                 the size of the corpus: bounds windows, batches, the training sample and the making of the index, which
                 becomes several faiss files where one would not fit. None: half of the machine's.
@@ -189,22 +142,17 @@ class EmbeddingIndex:
             RuntimeError: If another writer is at work in `out`.
         """
         require_libraries()
-        folder = Path(out)
-        fields = CorpusFields(
-            id_field,
-            text_field,
-            title_field,
-            tuple(metadata_fields) if metadata_fields is not None else None,
-            max_row_bytes,
-        )
+        metadata = tuple(metadata_fields) if metadata_fields is not None else None
+        fields = CorpusFields(id_field, text_field, title_field, metadata, max_row_bytes)
+        given = {"batch_tokens": batch_tokens, "window_tokens": window_tokens}
+        sizes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         options = PipelineOptions(
             chunk_tokens=chunk_tokens,
             overlap_tokens=overlap_tokens,
             with_title=with_title,
-            batch_tokens=BATCH_TOKENS if batch_tokens is None else batch_tokens,
-            window_tokens=WINDOW_TOKENS if window_tokens is None else window_tokens,
             on_duplicate=on_duplicate,
             on_bad_row=on_bad_row,
+            **sizes,
         )
         if dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -212,44 +160,30 @@ class EmbeddingIndex:
             raise ValueError(f"segment_rows must be at least 1, got {segment_rows}")
         budget = MemoryBudget.of(memory_budget)
         budget.check_row(max_row_bytes)
+        request = Request(kind, budget, search_mebibytes(search_memory_budget), faiss_file)
         choose(kind, FEWEST_ROWS, 64)  # refuses an unknown kind before hours of embedding
         if engine not in ("local", "ray"):
             raise ValueError(f"engine is local or ray, got {engine!r}")
         rows = Corpus(corpus, fields)
         embedder = Embedder(model, model_id, truncate_dim)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(WriterLock(folder))
-            fitting = budget.window(embedder.dimension)
-            fitting["batch_tokens"] = budget.batch_tokens(token_bytes(embedder.model, embedder.dimension))
-            given = {"batch_tokens": batch_tokens, "window_tokens": window_tokens}
-            sizes: dict[str, Any] = fitting | {name: value for name, value in given.items() if value is not None}
-            options = replace(options, **sizes)
-            writer = BuildWriter(
-                folder, embedder, rows, options, dtype, None, show(stack, progress), segment_rows=segment_rows
-            )
-            if (folder / INFO_FILE).is_file():
-                if not overwrite:
-                    if same_build(folder, writer, kind, faiss_file):
-                        remove(folder / "build")
-                        return cls(Snapshot(folder), embedder)
-                    raise ValueError(
-                        f"{folder} already holds an index of another corpus, model or options: give another folder, or "
-                        "replace it with overwrite=True"
-                    )
-            elif strangers := strange_names(folder):
-                raise ValueError(f"{folder} holds {strangers[0]!r}, which is no part of an index: give another folder")
-            if engine == "ray":
-                sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model
-                writer.engine = RayEngine(sent, truncate_dim, workers, worker_resources)
-            writer.begin(restart=overwrite)
-            try:
-                writer.run()
-            except CorpusChangedError:
-                if not overwrite:
-                    raise
-                writer.begin_anew()
-                writer.run()
-            snapshot = commit_build(writer, kind, memory_mb, faiss_file, budget)
+
+        def ray_engine() -> RayEngine:
+            sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model
+            return RayEngine(sent, truncate_dim, workers, worker_resources)
+
+        snapshot = build_index(
+            Path(out),
+            embedder,
+            rows,
+            options,
+            request,
+            sizes=sizes,
+            dtype=dtype,
+            segment_rows=segment_rows,
+            overwrite=overwrite,
+            progress=progress,
+            engine=ray_engine if engine == "ray" else None,
+        )
         return cls(snapshot, embedder)
 
     @classmethod
@@ -271,7 +205,7 @@ class EmbeddingIndex:
         """
         require_libraries()
         snapshot = open_snapshot(Path(path))
-        own = snapshot.info["model"]["truncate_dim"]
+        own = snapshot.manifest.model.truncate_dim
         if truncate_dim is not None and truncate_dim != own:
             raise ValueError(f"the index was built with truncate_dim={own}, got {truncate_dim}")
         index = cls(snapshot)
@@ -311,12 +245,12 @@ class EmbeddingIndex:
     @property
     def kind(self) -> str:
         """The index kind, `flat` for exact search."""
-        return str(self.info["index"]["kind"])
+        return self._snapshot.manifest.index.kind
 
     @property
     def version(self) -> int:
         """The committed version this object reads."""
-        return self._snapshot.version
+        return self._snapshot.manifest.version
 
     @property
     def model(self) -> Any:
@@ -332,14 +266,17 @@ class EmbeddingIndex:
         Raises:
             ValueError: If it is another model, or has another dimension.
         """
-        embedder = Embedder(model, truncate_dim=self.info["model"]["truncate_dim"])
-        stored = self.info["model"]
-        limit = stored["max_tokens"]
+        stored = self._snapshot.manifest.model
+        embedder = Embedder(model, truncate_dim=stored.truncate_dim)
+        limit = stored.max_tokens
         if limit is not None and embedder.max_tokens is not None and embedder.max_tokens < limit:
             raise ValueError(f"the model reads {embedder.max_tokens} tokens, the index was built with {limit}")
-        probes = np.array(map_npy(self.path / stored["probes"]["file"]))
-        check_probes(embedder.probes(), probes)
+        check_probes(embedder.probes(), self._probes())
         self._embedder = embedder
+
+    def _probes(self) -> np.ndarray:
+        """The stored vectors of the probe texts, (2, P, D)."""
+        return np.array(map_npy(self.path / self._snapshot.manifest.model.probes.file))
 
     def check_same_model(self, other: EmbeddingIndex) -> None:
         """Refuse when `other` was built with another model, prompt or number of dimensions.
@@ -347,22 +284,19 @@ class EmbeddingIndex:
         Raises:
             ValueError: Saying what differs.
         """
-        mine, theirs = (
-            np.array(map_npy(index.path / index.info["model"]["probes"]["file"])) for index in (self, other)
-        )
-        check_probes(mine, theirs)
+        check_probes(self._probes(), other._probes())
 
     def _model(self) -> Embedder:
         with self._lock:
             if self._embedder is None:
-                self.use_model(find_model(self.info["model"], self.path))
+                self.use_model(self._snapshot.manifest.model.find(self.path))
             if self._embedder is None:
                 raise ValueError("no model: open the index with model=...")
             return self._embedder
 
     def refresh(self) -> bool:
         """Move to the newest committed version; True if there was a newer one."""
-        if read_info(self.path)["version"] == self.version:
+        if Manifest.read(self.path).version == self.version:
             return False
         self._move_to(open_snapshot(self.path))
         return True
@@ -468,26 +402,11 @@ class EmbeddingIndex:
         texts = [queries] if isinstance(queries, str) else queries
         if mode != "dense" and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise TypeError(f"mode={mode!r} needs queries as texts, got {type(queries).__name__}")
-        check_k(k)
         vectors = self.query_vectors(queries)
         if mode == "dense":
             return self.nearest(vectors, k, filter=spec, exact=exact, parameters=parameters)
-        searcher, keywords = self._searcher, self._keywords
-        allowed = searcher.allowed(spec)
-        depth = max(FUSION_DEPTH, 4 * int(k))
-        lists = [[rows] for rows in keywords.search(texts, depth, allowed)]
-        if mode == "hybrid":
-            _, dense = searcher.search(vectors, depth, allowed, exact, parameters)
-            lists = [[*found, rows] for found, rows in zip(lists, dense)]
-        count = len(searcher.snapshot) if allowed is None else int(np.count_nonzero(allowed))
-        width = min(int(k), count)
-        scores = np.full((len(vectors), width), np.nan, np.float32)
-        rows = np.full((len(vectors), width), -1, np.int64)
-        for number, found in enumerate(lists):
-            line = fuse(found, width)
-            rows[number, : len(line)] = line
-            scores[number, : len(line)] = pair_scores(vectors[number], searcher.snapshot.vectors_at(line))
-        return scores, rows
+        hybrid = mode == "hybrid"
+        return self._searcher.search_words(texts, vectors, k, spec, hybrid, exact, parameters)
 
     def nearest(
         self,
@@ -510,9 +429,8 @@ class EmbeddingIndex:
         Returns:
             Scores, float32, (Q, K), and rows of this version, int64, (Q, K).
         """
-        check_k(k)
         searcher = self._searcher
-        return searcher.search(vectors, int(k), searcher.allowed(filter), exact, parameters)
+        return searcher.search(vectors, k, searcher.allowed(filter), exact, parameters)
 
     def ids_at(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of some rows of this version."""
@@ -520,10 +438,7 @@ class EmbeddingIndex:
 
     def hit_at(self, row: int, score: float) -> Hit:
         """A row of this version as a search result with this score."""
-        entry = self._snapshot.entry_at(row)
-        metadata = json.loads(entry.metadata) if entry.metadata else {}
-        span = (entry.start, entry.end)
-        return Hit(entry.id, score, entry.text, entry.title, entry.parent, *span, metadata, row, str(self.path))
+        return self._searcher.hit_at(row, score)
 
     def _rows(self, ids: str | Iterable[str]) -> list[int]:
         rows = []
@@ -551,8 +466,12 @@ class EmbeddingIndex:
         return self._snapshot.vectors_at(self._rows(ids))
 
     def verify(self) -> list[str]:
-        """Everything that is wrong with the files of this version, as sentences; empty when all is well."""
-        return problems_of(self.path, self._snapshot.files())
+        """Everything that is wrong with the `files` of this version, as sentences; empty when all is well."""
+        return problems_of(self.path, self._snapshot.manifest.files())
+
+    def files(self) -> list[str]:
+        """The files of this version whose size and SHA-256 are on record, relative to `path`."""
+        return [name for name, _ in self._snapshot.manifest.files()]
 
     def add(
         self,
@@ -585,39 +504,17 @@ class EmbeddingIndex:
             CorpusError: As in `build`.
             RuntimeError: If another writer is at work.
         """
-        embedder = self._model()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(WriterLock(self.path))
-            base = Snapshot(self.path)
-            stored = base.info["fields"]
-            fields = CorpusFields(
-                id_field or stored["id"],
-                text_field or stored["text"],
-                title_field or stored["title"],
-                tuple(stored["metadata"]) if stored["metadata"] is not None else None,
-                stored["max_row_bytes"],
-            )
-            options = PipelineOptions(
-                **{**base.info["options"], "on_duplicate": on_duplicate, "on_bad_row": on_bad_row}
-            )
-            writer = BuildWriter(
-                self.path,
-                embedder,
-                Corpus(corpus, fields),
-                options,
-                base.info["dtype"],
-                base,
-                show(stack, progress),
-                segment_rows=base.info["segment_rows"],
-            )
-            if (entries := repeated_addition(writer, base)) is not None:
-                remove(writer.work)
-                self._move_to(base)
-                return entries
-            writer.begin(restart=False)
-            writer.run()
-            self._move_to(commit_add(writer, base))
-            return int(writer.journal["rows"])
+        snapshot, entries = changes.add(
+            self.path,
+            self._model(),
+            corpus,
+            on_duplicate=on_duplicate,
+            on_bad_row=on_bad_row,
+            fields={"id": id_field, "text": text_field, "title": title_field},
+            progress=progress,
+        )
+        self._move_to(snapshot)
+        return entries
 
     def upsert(self, corpus: Any, **options: Any) -> int:
         """`add(corpus, on_duplicate="upsert")`: rows with a known id replace what was there."""
@@ -631,15 +528,9 @@ class EmbeddingIndex:
         Raises:
             KeyError: If an id is not there and `missing_ok` is false; nothing is deleted then.
         """
-        with writing(self.path) as base:
-            rows: list[int] = []
-            for identity in _identities(ids):
-                found = base.rows_of(identity)
-                if not found and not missing_ok:
-                    raise KeyError(f"no entry has the id {identity!r}: nothing was deleted")
-                rows.extend(found)
-            self._move_to(commit_delete(base, rows) if rows else base)
-            return len(set(rows))
+        snapshot, entries = changes.delete(self.path, _identities(ids), missing_ok)
+        self._move_to(snapshot)
+        return entries
 
     def compact(self, *, memory_budget: int | str | None = None) -> None:
         """Write the index anew without deleted and replaced rows, in full segments, and make its index again.
@@ -647,15 +538,13 @@ class EmbeddingIndex:
         Args:
             memory_budget: As in `build`.
         """
-        budget = MemoryBudget.of(memory_budget)
-        with writing(self.path) as base:
-            self._move_to(commit_compact(base, budget))
+        self._move_to(changes.compact(self.path, MemoryBudget.of(memory_budget)))
 
     def reindex(
         self,
         kind: str = "auto",
         *,
-        memory_mb: int | None = None,
+        search_memory_budget: int | str | None = None,
         memory_budget: int | str | None = None,
         faiss_file: bool | None = None,
     ) -> str:
@@ -665,22 +554,21 @@ class EmbeddingIndex:
 
         Args:
             kind: As in `build`.
-            memory_mb: As in `build`.
+            search_memory_budget: As in `build`.
             memory_budget: As in `build`.
             faiss_file: As in `build`.
         """
         budget = MemoryBudget.of(memory_budget)
-        with writing(self.path) as base:
-            self._move_to(commit_reindex(base, kind, memory_mb, faiss_file, budget))
-        return str(self.info["index"]["why"])
+        request = Request(kind, budget, search_mebibytes(search_memory_budget), faiss_file)
+        self._move_to(changes.reindex(self.path, request))
+        return self._snapshot.manifest.index.why
 
     def build_bm25(self) -> None:
         """Add a BM25 part over all entries, for `mode="bm25"` and `mode="hybrid"`; needs bm25s.
 
         Entries added later are found by their vectors only, until this is called again or `compact` is.
         """
-        with writing(self.path) as base:
-            self._move_to(commit_bm25(base))
+        self._move_to(changes.build_bm25(self.path))
 
     def tune(
         self,
@@ -708,11 +596,7 @@ class EmbeddingIndex:
         vectors = None if queries is None else self.query_vectors(queries)
         report = tune(self._searcher, recall, k, vectors, held_back, seed)
         if save and report.reached:
-            summary = {name: value for name, value in report.as_dict().items() if name != "trials"}
-            with writing(self.path) as base:
-                if base.info["index"]["files"] != self.info["index"]["files"]:
-                    raise ValueError("the index was made anew meanwhile: tune it again")
-                self._move_to(commit_parameters(base, dict(report.chosen.parameters), summary))
+            self._move_to(changes.keep_parameters(self.path, report, self._snapshot.manifest))
         return report
 
     def export_parquet(self, path: str | os.PathLike[str]) -> int:
@@ -721,7 +605,7 @@ class EmbeddingIndex:
 
     def discard_unfinished(self) -> bool:
         """Throw away an addition that was stopped; True if there was one. What is committed stays."""
-        return discard_unfinished(self.path)
+        return changes.discard_unfinished(self.path)
 
 
 def require_libraries() -> None:
@@ -733,31 +617,3 @@ def require_libraries() -> None:
     missing = [name for name in ("faiss", "pyarrow") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"an index needs {' and '.join(missing)}: pip install 'ubmoe-st[index]'")
-
-
-def check_k(k: Any) -> None:
-    """Refuse a number of results that is none."""
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k is a whole number of at least 1, got {k!r}")
-
-
-def strange_names(folder: Path) -> list[str]:
-    """What in a folder without an index is not left there by an unfinished build."""
-    building = (folder / "build" / "journal.json").is_file() or (folder / "build" / "journal.json.tmp").is_file()
-    return [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.name not in (".lock", "build", "segments") and not (building and path.name.startswith(OWN_PREFIXES))
-    ]
-
-
-def open_snapshot(folder: Path) -> Snapshot:
-    """The newest version; tries again when a writer removed the files of the one just read about."""
-    for _ in range(5):
-        info = read_info(folder)
-        try:
-            return Snapshot(folder, info)
-        except ValueError:
-            if read_info(folder)["version"] == info["version"]:
-                raise
-    return Snapshot(folder)

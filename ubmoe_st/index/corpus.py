@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -76,15 +76,14 @@ class CorpusFields:
     max_row_bytes: int = 4 << 20
     """A larger row is a bad row, in bytes of the file."""
 
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> CorpusFields:
+        """From `as_dict`."""
+        return cls(**values | {"metadata": None if values["metadata"] is None else tuple(values["metadata"])})
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "id": self.id,
-            "text": self.text,
-            "title": self.title,
-            "metadata": list(self.metadata) if self.metadata is not None else None,
-            "max_row_bytes": self.max_row_bytes,
-        }
+        return asdict(self) | {"metadata": None if self.metadata is None else list(self.metadata)}
 
 
 @dataclass

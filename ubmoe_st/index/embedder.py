@@ -6,7 +6,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -170,14 +169,6 @@ class Embedder:
         tokenizer.backend_tokenizer.no_padding()
         return tokenizer
 
-    def as_dict(self, out: Path) -> dict[str, Any]:
-        """Where the model is, for `index_info.json`; a folder is also remembered relative to the index."""
-        place: dict[str, Any] = {"id": self.identity}
-        if self.identity and Path(self.identity).is_dir():
-            place["folder"] = str(Path(self.identity).resolve())
-            place["relative_folder"] = os.path.relpath(Path(self.identity).resolve(), out.resolve())
-        return place
-
 
 def check_probes(mine: np.ndarray, stored: np.ndarray, smallest_cosine: float = SAME_MODEL_COSINE) -> None:
     """Refuse when the model with probes `mine` is not the one that made `stored`, both (2, P, D).
@@ -197,25 +188,6 @@ def check_probes(mine: np.ndarray, stored: np.ndarray, smallest_cosine: float = 
             f"this is not the model (or not the prompts) the index was built with: a probe text gives a vector at "
             f"cosine {worst:.6f} to the stored one, expected at least {smallest_cosine}"
         )
-
-
-def find_model(place: dict[str, Any], index_folder: Path) -> str:
-    """The folder or Hub id written by `Embedder.as_dict`.
-
-    Raises:
-        ValueError: If the index does not know its model.
-    """
-    if "folder" in place:
-        relative = (index_folder / place["relative_folder"]).resolve()
-        for folder in (relative, Path(place["folder"])):
-            if folder.is_dir():
-                return str(folder)
-        raise ValueError(
-            f"the model of this index was in {place['folder']}, which is gone: open the index with model=..."
-        )
-    if not place.get("id"):
-        raise ValueError("this index does not know where its model came from: open it with model=...")
-    return str(place["id"])
 
 
 class TokenCounter:
@@ -255,7 +227,13 @@ BLOCK_CHARACTERS = 1 << 16
 """A long text is tokenised in blocks of about this many characters, so memory does not grow with it."""
 
 
-def chunk_spans(text: str, counter: TokenCounter, chunk_tokens: int, overlap_tokens: int) -> list[tuple[int, int]]:
+def chunk_spans(
+    text: str,
+    counter: TokenCounter,
+    chunk_tokens: int,
+    overlap_tokens: int,
+    block_characters: int = BLOCK_CHARACTERS,
+) -> list[tuple[int, int]]:
     """Character spans of at most `chunk_tokens` tokens each, with `overlap_tokens` shared by neighbours.
 
     Spans begin and end at token borders and together cover every token of the text. Blank chunks are left out.
@@ -264,7 +242,7 @@ def chunk_spans(text: str, counter: TokenCounter, chunk_tokens: int, overlap_tok
     window: list[tuple[int, int]] = []
     position, end_of_last = 0, 0
     while position < len(text):
-        stop = min(len(text), position + BLOCK_CHARACTERS)
+        stop = min(len(text), position + block_characters)
         if stop < len(text):
             space = max(text.rfind(" ", position + 1, stop), text.rfind("\n", position + 1, stop))
             stop = space if space > position else stop

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .snapshot import Snapshot
+from .store import Snapshot
 
 EXPORT_ROWS = 4096
 """Rows written at a time."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .snapshot import Snapshot
+from .store import Snapshot
 
 logger = logging.getLogger(__name__)
 

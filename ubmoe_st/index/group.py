@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from .core import EmbeddingIndex, Hit
+from .core import EmbeddingIndex
 from .filters import Filter
+from .search import Hit
 
 
 class IndexGroup:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .snapshot import Snapshot
-from .storage import record_of, remove, sync_directory
+from ..files import record_of, replacing_by_name
+from .manifest import FolderRecord
+from .store import Snapshot
+from .workplace import Workplace
 
 RRF_CONSTANT = 60
 """k of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): a list adds 1 / (k + rank)."""
@@ -30,8 +30,8 @@ def import_bm25s() -> Any:
     return bm25s
 
 
-def write_bm25(snapshot: Snapshot, name: str) -> dict[str, Any]:
-    """Index title and text of every stored row and return its part of the manifest.
+def write_bm25(snapshot: Snapshot, workplace: Workplace, version: int) -> FolderRecord:
+    """Index title and text of every stored row and return its part of the manifest of `version`.
 
     All token ids are held in memory while this runs.
     """
@@ -44,14 +44,11 @@ def write_bm25(snapshot: Snapshot, name: str) -> dict[str, Any]:
     tokens = bm25s.tokenize(texts, stopwords=None, show_progress=False)
     engine = bm25s.BM25()
     engine.index(tokens, show_progress=False)
-    folder = snapshot.folder / name
-    temporary = folder.with_name(name + ".tmp")
-    remove(temporary)
-    engine.save(str(temporary), show_progress=False)
-    files = {path.name: record_of(path) for path in sorted(temporary.iterdir())}
-    os.replace(temporary, folder)
-    sync_directory(snapshot.folder)
-    return {"folder": name, "rows": snapshot.stored_rows, "files": files}
+    name = workplace.next_name("bm25", version)
+    with replacing_by_name(snapshot.folder / name) as folder:
+        engine.save(str(folder), show_progress=False)
+        files = {path.name: record_of(path) for path in sorted(folder.iterdir())}
+    return FolderRecord(name, snapshot.stored_rows, files)
 
 
 class KeywordSearch:
@@ -72,14 +69,14 @@ class KeywordSearch:
         Raises:
             ValueError: If the index has no BM25 part.
         """
-        record = self._snapshot.info["bm25"]
+        record = self._snapshot.manifest.bm25
         if record is None:
             raise ValueError("this index has no BM25 part: call build_bm25() once, then search with mode='hybrid'")
         bm25s = import_bm25s()
         with self._lock:
             if self._engine is None:
-                self._engine = bm25s.BM25.load(str(self._snapshot.folder / record["folder"]), mmap=True)
-        covered = record["rows"]
+                self._engine = bm25s.BM25.load(str(self._snapshot.folder / record.folder), mmap=True)
+        covered = record.rows
         weight = None if allowed is None else allowed[:covered].astype(np.float32)
         tokens = bm25s.tokenize(list(queries), stopwords=None, show_progress=False, return_ids=False)
         found = []
@@ -107,8 +104,3 @@ def fuse(lists: Sequence[np.ndarray], k: int) -> np.ndarray:
             points[row] = points.get(row, 0.0) + 1.0 / (RRF_CONSTANT + rank)
     ordered = sorted(points, key=lambda row: (-points[row], row))
     return np.array(ordered[:k], np.int64)
-
-
-def bm25_folder(folder: Path, version: int) -> str:
-    """The name of the BM25 part of a version."""
-    return f"bm25-{version:06d}" if not (folder / f"bm25-{version:06d}").exists() else f"bm25-{version:06d}b"

@@ -5,10 +5,8 @@ Every kind but `flat` only proposes candidates: the scores that come back are ex
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from ..files import record_of, replacing, replacing_by_name
 from .budget import MemoryBudget, physical_memory
-from .storage import disk_full_explained, record_of, remove, replacing, sync_directory
+from .manifest import FaissFile, FaissRecord, Record
+from .store import Snapshot
+from .workplace import Workplace
 
 FLAT_ROWS = 50_000
 """Up to this many rows `auto` keeps to exact search."""
@@ -142,21 +143,62 @@ def choose(
     return choice("ivf-pq", why)
 
 
-def train(choice: Choice, dimension: int, rows: int, sample: Callable[[int], np.ndarray], most: int) -> Any:
+@dataclass(frozen=True)
+class Request:
+    """What is asked for when the faiss part of an index is made."""
+
+    kind: str
+    """As in `choose`."""
+    budget: MemoryBudget
+    memory_mb: int | None = None
+    """As in `choose`."""
+    faiss_file: bool | None = None
+    """Whether a flat index, which is searched in the stored vectors, has a faiss file, too, for other programs. None:
+    up to `flat_rows` rows."""
+    flat_rows: int = FLAT_ROWS
+
+
+def write_faiss(snapshot: Snapshot, request: Request, workplace: Workplace, version: int) -> FaissRecord:
+    """Make the faiss files of all stored rows; their part of the manifest.
+
+    Args:
+        snapshot: The rows.
+        request: What to make.
+        workplace: Gives the names.
+        version: The version it is for.
+    """
+    rows = snapshot.stored_rows
+    choice = choose(request.kind, rows, snapshot.dimension, request.memory_mb, request.budget)
+    files: list[FaissFile] = []
+    if choice.kind != "flat" or (rows <= request.flat_rows if request.faiss_file is None else request.faiss_file):
+        files = write_files(choice, snapshot, request.budget, workplace, version)
+    return FaissRecord(
+        files=files,
+        kind=choice.kind,
+        requested=request.kind,
+        memory_mb=request.memory_mb,
+        faiss_file=request.faiss_file,
+        factory=choice.factory,
+        why=choice.why,
+        rows=rows,
+        bytes=sum(file.bytes for file in files) or None,
+        parameters=choice.parameters,
+    )
+
+
+def train(choice: Choice, snapshot: Snapshot, most: int) -> Any:
     """An empty faiss index of `choice`, trained.
 
     Args:
         choice: From `choose`.
-        dimension: D.
-        rows: N.
-        sample: Gives the vectors of so many rows, float32.
+        snapshot: What to train on a sample of.
         most: Largest sample, rows.
     """
     import faiss as untyped
 
     faiss: Any = untyped
     metric = faiss.METRIC_L2 if choice.factory.startswith("LSH") else faiss.METRIC_INNER_PRODUCT
-    index = faiss.index_factory(dimension, choice.factory, metric)
+    index = faiss.index_factory(snapshot.dimension, choice.factory, metric)
     quantizer = None
     if isinstance(index, faiss.IndexPreTransform):
         transform = faiss.downcast_VectorTransform(index.chain.at(0))
@@ -168,57 +210,42 @@ def train(choice: Choice, dimension: int, rows: int, sample: Callable[[int], np.
             transform.niter, transform.niter_pq, transform.niter_pq_0 = 10, 4, 10
             transform.max_train_points = 20_000
     if not index.is_trained:
-        index.train(sample(min(rows, most, max(65_536, 64 * cells_of(index)))))
+        index.train(snapshot.sample(min(snapshot.stored_rows, most, max(65_536, 64 * cells_of(index)))))
     return index
 
 
 def write_files(
-    choice: Choice,
-    dimension: int,
-    rows: int,
-    sample: Callable[[int], np.ndarray],
-    blocks: Callable[[int, int], Iterator[np.ndarray]],
-    path: Path,
-    budget: MemoryBudget,
-) -> list[dict[str, Any]]:
+    choice: Choice, snapshot: Snapshot, budget: MemoryBudget, workplace: Workplace, version: int
+) -> list[FaissFile]:
     """Make the faiss index of all rows and write it, in several files where one would not fit in the budget.
 
     All files share one training; together they find what one would.
-
-    Args:
-        choice: From `choose`.
-        dimension: D.
-        rows: N.
-        sample: Gives the vectors of so many rows, float32.
-        blocks: The vectors of the rows from one number to another, (n, D) each.
-        path: The first file; the others are numbered.
-        budget: What may be held in memory.
-
-    Returns:
-        The part of the manifest for each file.
     """
     import faiss
 
+    rows, dimension = snapshot.stored_rows, snapshot.dimension
+    name = first_name = workplace.next_name("index", version)
     if choice.kind == "flat":
-        return [{"file": path.name, "first_row": 0, "rows": rows, **write_flat(path, dimension, rows, blocks(0, rows))}]
-    index = train(choice, dimension, rows, sample, budget.training_rows(dimension))
+        record = write_flat(workplace.folder / name, dimension, rows, snapshot.read_blocks(0, rows))
+        return [FaissFile(name, 0, rows, **record)]
+    index = train(choice, snapshot, budget.training_rows(dimension))
     row_bytes = KINDS[choice.kind].bytes_per_row(dimension) if choice.kind in KINDS else index.sa_code_size() + 300
     count = math.ceil(rows / min(rows, budget.shard_rows(row_bytes)))
     empty: Any = faiss.serialize_index(index) if count > 1 else None
     borders = [rows * number // count for number in range(count + 1)]
-    records = []
+    files = []
     for number, (first, last) in enumerate(itertools.pairwise(borders)):
         if number:
             index = faiss.deserialize_index(empty)
-        for block in blocks(first, last):
+            name = workplace.next_shard(first_name, number)
+        for block in snapshot.read_blocks(first, last):
             index.add(np.ascontiguousarray(block, np.float32))
-        file = path if not number else path.with_name(f"{path.stem}.{number}{path.suffix}")
-        records.append({"file": file.name, "first_row": first, "rows": last - first, **write_index(file, index)})
+        files.append(FaissFile(name, first, last - first, **write_index(workplace.folder / name, index)))
         del index
-    return records
+    return files
 
 
-def write_flat(path: Path, dimension: int, rows: int, blocks: Iterator[np.ndarray]) -> dict[str, Any]:
+def write_flat(path: Path, dimension: int, rows: int, blocks: Iterator[np.ndarray]) -> Record:
     """Write a faiss `IndexFlatIP` without holding it in memory; `faiss.read_index` opens it.
 
     The header is the one faiss itself writes for two small indexes, with the row count put in; should a faiss release
@@ -256,24 +283,13 @@ def write_flat(path: Path, dimension: int, rows: int, blocks: Iterator[np.ndarra
     return write_index(path, index)
 
 
-def write_index(path: Path, index: Any) -> dict[str, Any]:
+def write_index(path: Path, index: Any) -> Record:
     """Write a faiss index, atomically, and return its size and SHA-256."""
     import faiss
 
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with disk_full_explained(path):
-            faiss.write_index(index, str(temporary))
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            record = record_of(temporary)
-            os.replace(temporary, path)
-            sync_directory(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            remove(temporary)
-        raise
-    return record
+    with replacing_by_name(path) as temporary:
+        faiss.write_index(index, str(temporary))
+        return record_of(temporary)
 
 
 def read_index(path: Path) -> Any:

@@ -1,12 +1,37 @@
-"""A progress bar for builds, drawn only when asked for."""
+"""How far a build is: what a callback gets, and a bar that is drawn only when asked for."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from .pipeline import BuildProgress, ProgressCallback
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is; what a progress callback gets."""
+
+    stage: str
+    """`embed`, `merge` or `index`."""
+    rows: int
+    """Rows done in this index, earlier runs included."""
+    tokens: int
+    """Tokens embedded by this run."""
+    seconds: float
+    """Time since this run began."""
+    rows_per_second: float
+    """Rows this run embeds per second."""
+    tokens_per_second: float
+    """Tokens this run embeds per second."""
+    fraction: float | None
+    """Part of the corpus done, 0 to 1, where it can be known."""
+    eta_seconds: float | None
+    """Time left, where it can be estimated."""
+
+
+ProgressCallback = Callable[[BuildProgress], None]
 
 
 class ProgressBar:

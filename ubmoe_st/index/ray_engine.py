@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .embedder import Embedder
-from .parts import Part, PartMaker, Reading
-from .pipeline import Window
+from .windows import Part, PartMaker, Reading, Window
 
 BLOCK_BYTES = 1
 """Ray Data joins rows into blocks up to this size: so a window is a block, and goes out as soon as it is full."""

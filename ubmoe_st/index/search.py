@@ -1,26 +1,70 @@
-"""Search over one snapshot: exact or through a faiss index, with filters, always scored by exact cosines."""
+"""Search over one snapshot: exact, through a faiss index, or joined with keywords; always scored by exact cosines."""
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
-from .exact import SLACK, TopK, exact_search
+from .exact import SLACK, TopK, exact_search, pair_scores
 from .filters import Filter, FilterEngine
+from .hybrid import KeywordSearch, fuse
 from .kinds import can_select, candidates, read_index
-from .snapshot import Snapshot, read_info
+from .manifest import FaissFile, Manifest
+from .store import BLOCK_BYTES, Snapshot
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 20_000
-"""When a filter leaves no more rows than this, they are all compared."""
+FUSION_DEPTH = 100
+"""Results of each search that reciprocal rank fusion looks at, at least."""
 QUERY_BLOCK = 256
 """Queries that faiss gets at a time."""
 RERANK_BYTES = 16 << 20
 """Vectors of candidates compared at a time, in bytes of float32."""
+
+Mode = Literal["dense", "bm25", "hybrid"]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What bounds the work of a search without changing what it finds."""
+
+    few_rows: int = 20_000
+    """When a filter leaves no more rows than this, they are all compared."""
+    block_bytes: int = BLOCK_BYTES
+    """Stored vectors compared at a time, in bytes of float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One search result."""
+
+    id: str
+    score: float
+    """Cosine of query and entry."""
+    text: str
+    title: str | None
+    parent: str | None
+    """Id of the document a chunk was cut from; None for a whole document."""
+    start: int
+    """First character of `text` in its document."""
+    end: int
+    """Character after the last one."""
+    metadata: dict[str, Any]
+    """Other fields of the corpus row."""
+    row: int
+    """Row number in this version of the index."""
+    index: str
+    """Folder of the index."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
 
 
 class Searcher:
@@ -28,10 +72,13 @@ class Searcher:
 
     Args:
         snapshot: What to search.
+        settings: See `SearchSettings`.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, settings: SearchSettings | None = None) -> None:
         self.snapshot = snapshot
+        self.settings = settings or SearchSettings()
+        self._keywords = KeywordSearch(snapshot)
         self._filters = FilterEngine(snapshot)
         self._shards: list[tuple[int, Any]] | None = None
         self._lock = threading.Lock()
@@ -39,20 +86,20 @@ class Searcher:
     @property
     def shards(self) -> list[tuple[int, Any]]:
         """The faiss indexes of this version with their first rows, opened on first use; none for a flat one."""
-        record = self.snapshot.info["index"]
-        if record["kind"] == "flat":
+        record = self.snapshot.manifest.index
+        if record.kind == "flat":
             return []
         with self._lock:
             if self._shards is None:
-                self._shards = self._opened(record["files"])
+                self._shards = self._opened(record.files)
             return self._shards
 
-    def _opened(self, files: list[dict[str, Any]]) -> list[tuple[int, Any]]:
+    def _opened(self, files: list[FaissFile]) -> list[tuple[int, Any]]:
         folder = self.snapshot.folder
         try:
-            return [(file["first_row"], read_index(folder / file["file"])) for file in files]
+            return [(file.first_row, read_index(folder / file.file)) for file in files]
         except FileNotFoundError:
-            if read_info(folder)["version"] == self.snapshot.version:
+            if Manifest.read(folder).version == self.snapshot.manifest.version:
                 raise
             logger.warning(
                 "a writer has replaced the faiss index of %s since it was opened: searching it exactly until refresh()",
@@ -88,17 +135,18 @@ class Searcher:
         Returns:
             Scores, float32, (Q, K), and rows, (Q, K).
         """
+        check_k(k)
         snapshot = self.snapshot
         count = snapshot.stored_rows if allowed is None else int(np.count_nonzero(allowed))
         k = min(k, count)
         if not k or not len(vectors):
             return np.zeros((len(vectors), k), np.float32), np.zeros((len(vectors), k), np.int64)
-        found = TopK(vectors, k, SLACK[snapshot.info["dtype"]])
-        shards = [] if exact or (allowed is not None and count <= FEW_ROWS) else self.shards
+        found = TopK(vectors, k, SLACK[snapshot.manifest.dtype])
+        shards = [] if exact or (allowed is not None and count <= self.settings.few_rows) else self.shards
         if not shards:
-            exact_search(snapshot.blocks(), allowed, found)
+            exact_search(snapshot.blocks(0, self.settings.block_bytes), allowed, found)
         else:
-            settings = parameters if parameters is not None else snapshot.info["index"]["parameters"]
+            settings = parameters if parameters is not None else snapshot.manifest.index.parameters
             self._through(shards, vectors, k, count, allowed, settings, found)
         return found.result()
 
@@ -114,7 +162,7 @@ class Searcher:
     ) -> None:
         """Candidates from faiss, exact cosines from the stored vectors; rows added since are compared one by one."""
         snapshot = self.snapshot
-        covered = snapshot.info["index"]["rows"]
+        covered = snapshot.manifest.index.rows
         within = None if allowed is None else allowed[:covered]
         wanted = min(covered, k * max(1, parameters.get("rerank", 1)))
         selecting = within is not None and can_select(shards[0][1])
@@ -131,9 +179,71 @@ class Searcher:
                 lists = rows[local : local + step]
                 fetched = snapshot.vectors_at(np.maximum(lists, 0).ravel())
                 found.add_lists(start + local, lists, fetched.reshape(*lists.shape, snapshot.dimension))
-        exact_search(snapshot.blocks(covered), allowed, found)
+        exact_search(snapshot.blocks(covered, self.settings.block_bytes), allowed, found)
         short = found.short()
         if len(short):  # the index proposed too few, through a filter or too few cells
-            again = TopK(vectors[short], k, SLACK[snapshot.info["dtype"]])
-            exact_search(snapshot.blocks(), allowed, again)
+            again = TopK(vectors[short], k, SLACK[snapshot.manifest.dtype])
+            exact_search(snapshot.blocks(0, self.settings.block_bytes), allowed, again)
             found.replace(short, again)
+
+    def search_words(
+        self,
+        texts: Sequence[str],
+        vectors: np.ndarray,
+        k: int,
+        spec: Filter | None,
+        hybrid: bool,
+        exact: bool = False,
+        parameters: dict[str, int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows in the order of BM25, or of its reciprocal rank fusion with the cosines, with their cosines.
+
+        Args:
+            texts: The queries, Q.
+            vectors: The same as unit vectors, (Q, D).
+            k: How many.
+            spec: Only rows that pass.
+            hybrid: Whether to join them with the nearest rows.
+            exact: As in `search`, for these.
+            parameters: As in `search`, for these.
+
+        Returns:
+            Scores, float32, (Q, K), and rows, (Q, K); NaN and -1 where there are no more.
+        """
+        check_k(k)
+        allowed = self.allowed(spec)
+        depth = max(FUSION_DEPTH, 4 * k)
+        lists = [[rows] for rows in self._keywords.search(texts, depth, allowed)]
+        if hybrid:
+            _, dense = self.search(vectors, depth, allowed, exact, parameters)
+            lists = [[*found, rows] for found, rows in zip(lists, dense)]
+        width = min(k, len(self.snapshot) if allowed is None else int(np.count_nonzero(allowed)))
+        scores = np.full((len(vectors), width), np.nan, np.float32)
+        rows = np.full((len(vectors), width), -1, np.int64)
+        for number, found in enumerate(lists):
+            line = fuse(found, width)
+            rows[number, : len(line)] = line
+            scores[number, : len(line)] = pair_scores(vectors[number], self.snapshot.vectors_at(line))
+        return scores, rows
+
+    def hit_at(self, row: int, score: float) -> Hit:
+        """A row as a search result with this score."""
+        entry = self.snapshot.entry_at(row)
+        return Hit(
+            id=entry.id,
+            score=score,
+            text=entry.text,
+            title=entry.title,
+            parent=entry.parent,
+            start=entry.start,
+            end=entry.end,
+            metadata=json.loads(entry.metadata) if entry.metadata else {},
+            row=row,
+            index=str(self.snapshot.folder),
+        )
+
+
+def check_k(k: Any) -> None:
+    """Refuse a number of results that is none."""
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k is a whole number of at least 1, got {k!r}")

@@ -116,5 +116,5 @@ def tune(
     chosen = (
         max(good, key=lambda trial: trial.queries_per_second) if good else max(trials, key=lambda trial: trial.recall)
     )
-    kind = snapshot.info["index"]["kind"]
+    kind = snapshot.manifest.index.kind
     return TuningReport(kind, k, len(queries), source, recall, bool(good), chosen, flat_speed, trials)

@@ -1,0 +1,79 @@
+"""Retrieve and answer: entries are numbered alike in tables and prompts, and nothing is answered from nothing."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from ubmoe_st.answers import ENTRY_CHARACTERS, answer, answer_prompt, find, hit_table
+
+
+def hit(identity: str, text: str, title: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(id=identity, text=text, title=title, score=0.5)
+
+
+HITS = [hit("usr", "binaries  are in\n[/usr/bin]"), hit("dict", "dict[str, int] :smile: {x}", title="a {title}")]
+
+
+class Recorder:
+    """An index and a model that keep what they are asked."""
+
+    def __init__(self) -> None:
+        self.asked: list = []
+
+    def search_entries(self, queries, k, **options):
+        self.asked.append((queries, k, options))
+        return [HITS[:k]]
+
+    def generate(self, prompt, **options):
+        self.asked.append((prompt, options))
+        return "an answer"
+
+
+def test_find_passes_on_what_it_is_asked():
+    index = Recorder()
+    assert find(index, "where?", 1, filter={"a": 1}, mode="hybrid") == HITS[:1]
+    assert index.asked == [(["where?"], 1, {"filter": {"a": 1}, "mode": "hybrid"})]
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_is_refused(question):
+    index = Recorder()
+    with pytest.raises(ValueError, match="question is empty"):
+        find(index, question)
+    assert index.asked == []
+
+
+def test_an_answer_is_generated_from_the_entries():
+    model = Recorder()
+    assert answer(model, "where?", HITS, stream=True, max_new_tokens=3) == "an answer"
+    assert model.asked == [(answer_prompt("where?", HITS), {"stream": True, "max_new_tokens": 3})]
+
+
+def test_nothing_is_generated_from_no_entry():
+    model = Recorder()
+    with pytest.raises(ValueError, match="nothing to answer from"):
+        answer(model, "where?", [])
+    assert model.asked == []
+
+
+def test_the_prompt_numbers_the_entries_and_asks_for_the_number():
+    (message,) = answer_prompt("which {question}?", [*HITS, hit("long", "x" * 10_000)])
+    lines = message["content"].splitlines()
+    assert "by its number" in lines[0]
+    assert lines[2:4] == ["[1] usr: binaries are in [/usr/bin]", "[2] a {title}: dict[str, int] :smile: {x}"]
+    assert lines[4] == f"[3] long: {'x' * ENTRY_CHARACTERS}"
+    assert lines[-1] == "Question: which {question}?"
+
+
+def test_a_table_shows_texts_of_others_as_they_are():
+    """Brackets of a corpus are no markup, `:smile:` is no emoji, and the title is no markup either."""
+    target = io.StringIO()
+    Console(file=target, width=250).print(hit_table([*HITS, hit("[bold]", "y" * 500)], title="[/what] is it?"))
+    shown = target.getvalue()
+    for text in ("[/what] is it?", "binaries are in [/usr/bin]", "dict[str, int] :smile: {x}", "[bold]", "yyy..."):
+        assert text in shown
+    assert [f"[{number}]" in shown for number in (1, 2, 3, 4)] == [True, True, True, False]

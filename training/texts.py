@@ -1,0 +1,270 @@
+"""The texts of a recipe: what a mixture draws, and which of its texts belong together."""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.data import data_folder, read_jsonl, read_lines, read_sentences
+from training.recipe import ContrastiveRecipe, Texts, TextSource
+
+HUB = "hf:"
+
+
+@dataclass
+class Corpus:
+    """The texts of a run.
+
+    Attributes:
+        texts: N texts, in an order that depends on the recipe alone.
+        kinds: Of each of them.
+        bundles: Rows that belong together, the first one of which stands for all: a sentence and its corruptions; a
+            passage, its title, its query and one of its sentences. Every row is in one bundle.
+        joining: Positions in `bundles` of those that are to join a passage's.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    bundles: list[list[int]] = field(default_factory=list)
+    joining: set[int] = field(default_factory=set)
+
+    def add(self, texts: Sequence[str], kinds: Sequence[str], *, joins: bool = False) -> None:
+        """Append one bundle."""
+        if joins:
+            self.joining.add(len(self.bundles))
+        self.bundles.append(list(range(len(self.texts), len(self.texts) + len(texts))))
+        self.texts += texts
+        self.kinds += kinds
+
+
+def read_corpus(recipe: ContrastiveRecipe) -> Corpus | None:
+    """The texts of a recipe. None: it has `pairs`.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a source has no usable text, or a sentence has no corruption.
+    """
+    if recipe.texts is not None:
+        return draw(recipe.texts)
+    if recipe.sentences is None:
+        return None
+    texts = read_sentences(recipe.sentences)
+    return Corpus(texts, ["sentences"] * len(texts), [[row] for row in range(len(texts))])
+
+
+def draw(mixture: Texts, folder: Path | None = None) -> Corpus:
+    """Draw a mixture; no text twice, but for corruptions.
+
+    Args:
+        mixture: What to draw.
+        folder: The data folder. None: `data_folder()`, where the name of a source is no path.
+
+    Raises:
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a source has no usable text, or a sentence has no corruption.
+    """
+    corpus = Corpus()
+    seen: set[str] = set()
+    for number, source in enumerate(mixture.sources):
+        rng = random.Random(f"{mixture.seed}-{number}")
+        count = source.count if source.count is not None else int(source.share * (mixture.count or 0))  # type: ignore[operator]
+        once = {row[source.column]: row for row in _rows(source, folder) if _fits(row.get(source.column), source)}
+        rows = list(once.values())
+        rng.shuffle(rows)
+        rows = rows[mixture.part * count : (mixture.part + 1) * count]
+        if not rows:
+            raise ValueError(
+                f"{source.file}: no text of {source.words[0]} to {source.words[1]} words is left for part "
+                f"{mixture.part}; change words, count, skip or texts.part"
+            )
+        pool = _content_words(row[source.column] for row in rows)
+        for row in rows:
+            texts, kinds = _bundle(row, source, rng, pool)
+            if texts[0] in seen:
+                continue
+            seen.add(texts[0])
+            corpus.add(texts, kinds, joins=source.join)
+    return corpus
+
+
+def _rows(source: TextSource, folder: Path | None) -> Iterator[Mapping[str, Any]]:
+    """Rows of a source without those to skip; a line of a text file is a row with one column."""
+    checked = False
+    for row in _all_rows(source, folder):
+        if not checked:
+            wanted = [source.column, source.title, source.query, *source.skip]
+            absent = next((column for column in wanted if column is not None and column not in row), None)
+            if absent is not None:
+                raise ValueError(f"{source.file}: expected a column {absent!r}, got {', '.join(map(str, row))}")
+            checked = True
+        if not any(row.get(column) in values for column, values in source.skip.items()):
+            yield row
+
+
+def _all_rows(source: TextSource, folder: Path | None) -> Iterable[Mapping[str, Any]]:
+    if source.file.startswith(HUB):
+        return _hub_rows(source)
+    file = _find(source, folder)
+    if ".jsonl" in file.name:
+        return read_jsonl(file)
+    return ({source.column: line} for line in read_lines(file) if line)
+
+
+def _find(source: TextSource, folder: Path | None) -> Path:
+    """The file of a source, by path or by name."""
+    if (path := Path(source.file)).is_file():
+        return path
+    if path.is_absolute() or path.suffix:
+        raise FileNotFoundError(f"expected a file at {path}, got nothing there; check `file` of the source")
+    root = folder or data_folder()
+    places = [root / part / f"{source.file}{end}" for part in ("train", "instruct") for end in (".txt.gz", ".jsonl.gz")]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"expected a file {source.file}.txt.gz or {source.file}.jsonl.gz in train/ or instruct/ of {root}, got "
+            "none; check `file` of the source, or use hf:NAME#SPLIT:COLUMN"
+        )
+    return found
+
+
+def _hub_rows(source: TextSource) -> Iterable[Mapping[str, Any]]:
+    """Rows of a dataset on the Hub; the column of `hf:NAME#SPLIT:COLUMN` goes under the name `source.column`."""
+    from datasets import load_dataset
+
+    name, _, rest = source.file.removeprefix(HUB).partition("#")
+    name, _, subset = name.partition(":")
+    split, _, column = rest.partition(":")
+    if not name or not split:
+        raise ValueError(f"{source.file}: expected hf:NAME[:SUBSET]#SPLIT[:COLUMN], e.g. hf:owner/name#train:text")
+    try:
+        rows = load_dataset(name, subset or None, split=split)
+    except Exception as error:
+        raise ValueError(f"{source.file}: the dataset cannot be read: {type(error).__name__}: {error}") from error
+    if not column or column == source.column:
+        return rows
+    if column not in rows.column_names:
+        raise ValueError(f"{source.file}: expected a column {column!r}, got {', '.join(rows.column_names)}")
+    return ({**row, source.column: row[column]} for row in rows)
+
+
+def _fits(text: Any, source: TextSource) -> bool:
+    if not isinstance(text, str):
+        return False
+    words = len(text.split())
+    return source.words[0] <= words and (source.kind == "passages" or words <= source.words[1])
+
+
+def _bundle(
+    row: Mapping[str, Any], source: TextSource, rng: random.Random, pool: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The texts of one row, and their kinds."""
+    text = " ".join(row[source.column].split())
+    if source.kind == "passages":
+        return _passage(row, text, source, rng)
+    if source.kind == "corruptions":
+        graded = corrupt(text, pool, rng, source.corruptions)
+        if not graded:
+            raise ValueError(
+                f"{source.file}: {text!r} has no corruption, and a group of one text teaches nothing; raise the "
+                "fewest `words`"
+            )
+        return [text, *graded], ["sentences", *["fragments"] * len(graded)]
+    if source.kind == "fragments":
+        text = roughen(text, rng.random() < 0.5)
+    return [text], [source.kind]
+
+
+def _passage(row: Mapping[str, Any], text: str, source: TextSource, rng: random.Random) -> tuple[list[str], list[str]]:
+    words = text.split()
+    most = min(len(words), rng.choice(source.lengths) if source.lengths else len(words), source.words[1])
+    start = rng.randrange(len(words) - most + 1) if rng.random() < source.anywhere else 0
+    cut = " ".join(words[start : start + most])
+    title = " ".join(str(row.get(source.title) or "").split()) if source.title else ""
+    if title and rng.random() < source.titled:
+        cut = f"{title}. {cut}"
+    texts, kinds = [cut], ["passages"]
+    if title and rng.random() < source.title_apart:
+        texts.append(title)
+        kinds.append("titles")
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+", text) if 6 <= len(s.split()) <= 30]
+    if sentences and rng.random() < source.sentence_apart:
+        texts.append(rng.choice(sentences))
+        kinds.append("sentences")
+    if source.query and (query := " ".join(str(row.get(source.query) or "").split())):
+        texts.append(query)
+        kinds.append("queries")
+    return texts, kinds
+
+
+# --- changed texts ----------------------------------------------------------------------------------------------
+
+FUNCTION_WORDS = frozenset(
+    "a an the of to in on at for and or is are was were be been by with as that this it its from he she his her they "
+    "their i you we not has have had but which who".split()
+)
+
+
+def roughen(text: str, lower: bool) -> str:
+    """A text without final punctuation and with a small first letter, or all in small letters.
+
+    Queries and titles look like that, running text does not: an encoder that never read any maps them all together.
+
+    Args:
+        text: A sentence; one of punctuation alone stays as it is.
+        lower: Small letters throughout.
+    """
+    bare = text.rstrip(string.punctuation + " ")
+    if not bare:
+        return text
+    return bare.lower() if lower else bare[0].lower() + bare[1:]
+
+
+def _content_words(texts: Iterable[str]) -> list[str]:
+    """Small-letter content words, as often as they occur; the words that a corruption puts in."""
+    words = (word for text in texts for word in text.split())
+    return [w for w in words if w.isalpha() and w.islower() and w not in FUNCTION_WORDS]
+
+
+def corrupt(sentence: str, pool: Sequence[str], rng: random.Random, most: int = 3) -> list[str]:
+    """Up to `most` graded corruptions, from nearly the same to half of it, none equal to another or the sentence.
+
+    A content word out; one replaced; half of them replaced; two exchanged; a `not` put in; content words alone; either
+    half. In half of the cases all are written like fragments.
+
+    Args:
+        sentence: At least two words, else there is none.
+        pool: Words to put in.
+        rng: Chooses.
+        most: Of them.
+    """
+    words = sentence.split()
+    content = [n for n, word in enumerate(words) if word.lower().strip(".,;:!?") not in FUNCTION_WORDS]
+
+    def changed(change: Callable[[int, str], str | None]) -> str:
+        return " ".join(new for n, word in enumerate(words) if (new := change(n, word)) is not None)
+
+    found: list[str] = []
+    if len(content) >= 3:
+        out = rng.choice(content)
+        found.append(changed(lambda n, word: None if n == out else word))
+        if pool:
+            one, half = rng.choice(content), set(rng.sample(content, max(2, len(content) // 2)))
+            found.append(changed(lambda n, word: rng.choice(pool) if n == one else word))
+            found.append(changed(lambda n, word: rng.choice(pool) if n in half else word))
+        a, b = rng.sample(content, 2)
+        found.append(changed(lambda n, word: words[b] if n == a else words[a] if n == b else word))
+        verb = next((n for n, word in enumerate(words) if word.lower() in ("is", "are", "was", "were")), None)
+        if verb is not None:
+            found.append(" ".join([*words[: verb + 1], "not", *words[verb + 1 :]]))
+    found.append(changed(lambda n, word: word if n in content else None))
+    middle = len(words) // 2
+    found += [" ".join(words[:middle]), " ".join(words[middle:])]
+    if rng.random() < 0.5:
+        found = [text.lower().rstrip(".!?") for text in found]
+    found = [text for text in dict.fromkeys(found) if text and text != sentence]
+    return rng.sample(found, min(most, len(found)))

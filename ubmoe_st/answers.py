@@ -1,0 +1,93 @@
+"""Retrieve and answer: entries that an index finds, and a text generated from them by the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ubmoe_st.index import EmbeddingIndex, Hit, IndexGroup
+    from ubmoe_st.model import UBMoE
+
+ENTRY_CHARACTERS = 600
+"""How much of an entry is put into the prompt."""
+SHOWN_CHARACTERS = 160
+"""How much of an entry is shown in a table."""
+_PROMPT = (
+    "Answer the question with the help of the numbered entries. Cite the entry you used by its number in square "
+    "brackets, like [1].\n\n{entries}\n\nQuestion: {question}"
+)
+
+
+def find(index: EmbeddingIndex | IndexGroup, question: str, k: int = 3, **options: Any) -> list[Hit]:
+    """The entries nearest to a question, best first; the first is number 1 in tables, prompts and citations.
+
+    Args:
+        index: An open index, or several as one.
+        question: What to look for.
+        k: How many.
+        **options: As for `EmbeddingIndex.search_entries`, such as `filter` and `mode`.
+
+    Raises:
+        ValueError: If the question is empty.
+    """
+    if not question.strip():
+        raise ValueError("the question is empty: say what to look for")
+    return index.search_entries([question], k, **options)[0]
+
+
+def answer(
+    model: UBMoE, question: str, hits: Sequence[Hit], *, stream: bool = False, **options: Any
+) -> str | Iterator[str]:
+    """An answer generated from entries, which it is asked to cite by their numbers.
+
+    Args:
+        model: Both views.
+        question: What to answer.
+        hits: The entries, of `find`; the first is number 1.
+        stream: Return an iterator over pieces of text.
+        **options: As for `UBMoE.generate`, such as `max_new_tokens` and `routing`.
+
+    Raises:
+        ValueError: If there are no entries; nothing is generated then.
+    """
+    if not hits:
+        raise ValueError("no entry was found, so there is nothing to answer from")
+    text: Any = model.generate(answer_prompt(question, hits), stream=stream, **options)
+    return text
+
+
+def answer_prompt(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:
+    """A chat that asks for an answer from search results, numbered from 1."""
+    entries = "\n".join(
+        f"[{number}] {_one_line(hit.title or hit.id)}: {_one_line(hit.text)[:ENTRY_CHARACTERS]}"
+        for number, hit in enumerate(hits, 1)
+    )
+    return [{"role": "user", "content": _PROMPT.format(entries=entries, question=question)}]
+
+
+def hit_table(hits: Sequence[Hit], title: str | None = None) -> Table:
+    """Search results for a person, under the numbers by which answers cite them.
+
+    Args:
+        hits: Of `find`.
+        title: Above the table.
+    """
+    table = Table(title=Text(title, style="bold") if title else None, title_justify="left", show_lines=False)
+    table.add_column("", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("id", style="cyan", overflow="fold")
+    table.add_column("text", ratio=1)
+    for number, hit in enumerate(hits, 1):
+        text = _one_line(hit.text)
+        shown = text if len(text) < SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+        # As `Text`: a string would be read as markup, in which `[...]` is a tag.
+        table.add_row(Text(f"[{number}]"), f"{hit.score:.3f}", Text(hit.id), Text(shown))
+    return table
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,162 @@
+"""Cards: the README.md of a checkpoint, on disk and on the Hub, and of an export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ubmoe_st.checkpoint import GENERATOR_FOLDER
+from ubmoe_st.configuration import UBMoEConfig
+
+CARD = "README.md"
+
+_MODEL_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+{front}tags: [sentence-transformers, feature-extraction, sentence-similarity, text-generation, ubmoe]
+---
+
+# {name}
+
+One checkpoint that embeds (full attention, `bi` experts, {rank}) and generates exactly like its base
+model {base} (causal attention, `uni` experts). Embeddings, attention and norms are shared.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+embeddings = SentenceTransformer("{name}").encode(["a text", "another text"])
+```
+
+```python
+from ubmoe_st import UBMoE
+
+model = UBMoE("{name}")
+model.encode(["a text"]), model.generate("Once upon a time", max_new_tokens=20)
+```
+
+```python
+from transformers import AutoModelForCausalLM
+
+base_model = AutoModelForCausalLM.from_pretrained("{name}", subfolder="generator")
+```
+
+The root of this folder is the encoder. Opened as a causal language model it is **not** the generator:
+its FFN weights are the `bi` experts. Use `UBMoE(...).generator`, or the folder `generator`.
+"""
+
+
+def model_card(config: UBMoEConfig | None, name: str) -> str:
+    """The card of a checkpoint.
+
+    Args:
+        config: What the checkpoint says of itself.
+        name: Of the checkpoint: its folder's, or its Hub id.
+    """
+    base = config.base_model if config else "unknown"
+    rank = f"low-rank, rank {config.expert_rank}" if config and config.expert_rank else "dense"
+    return _MODEL_CARD.format(name=name, base=base, rank=rank, front=_base_line(base))
+
+
+def export_card(
+    config: UBMoEConfig | None, prompts: Mapping[str, str | None], view: str, format: str, quantize: str | None
+) -> str:
+    """The card of an export, with Python that runs it from within its folder.
+
+    Args:
+        config: What the checkpoint says of itself.
+        prompts: Of the checkpoint, by name.
+        view: `encoder` or `generator`.
+        format: `hf`, `onnx` or `openvino`.
+        quantize: None or `int8`.
+    """
+    base = config.base_model if config else "unknown"
+    encoder = view == "encoder"
+    what = "encoder view (full attention, `bi` experts)" if encoder else "generator view (the base model)"
+    used = {name: text for name, text in prompts.items() if text} if encoder else {}
+    shown = ", ".join(f"{name}: {text!r}" for name, text in used.items())
+    kind = f"{format}, {quantize}" if quantize else format
+    return (
+        f"---\nlibrary_name: {'sentence-transformers' if encoder else 'transformers'}\n"
+        f"pipeline_tag: {'sentence-similarity' if encoder else 'text-generation'}\n{_base_line(base)}---\n\n"
+        f"The {what} of a UBMoE checkpoint on {base}, exported as {kind}.\n\n"
+        f"```python\n{_snippet(view, format)}\n```\n"
+        + (
+            f"\nPrompts ({shown}) are put before a text by sentence-transformers, not by the tokenizer.\n"
+            if used
+            else ""
+        )
+    )
+
+
+def card_on_the_hub(text: str, name: str, repo_id: str) -> str:
+    """The card with the folder's path replaced by the repository's id in its quoted strings.
+
+    Args:
+        text: The card.
+        name: Of the folder.
+        repo_id: `owner/name`.
+    """
+    path = rf'"(?:[\w.-]+/)*{re.escape(name)}'
+    text = re.sub(rf'{path}/{GENERATOR_FOLDER}"', f'"{repo_id}", subfolder="{GENERATOR_FOLDER}"', text)
+    return re.sub(rf'{path}"', f'"{repo_id}"', text)
+
+
+def check_front_matter(text: str, file: Path) -> None:
+    """Refuse a card that the Hub would refuse, before anything is uploaded.
+
+    Args:
+        text: The card.
+        file: Where it is from.
+
+    Raises:
+        ValueError: If its front matter is not valid.
+    """
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        ModelCard(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"the front matter of {file} is not valid: {' '.join(str(error).split())}") from error
+
+
+def _base_line(base: str) -> str:
+    return f"base_model: {base}\n" if "/" in base else ""
+
+
+_ENCODER_INPUTS = """from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("tokenizer.json")  # pads and truncates
+batch = tokenizer.encode_batch(["a text", "another text"])
+inputs = {"input_ids": np.array([x.ids for x in batch])}
+inputs["attention_mask"] = np.array([x.attention_mask for x in batch])"""
+_GENERATOR_INPUTS = """
+ids = np.array([[1, 2, 3]])  # a whole text: there is no KV cache
+inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}"""
+
+
+def _snippet(view: str, format: str) -> str:
+    """Python that runs an export from within its folder, with as few libraries as possible."""
+    if format == "hf" and view == "encoder":
+        return """from sentence_transformers import SentenceTransformer
+
+print(SentenceTransformer(".").encode(["a text", "another text"]).shape)"""
+    if format == "hf":
+        return """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=20)[0]))"""
+    inputs = _ENCODER_INPUTS if view == "encoder" else _GENERATOR_INPUTS
+    output = "sentence_embedding" if view == "encoder" else "logits"
+    if format == "onnx":
+        return f"""import numpy as np
+import onnxruntime
+{inputs}
+session = onnxruntime.InferenceSession("onnx/model.onnx")
+print(session.run(["{output}"], inputs)[0].shape)"""
+    return f"""import numpy as np
+import openvino
+{inputs}
+model = openvino.compile_model("openvino/openvino_model.xml", "CPU")
+print(model(inputs)["{output}"].shape)"""

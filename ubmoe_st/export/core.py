@@ -1,0 +1,141 @@
+"""Export: one view of a checkpoint as a plain model of another tool: transformers, ONNX, OpenVINO, llama.cpp.
+
+Nothing here is read back by this package. Every file is written for stock readers, under the names that most of
+them know: sentence-transformers with its backends, vLLM, text-embeddings-inference, onnxruntime, llama.cpp.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from ubmoe_st.cards import export_card
+from ubmoe_st.checkpoint import is_checkpoint
+from ubmoe_st.export.folders import write_encoder_files, write_generator_files, write_safetensors
+from ubmoe_st.export.gguf import write_gguf
+from ubmoe_st.export.graphs import PEAK_LIMIT, write_graph
+from ubmoe_st.files import replacing_by_name, replacing_folder
+from ubmoe_st.model import UBMoE
+
+View = Literal["encoder", "generator"]
+Format = Literal["hf", "gguf", "onnx", "openvino"]
+Quantization = Literal["f16", "int8"]
+
+_NEEDS = {
+    "hf": (),
+    "gguf": ("gguf",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+}
+_QUANTIZATIONS: dict[str, tuple[str, ...]] = {
+    "hf": (),
+    "gguf": ("f16", "int8"),
+    "onnx": ("int8",),
+    "openvino": ("int8",),
+}
+_PARTS = re.compile(
+    r"onnx|openvino|\d+_(Pooling|Dense|Normalize)|.+\.safetensors|model\.safetensors\.index\.json"
+    r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json"
+)
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    view: View = "encoder",
+    format: Format = "hf",
+    quantize: Quantization | None = None,
+    calibration: Sequence[str] | None = None,
+    peak_limit: float = PEAK_LIMIT,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write one view of a checkpoint as a plain model, all or nothing.
+
+    Args:
+        checkpoint: A checkpoint folder or the Hub id of one.
+        out: Folder to write; for `gguf` a file that ends in `.gguf`.
+        view: `encoder` (full attention, `bi` experts) or `generator` (the base model).
+        format: `hf`: safetensors for transformers and sentence-transformers, in the dtype of the checkpoint. `onnx`,
+            `openvino`: a graph in fp32 with dynamic batch and length; of the generator without KV cache. `gguf`: one
+            file for llama.cpp, in fp32.
+        quantize: `int8`: 8-bit weights (and activations, for `onnx` and `openvino`, of the encoder only). `f16`:
+            16-bit weights, for `gguf`. None: no quantisation.
+        calibration: Texts to measure activations with, for `int8` of `onnx` and `openvino`. None: those of
+            `calibration.txt` beside this module.
+        peak_limit: `int8` of `onnx` and `openvino` keeps a linear layer in fp32 whose largest input is more than so
+            many times the mean size of its inputs.
+        overwrite: Replace what is there.
+
+    Returns:
+        `out`, `view`, `format`, `quantize`, `bytes` written, and `kept_fp32`, the layers that int8 left alone.
+
+    Raises:
+        FileExistsError: If `out` is there and `overwrite` is False.
+        ImportError: If a library is missing; names the extra.
+        ValueError: If an argument is unknown, or the format cannot hold this model.
+    """
+    target = Path(out)
+    _check_arguments(target, view, format, quantize, overwrite)
+    dtype: dict[str, Any] = {} if format == "hf" else {"model_kwargs": {"dtype": torch.float32}}
+    model = UBMoE(checkpoint, device="cpu", **dtype)
+    kept: list[str] = []
+    if format == "gguf":
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_by_name(target, unique=True) as temporary:
+            write_gguf(model, temporary, view, quantize)
+        size = target.stat().st_size
+    else:
+        with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
+            if view == "encoder":
+                write_encoder_files(model, folder, baked=format != "hf")
+            else:
+                write_generator_files(model, folder)
+            if format == "hf":
+                write_safetensors(model, folder, view)
+            else:
+                kept = write_graph(model, folder, view, format, quantize, calibration, peak_limit)
+            card = export_card(model.ubmoe_config, model.prompts, view, format, quantize)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {"out": str(target), "view": view, "format": format, "quantize": quantize, "bytes": size, "kept_fp32": kept}
+
+
+def _is_of_others(entry: Path) -> bool:
+    """Whether an entry of a folder that an export replaces is not a part of an older export."""
+    return not _PARTS.fullmatch(entry.name)
+
+
+def _check_arguments(target: Path, view: str, format: str, quantize: str | None, overwrite: bool) -> None:
+    if view not in get_args(View):
+        raise ValueError(f"view must be one of {', '.join(get_args(View))}, got {view!r}")
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    if quantize is not None and quantize not in _QUANTIZATIONS[format]:
+        known = [name for name, kinds in _QUANTIZATIONS.items() if quantize in kinds]
+        hint = (
+            f"formats with {quantize}: {', '.join(known)}" if known else f"known: {', '.join(get_args(Quantization))}"
+        )
+        raise ValueError(f"format {format} cannot be written as {quantize}; {hint}")
+    if quantize == "int8" and view == "generator" and format in ("onnx", "openvino"):
+        raise ValueError(f"int8 of the generator is not written as {format}; take format='gguf' with quantize='int8'")
+    needed = (*_NEEDS[format], *(("nncf",) if format == "openvino" and quantize else ()))
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"format {format} needs {', '.join(missing)}: pip install 'ubmoe-st[{format}]'")
+    if format == "gguf" and target.suffix != ".gguf":
+        raise ValueError(f"format gguf writes one file: expected a name that ends in .gguf, got {target}")
+    inside = next((f for f in (target, *target.resolve().parents) if is_checkpoint(f)), None)
+    if inside is not None:
+        raise FileExistsError(f"{inside} is a checkpoint, which an export does not change; choose another folder")
+    taken = target.exists() if format == "gguf" else target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if taken and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another name, or pass overwrite=True")
+    if target.is_dir() and format == "gguf":
+        raise FileExistsError(f"{target} is a folder; expected the name of a file to write")

@@ -1,0 +1,162 @@
+"""The files around the weights of an export, under the names that most readers know, and plain safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from torch import Tensor
+
+from ubmoe_st import checkpoint
+from ubmoe_st.bases import save_tokenizer
+from ubmoe_st.model import REQUIREMENTS, UBMoE
+
+# The names that every reader of sentence-transformers folders knows.
+_MODULE_NAMES = {Pooling: "Pooling", Dense: "Dense", Normalize: "Normalize"}
+_POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+def write_encoder_files(model: UBMoE, folder: Path, *, baked: bool) -> None:
+    """Config, tokenizer and sentence-transformers modules.
+
+    Args:
+        model: The checkpoint.
+        folder: Where to.
+        baked: Whether full attention is part of a graph, and not something that transformers has to honour.
+    """
+    views: Any = model[0]
+    config = views.model.config
+    stock = config.to_dict() | {"is_causal": False, "architectures": [type(views.model).__name__]}
+    stock = {key: value for key, value in stock.items() if key not in ("_name_or_path", "_attn_implementation")}
+    rope = stock.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        # The key of transformers before version 5; text-embeddings-inference and others read no other.
+        stock["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            stock["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if config.model_type == "llama":
+        # What text-embeddings-inference reads in the place of `is_causal`. Gemma gives this key another meaning.
+        stock["use_bidirectional_attention"] = True
+    _write_json(folder / "config.json", stock)
+    _write_tokenizer(model, folder, batches=baked)
+    _write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": model[0].max_seq_length, "do_lower_case": False}
+    )
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    behind: list[Any] = list(model)[1:]
+    for index, module in enumerate(behind, 1):
+        name = next((short for kind, short in _MODULE_NAMES.items() if type(module) is kind), None)
+        if name is None:
+            raise ValueError(
+                f"module {index} of the checkpoint is a {type(module).__name__}; exports know "
+                f"{', '.join(_MODULE_NAMES.values())}"
+            )
+        path = folder / f"{index}_{name}"
+        path.mkdir()
+        module.save(str(path))
+        if isinstance(module, Pooling):
+            # Not sorted: some readers take the first key that is true for the mode.
+            (path / "config.json").write_text(json.dumps(_pooling_config(module), indent=2) + "\n", encoding="utf-8")
+        modules.append(
+            {"idx": index, "name": str(index), "path": path.name, "type": f"sentence_transformers.models.{name}"}
+        )
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    settings: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "prompts": dict(model.prompts),
+        "default_prompt_name": model.default_prompt_name,
+        "similarity_fn_name": model.similarity_fn_name,
+    }
+    if not baked:
+        settings["requirements"] = REQUIREMENTS
+    _write_json(folder / "config_sentence_transformers.json", settings)
+
+
+def _pooling_config(pooling: Pooling) -> dict[str, Any]:
+    modes = [pooling.pooling_mode] if isinstance(pooling.pooling_mode, str) else list(pooling.pooling_mode)
+    return {
+        "word_embedding_dimension": pooling.embedding_dimension,
+        **{key: mode in modes for mode, key in _POOLING_KEYS.items()},
+        "include_prompt": pooling.include_prompt,
+    }
+
+
+def write_generator_files(model: UBMoE, folder: Path) -> None:
+    """Config, generation config and tokenizer of the base model."""
+    lm = model.generator
+    config = lm.config.to_dict() | {"architectures": [type(lm).__name__]}
+    _write_json(
+        folder / "config.json", {k: v for k, v in config.items() if k not in ("_name_or_path", checkpoint.CONFIG_KEY)}
+    )
+    if lm.generation_config is not None:
+        lm.generation_config.save_pretrained(folder)
+    _write_tokenizer(model, folder, batches=False)
+
+
+def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:
+    """The tokenizer as transformers 4 and 5 read it.
+
+    Args:
+        model: The checkpoint.
+        folder: Where to.
+        batches: Whether `tokenizer.json` itself pads and truncates, for readers without transformers.
+    """
+    tokenizer: Any = model.tokenizer
+    save_tokenizer(tokenizer, folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    _write_json(file, {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")})
+    if not batches or not (folder / "tokenizer.json").is_file():
+        return
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    side = "Left" if tokenizer.padding_side == "left" else "Right"
+    pad = tokenizer.pad_token or tokenizer.eos_token
+    content["padding"] = {
+        "strategy": "BatchLongest",
+        "direction": side,
+        "pad_to_multiple_of": None,
+        "pad_id": tokenizer.convert_tokens_to_ids(pad),
+        "pad_type_id": 0,
+        "pad_token": pad,
+    }
+    length: Any = model[0].max_seq_length
+    if length is not None:
+        content["truncation"] = {
+            "direction": "Right",
+            "max_length": int(length),
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def write_safetensors(model: UBMoE, folder: Path, view: str) -> None:
+    """The tensors of a view as `model.safetensors`, aligned like those of the checkpoint."""
+    views: Any = model[0]
+    alignment = 0
+    if views.folder is not None:
+        alignment = checkpoint.data_start(views.folder / checkpoint.SHARED_FILE) % checkpoint.CACHE_LINE
+    state = views.encoder_state() if view == "encoder" else generator_state(model.generator)
+    checkpoint.save_tensors(state, folder / "model.safetensors", alignment)
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def generator_state(lm: Any) -> dict[str, Tensor]:
+    """Tensors of a causal LM under their stock names, each once."""
+    tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
+    return {key: tensor for key, tensor in lm.state_dict().items() if key not in tied}

@@ -1,0 +1,235 @@
+"""Export to llama.cpp: a view of a checkpoint as one GGUF file.
+
+Written for the Llama, Mistral, Qwen2 and Qwen3 architectures with byte-level BPE tokenizers. llama.cpp reads
+`attention.causal` and `pooling_type` of any architecture since March 2026; builds before that attend causally.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import Tensor
+
+from ubmoe_st.export.folders import generator_state
+from ubmoe_st.model import UBMoE
+
+# llama.cpp's names of the ways to cut a text before byte pairs are merged, by how many digits stay together.
+_BPE_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BPE_CUTS = {
+    _BPE_CUT.replace("DIGITS", r"\p{N}"): "qwen2",
+    _BPE_CUT.replace("DIGITS", r"\p{N}{1,3}"): "llama-bpe",
+}
+_GGUF_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+_CONVERT_HINT = "export it with format='hf' and convert that folder with convert_hf_to_gguf.py of llama.cpp"
+
+
+def write_gguf(model: UBMoE, file: Path, view: str, quantize: str | None) -> None:
+    """Write a view as a GGUF file.
+
+    Args:
+        model: The checkpoint.
+        file: The file.
+        view: `encoder` or `generator`.
+        quantize: None: F32. `f16`: F16. `int8`: Q8_0.
+
+    Raises:
+        ValueError: If llama.cpp has no place for this model; says which tool has.
+    """
+    import gguf
+
+    views: Any = model[0]
+    network: Any = views.model if view == "encoder" else model.generator
+    config = network.config
+    architecture = _gguf_architecture(network)
+    state = views.encoder_state() if view == "encoder" else generator_state(network)
+    tokens = _gguf_tokens(model, config.vocab_size)
+    arch = getattr(gguf.MODEL_ARCH, architecture)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
+    settings = model.ubmoe_config
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(f"{settings.base_model if settings else architecture} ({view} of UBMoE)")
+    kind = {None: "F32", "f16": "F16", "int8": "Q8_0"}[quantize]
+    writer.add_file_type({"F32": 0, "F16": 1, "Q8_0": 7}[kind])
+    if kind == "Q8_0":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if view == "encoder":
+        writer.add_causal_attention(False)
+        writer.add_pooling_type(_gguf_pooling(model))
+    _add_gguf_tokenizer(writer, tokens)
+    for name, tensor in _gguf_tensors(network, state, arch, heads, kv_heads):
+        array = tensor.to(torch.float32).numpy()
+        wanted = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
+        if wanted == gguf.GGMLQuantizationType.Q8_0 and array.shape[-1] % 32:
+            wanted = gguf.GGMLQuantizationType.F16
+        writer.add_tensor(name, gguf.quants.quantize(array, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _gguf_architecture(network: Any) -> str:
+    config = network.config
+    name = type(network).__name__
+    found = _GGUF_ARCHITECTURES.get(config.model_type)
+    if found is None:
+        raise ValueError(
+            f"gguf of {name} is not written here (known: {', '.join(_GGUF_ARCHITECTURES)}); {_CONVERT_HINT}"
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and config.sliding_window is not None
+    ):
+        raise ValueError(f"gguf of {name} with sliding windows is not written here; {_CONVERT_HINT}")
+    scale = getattr(_rotary(network), "attention_scaling", 1.0)
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in ("default", "linear", "llama3") or scale != 1.0 or (kind != "default" and found != "LLAMA"):
+        raise ValueError(f"gguf of {name} with rope type {kind} is not written here; {_CONVERT_HINT}")
+    return found
+
+
+def _rotary(network: Any) -> Any:
+    return getattr(network, network.base_model_prefix, network).rotary_emb
+
+
+def _gguf_pooling(model: UBMoE) -> Any:
+    import gguf
+
+    behind = list(model)[1:]
+    pooling = [module for module in behind if isinstance(module, Pooling)]
+    others = [type(module).__name__ for module in behind if not isinstance(module, Pooling | Normalize)]
+    mode = pooling[0].pooling_mode if len(pooling) == 1 else None
+    known = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS, "lasttoken": gguf.PoolingType.LAST}
+    if others or not isinstance(mode, str) or mode not in known:
+        found = others[0] if others else f"pooling {mode}"
+        raise ValueError(
+            f"llama.cpp pools by {', '.join(known)} and nothing else, the checkpoint has {found}; take format='onnx'"
+        )
+    return known[mode]
+
+
+def _gguf_tokens(model: UBMoE, vocab_size: int) -> dict[str, Any]:
+    """What llama.cpp needs to know of a byte-level BPE tokenizer.
+
+    Raises:
+        ValueError: If the tokenizer is of another kind.
+    """
+    tokenizer: Any = model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else {}
+    bpe = content.get("model") or {}
+    cut = _gguf_cut(content.get("pre_tokenizer") or {})
+    if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or cut is None:
+        raise ValueError(
+            "gguf is written here for byte-level BPE tokenizers as of GPT-2, SmolLM2, Llama 3 and Qwen, the checkpoint "
+            f"has another ({bpe.get('type', 'unknown')}); {_CONVERT_HINT}"
+        )
+    names = [f"[PAD{index}]" for index in range(vocab_size)]
+    kinds = [5] * vocab_size  # unused
+    for token, index in bpe["vocab"].items():
+        if index < vocab_size:
+            names[index], kinds[index] = token, 1
+    for entry in content["added_tokens"]:
+        if entry["id"] < vocab_size:
+            names[entry["id"]], kinds[entry["id"]] = entry["content"], 3 if entry["special"] else 4
+    probe = tokenizer("a")["input_ids"]
+    return {
+        "cut": cut,
+        "names": names,
+        "kinds": kinds,
+        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]],
+        "special": {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad")},
+        "adds": {
+            "bos": bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id,
+            "eos": bool(probe) and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id,
+        },
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def _gguf_cut(pre_tokenizer: dict[str, Any]) -> str | None:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [step.get("type") for step in steps]
+    if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    if steps[-1].get("use_regex", True):
+        if kinds == ["ByteLevel"]:
+            return "gpt-2"
+        return "smollm" if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") else None
+    if kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
+        return _BPE_CUTS.get(steps[0]["pattern"].get("Regex", ""))
+    return None
+
+
+def _add_gguf_tokenizer(writer: Any, tokens: dict[str, Any]) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokens["cut"])
+    writer.add_token_list(tokens["names"])
+    writer.add_token_types(tokens["kinds"])
+    writer.add_token_merges(tokens["merges"])
+    for kind, index in tokens["special"].items():
+        if index is not None:
+            getattr(writer, f"add_{kind}_token_id")(index)
+    writer.add_add_bos_token(tokens["adds"]["bos"])
+    writer.add_add_eos_token(tokens["adds"]["eos"])
+    if isinstance(tokens["chat_template"], str):
+        writer.add_chat_template(tokens["chat_template"])
+
+
+def _gguf_tensors(
+    network: Any, state: dict[str, Tensor], arch: Any, heads: int, kv_heads: int
+) -> Iterator[tuple[str, Tensor]]:
+    import gguf
+
+    config = network.config
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    prefix = f"{network.base_model_prefix}."
+    factors = _rope_factors(_rotary(network), config)
+    if factors is not None:
+        yield "rope_freqs.weight", factors
+    for key, tensor in state.items():
+        full = key if key.startswith((prefix, "lm_head.")) else f"{prefix}{key}"
+        name = names.get_name(full, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ValueError(f"llama.cpp has no place for {key} of {type(network).__name__}; {_CONVERT_HINT}")
+        if arch == gguf.MODEL_ARCH.LLAMA and ".self_attn.q_proj." in full:
+            tensor = _interleave(tensor, heads)
+        elif arch == gguf.MODEL_ARCH.LLAMA and ".self_attn.k_proj." in full:
+            tensor = _interleave(tensor, kv_heads)
+        yield name, tensor
+
+
+def _interleave(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of a projection in the order of llama.cpp, whose rotation pairs neighbours instead of halves."""
+    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return halves.swapaxes(1, 2).reshape(tensor.shape).contiguous()
+
+
+def _rope_factors(rotary: Any, config: Any) -> Tensor | None:
+    """What llama.cpp divides each rotation frequency by, (head_dim / 2,). None: by nothing."""
+    frequencies = rotary.inv_freq.float()  # (head_dim / 2,)
+    steps = torch.arange(0, 2 * len(frequencies), 2, dtype=torch.float32) / (2 * len(frequencies))
+    plain = 1.0 / config.rope_parameters["rope_theta"] ** steps
+    factors = plain / frequencies
+    return None if torch.allclose(factors, torch.ones_like(factors), rtol=1e-4) else factors

@@ -1,0 +1,488 @@
+"""The build: makes and extends an index so that it may be killed at any moment and started again.
+
+While it works everything is in `build/`: a journal (replaced atomically at each commit), one small part per window
+(vectors and entries), and two logs whose committed length is in the journal. Full sets of parts become segments; the
+last step replaces `index_info.json`. Nothing that is committed is written to again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import remove, replacing, sha256_of
+from .corpus import Corpus, CorpusChangedError, CorpusError, Document
+from .embedder import Embedder, TokenCounter, check_probes, weights_fingerprint
+from .kinds import Request, write_faiss
+from .manifest import (
+    FaissRecord,
+    Journal,
+    Manifest,
+    ModelRecord,
+    Probes,
+    RunConfig,
+    SourceRecord,
+    library_versions,
+    now,
+)
+from .progress import BuildProgress, ProgressCallback, show
+from .storage import CommitLog, check_size, map_npy, write_npy
+from .store import EntryFile, Snapshot, publish, rows_union, write_dead, write_segment
+from .windows import Part, PartMaker, PipelineOptions, Reading, ahead
+from .workplace import Workplace
+
+logger = logging.getLogger(__name__)
+
+SEGMENT_ROWS = 1 << 17
+"""Rows after which the parts of a build become a segment."""
+SAME_RUN_COSINE = 0.99999
+"""Smallest cosine of a probe between two runs of one build."""
+
+
+def build_index(
+    folder: Path,
+    embedder: Embedder,
+    corpus: Corpus,
+    options: PipelineOptions,
+    request: Request,
+    *,
+    sizes: dict[str, Any],
+    dtype: str,
+    segment_rows: int,
+    overwrite: bool,
+    progress: bool | ProgressCallback,
+    engine: Callable[[], Any] | None,
+) -> Snapshot:
+    """Build the index of a corpus, go on with a build that was stopped, or open the one that is there already.
+
+    Arguments as in `EmbeddingIndex.build`; `sizes` are those of `options` that were given, the others follow from the
+    budget; `engine` makes what embeds windows elsewhere (see `RayEngine`).
+    """
+    with contextlib.ExitStack() as stack:
+        workplace = stack.enter_context(Workplace(folder))
+        fitting = request.budget.sizes(embedder.model, embedder.dimension)
+        options = replace(options, **fitting | sizes)
+        run = Build(workplace, embedder, corpus, options, dtype, segment_rows, show(stack, progress))
+        if Manifest.exists(folder):
+            if not overwrite:
+                if run.is_current(request):
+                    workplace.clear()
+                    return Snapshot(folder)
+                raise ValueError(
+                    f"{folder} already holds an index of another corpus, model or options: give another folder, or "
+                    "replace it with overwrite=True"
+                )
+        elif strangers := workplace.strangers():
+            raise ValueError(f"{folder} holds {strangers[0]!r}, which is no part of an index: give another folder")
+        if engine is not None:
+            run.engine = engine()
+        run.begin(restart=overwrite)
+        try:
+            run.run()
+        except CorpusChangedError:
+            if not overwrite:
+                raise
+            run.begin_anew()
+            run.run()
+        return run.publish_index(request)
+
+
+class Build:
+    """One build or one addition, new or resumed.
+
+    Args:
+        workplace: The index folder, locked.
+        embedder: The model.
+        corpus: What to index.
+        options: How to cut and batch.
+        dtype: Type of the stored vectors.
+        segment_rows: Rows after which parts become a segment.
+        progress: Called after each batch.
+        base: The version to add to; None builds anew.
+    """
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        embedder: Embedder,
+        corpus: Corpus,
+        options: PipelineOptions,
+        dtype: str,
+        segment_rows: int = SEGMENT_ROWS,
+        progress: ProgressCallback | None = None,
+        base: Snapshot | None = None,
+    ) -> None:
+        self._workplace, self._folder, self._work = workplace, workplace.folder, workplace.path
+        self._embedder, self._corpus, self._options, self._dtype = embedder, corpus, options, dtype
+        self._segment_rows, self._progress, self._base = segment_rows, progress, base
+        self.engine: Any = None
+        self._probes = embedder.probes()
+        if np.isnan(self._probes).any():
+            raise ValueError("the model gives NaN or zero vectors for plain sentences: it cannot make an index")
+        self._tokens = self._run_rows = self._window_rows = 0
+        self._first_fraction: float | None = None
+        self._began = time.perf_counter()
+        self.journal: Journal
+
+    def config(self) -> RunConfig:
+        """Everything that decides the vectors."""
+        options = asdict(self._options)
+        for name in self._rules():
+            options.pop(name)
+        counter = TokenCounter(self._embedder.copy_tokenizer(), self._embedder.max_tokens)
+        return RunConfig(
+            operation="build" if self._base is None else "add",
+            base_version=None if self._base is None else self._base.manifest.version,
+            weights=weights_fingerprint(self._embedder.model),
+            dimension=self._embedder.dimension,
+            truncate_dim=self._embedder.truncate_dim,
+            max_tokens=self._embedder.max_tokens,
+            prompts=self._embedder.prompts(),
+            probe_tokens=counter.lengths(["a", "Fox, jumps!", "naïve 数 x=1"]),
+            dtype=self._dtype,
+            corpus=self._corpus.name,
+            fields=self._corpus.fields.as_dict(),
+            options=options,
+            segment_rows=self._segment_rows,
+        )
+
+    def _rules(self) -> dict[str, str]:
+        return {"on_duplicate": self._options.on_duplicate, "on_bad_row": self._options.on_bad_row}
+
+    def is_current(self, request: Request) -> bool:
+        """Whether the index that is there is what this build would make, from the same rows of the same corpus."""
+        manifest = Manifest.read(self._folder)
+        return (
+            len(manifest.sources) == 1
+            and not manifest.edited
+            and (manifest.index.requested, manifest.index.faiss_file) == (request.kind, request.faiss_file)
+            and self._took_in(manifest.sources[0])
+        )
+
+    def entries_if_repeated(self, base: Manifest) -> int | None:
+        """How many entries this addition made, if it was the last thing done to the index; None if it was not.
+
+        A corpus that can be read only once is never taken for a repeated one.
+        """
+        source = base.sources[-1]
+        if (
+            source.version != base.version
+            or (self._workplace.unfinished() and not self._workplace.committed())
+            or not self._corpus.repeatable
+            or not self._took_in(source)
+        ):
+            return None
+        return source.entries
+
+    def _took_in(self, source: SourceRecord) -> bool:
+        """Whether a corpus went in as this run would take it in, and has the very rows that are on record."""
+        return source.config.same_input(self.config()) and same_rows(source, self._corpus)
+
+    def begin(self, restart: bool) -> None:
+        """Start, or take up a run that was stopped.
+
+        Args:
+            restart: Throw away a stopped run that does not match, instead of refusing.
+
+        Raises:
+            ValueError: If the stopped run had another model, other options or another base.
+        """
+        if self._workplace.unfinished() and not self._workplace.committed():
+            try:
+                self._resume()
+                return
+            except ValueError:
+                if not restart:
+                    raise
+                logger.warning("the unfinished build in %s does not match and is thrown away", self._folder)
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Start from the first row, throwing away whatever an earlier run left."""
+        config = self.config()
+        self._workplace.clear()
+        self._work.mkdir(exist_ok=True)
+        write_npy(self._work / "probes.npy", self._probes)
+        self.journal = Journal(uuid.uuid4().hex, config, self._rules())
+        self.journal.write(self._folder)
+
+    def _resume(self) -> None:
+        journal = Journal.read(self._folder)
+        before = journal.config.operation
+        if different := journal.config.differences(self.config()):
+            raise ValueError(
+                f"an unfinished {before} in {self._folder} was begun differently ({'; '.join(different)}): repeat it "
+                "as it was, or begin again with overwrite=True"
+            )
+        for name, rule in self._rules().items():
+            if journal.rules[name] not in ("raise", rule):
+                raise ValueError(
+                    f"the unfinished build in {self._folder} was begun with {name}={journal.rules[name]!r}, now it is "
+                    f"{rule!r}: repeat it as it was, or begin again with overwrite=True"
+                )
+        try:
+            check_probes(self._probes, map_npy(self._work / "probes.npy"), SAME_RUN_COSINE)
+        except ValueError as error:
+            raise ValueError(
+                f"the model changed since the unfinished build in {self._folder} was begun ({error}): give the same "
+                "model, or begin again with overwrite=True"
+            ) from error
+        for part in journal.parts:
+            for path, record in part.paths(self._work):
+                check_size(path, record)
+        journal.rules = self._rules()
+        self.journal = journal
+
+    def run(self) -> None:
+        """Embed what is left of the corpus.
+
+        Raises:
+            CorpusError: For a bad row (unless skipped), an empty corpus or one that changed.
+            ValueError: For a vector that is zero or not finite (unless skipped).
+            OSError: If the disk is full. Rows committed before are safe in each case.
+        """
+        journal = self.journal
+        dead = CommitLog(self._work / "dead.bin", journal.dead_bytes)
+        bad = CommitLog(self._work / "bad_rows.txt", journal.bad_bytes)
+        reading = Reading(
+            corpus=self._corpus,
+            options=self._options,
+            tokenizer=self._embedder.copy_tokenizer(),
+            max_tokens=self._embedder.max_tokens,
+            position=journal.position,
+            first_row=journal.rows + (self._base.stored_rows if self._base is not None else 0),
+            number=journal.windows,
+            base=None if self._base is None else (self._folder, self._base.manifest),
+            files=[
+                *(self._folder / segment.folder / "entries.arrow" for segment in journal.segments),
+                *(self._work / f"{part.name}.arrow" for part in journal.parts),
+            ],
+            scratch=self._work / "seen",
+        )
+        maker = PartMaker(self._work, self._options, self._embedder.dimension, self._dtype)
+        parts: Any = self._made_here(reading, maker) if self.engine is None else self._made_by_engine(reading, maker)
+        with contextlib.closing(parts):
+            for part in parts:
+                self._commit(part, dead, bad)
+        if not journal.rows and not (self._base is not None and journal.position.row):
+            reasons = f"{journal.bad_rows} bad rows were left out" if journal.bad_rows else "no row"
+            raise CorpusError(f"the corpus {self._corpus.name} is empty: {reasons}, nothing to index")
+        self._merge()
+        journal.finished = True
+        journal.write(self._folder)
+
+    def _made_here(self, reading: Reading, maker: PartMaker) -> Iterator[Part]:
+        """Parts from the model of this process; the next window is read and tokenised meanwhile."""
+        read_ahead: Any = ahead(reading.windows())
+        with contextlib.closing(read_ahead) as windows:
+            for window in windows:
+                yield maker.make(self._embedder, window, self._count)
+
+    def _made_by_engine(self, reading: Reading, maker: PartMaker) -> Iterator[Part]:
+        """Parts from the engine's workers."""
+        for part in self.engine.parts(reading, maker):
+            for path, record in part.record.paths(self._work):
+                try:
+                    check_size(path, record)
+                except ValueError as error:
+                    raise ValueError(
+                        f"a worker wrote {path.name}, which is not seen here: the index folder must be on a "
+                        f"file system that all machines share ({error})"
+                    ) from error
+            self._count(part.record.rows, part.tokens, part.fraction)
+            yield part
+
+    def _count(self, rows: int, tokens: int, fraction: float | None) -> None:
+        self._tokens += tokens
+        self._run_rows += rows
+        self._window_rows += rows
+        self._report("embed", fraction)
+
+    def _report(self, stage: str, fraction: float | None) -> None:
+        """Tell the progress callback where the build is."""
+        if self._progress is None:
+            return
+        seconds = max(1e-9, time.perf_counter() - self._began)
+        rows = self.journal.rows + self._window_rows
+        left = None
+        if fraction and stage == "embed":
+            if self._first_fraction is None:  # what an earlier run did took no time of this one
+                self._first_fraction = fraction if self.journal.position.row else 0.0
+            if fraction > self._first_fraction:
+                left = seconds * (1 - fraction) / (fraction - self._first_fraction)
+        self._progress(
+            BuildProgress(
+                stage, rows, self._tokens, seconds, self._run_rows / seconds, self._tokens / seconds, fraction, left
+            )
+        )
+
+    def _commit(self, part: Part, dead: CommitLog, bad: CommitLog) -> None:
+        """Make a part count: the logs, then the journal."""
+        if part.error is not None:
+            raise ValueError(part.error)
+        journal = self.journal
+        if part.record.files:
+            journal.parts.append(part.record)
+        dead.append(np.asarray(part.dead, "<i8").tobytes())
+        bad.append("".join(f"{reason}\n" for reason in part.bad).encode("utf-8", "backslashreplace"))
+        for reason in part.bad:
+            logger.warning("row left out: %s", reason)
+        journal.position = part.position
+        journal.windows = part.number + 1
+        journal.rows += part.record.rows
+        journal.tokens += part.tokens
+        journal.dead_bytes, journal.bad_bytes = dead.length, bad.length
+        journal.bad_rows += len(part.bad)
+        journal.duplicates += part.duplicates
+        journal.write(self._folder)
+        self._window_rows = 0
+        if sum(part.rows for part in journal.parts) >= self._segment_rows:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Turn the parts on record into one segment."""
+        parts = self.journal.parts
+        if not parts:
+            return
+        for part in parts:
+            for path, record in part.paths(self._work):
+                if sha256_of(path) != record["sha256"]:
+                    raise ValueError(
+                        f"{path.name} changed on disk since it was written: begin again with overwrite=True"
+                    )
+
+        def batches() -> Iterator[Any]:
+            for part in parts:
+                yield from EntryFile(self._work / f"{part.name}.arrow").batches()
+
+        vectors = (np.load(self._work / f"{part.name}.npy") for part in parts)
+        rows = sum(part.rows for part in parts)
+        name = self._workplace.next_segment()
+        segment = write_segment(self._folder, name, self._dtype, self._embedder.dimension, rows, vectors, batches)
+        self.journal.segments.append(segment)
+        self.journal.parts = []
+        self.journal.write(self._folder)
+        for part in parts:
+            for path, _ in part.paths(self._work):
+                remove(path)
+
+    def publish_index(self, request: Request) -> Snapshot:
+        """Make what was built the first version of an index, or the next one if another index was there."""
+        journal, embedder = self.journal, self._embedder
+        version = Manifest.read(self._folder).version + 1 if Manifest.exists(self._folder) else 1
+        probes = self._workplace.next_name("probes", version)
+        model = ModelRecord(
+            id=embedder.identity,
+            weights=journal.config.weights,
+            truncate_dim=embedder.truncate_dim,
+            max_tokens=embedder.max_tokens,
+            prompts=embedder.prompts(),
+            probes=Probes(probes, **write_npy(self._folder / probes, self._probes)),
+        )
+        model.locate(self._folder)
+        manifest = Manifest(
+            version=version,
+            committed=journal.token,
+            edited=False,
+            created=now(),
+            updated=now(),
+            rows=journal.rows,
+            stored_rows=journal.rows,
+            dimension=embedder.dimension,
+            dtype=self._dtype,
+            metric="cosine",
+            model=model,
+            fields=self._corpus.fields.as_dict(),
+            options=journal.config.options,
+            segment_rows=self._segment_rows,
+            segments=journal.segments,
+            dead=None,
+            index=FaissRecord(),
+            bm25=None,
+            sources=[],
+            versions=library_versions(),
+        )
+        snapshot = Snapshot(self._folder, manifest)
+        manifest.dead = write_dead(self._workplace, self._dead_rows(snapshot), version)
+        self._report("index", 1.0)
+        manifest.index = write_faiss(snapshot, request, self._workplace, version)
+        manifest.sources = [self._source(version)]
+        return publish(self._workplace, manifest)
+
+    def publish_addition(self, base: Snapshot) -> Snapshot:
+        """Make `base` and what was added, less what it replaces, the next version."""
+        manifest = base.manifest.next_version()
+        manifest.committed = self.journal.token
+        manifest.segments += self.journal.segments
+        manifest.dead = None
+        dead = rows_union([base.dead, self._dead_rows(Snapshot(self._folder, manifest))])
+        manifest.dead = write_dead(self._workplace, dead, manifest.version)
+        manifest.sources.append(self._source(manifest.version))
+        return publish(self._workplace, manifest)
+
+    def _dead_rows(self, snapshot: Snapshot) -> np.ndarray:
+        """Rows that this run replaced, with every chunk of their documents, or could not embed: sorted, int64.
+
+        Args:
+            snapshot: The index with the new segments.
+        """
+        logged = np.fromfile(self._work / "dead.bin", "<i8", count=self.journal.dead_bytes // 8)
+
+        def rows() -> Iterator[int]:
+            for value in logged:
+                if value < 0:  # one row without a vector
+                    yield -1 - int(value)
+                else:  # a replaced document
+                    yield from range(int(value), snapshot.end_of_document(int(value)))
+
+        return np.unique(np.fromiter(rows(), np.int64))
+
+    def _source(self, version: int) -> SourceRecord:
+        """What the index remembers of the corpus."""
+        journal = self.journal
+        return SourceRecord(
+            version=version,
+            name=self._corpus.name,
+            corpus_rows=journal.position.row,
+            sha256_of_rows=journal.position.digest,
+            entries=journal.rows,
+            tokens=journal.tokens,
+            bad_rows=journal.bad_rows,
+            bad_rows_file=self._keep_bad_rows(version),
+            duplicates_left_out=journal.duplicates,
+            config=journal.config,
+            added=now(),
+        )
+
+    def _keep_bad_rows(self, version: int) -> str | None:
+        """Keep the report of bad rows; None when there were none."""
+        source = self._work / "bad_rows.txt"
+        if not source.is_file() or not source.stat().st_size:
+            return None
+        name = self._workplace.next_name("bad_rows", version)
+        with source.open("rb") as reports, replacing(self._folder / name) as file:
+            shutil.copyfileobj(reports, file)
+        return name
+
+
+def same_rows(source: SourceRecord, corpus: Corpus) -> bool:
+    """Whether a corpus has the very rows that are on record."""
+    digest = hashlib.sha256()
+    rows = 0
+    for item in corpus:
+        rows += 1
+        if rows > source.corpus_rows:
+            return False
+        digest.update(item.digest_bytes() if isinstance(item, Document) else b"bad row")
+        digest.update(b"\n")
+    return rows == source.corpus_rows and digest.hexdigest() == source.sha256_of_rows

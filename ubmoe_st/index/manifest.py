@@ -1,0 +1,442 @@
+"""What is in an index folder: the manifest, the journal of a build, and which names are the index's own.
+
+The only file that knows how `index_info.json` and `build/journal.json` are laid out. A field that is added here is
+stored from then on; the order of the fields is that of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..files import write_json
+
+INFO_FILE = "index_info.json"
+LOCK_FILE = ".lock"
+FORMAT = "ubmoe-embedding-index"
+FORMAT_VERSION = 1
+
+Record = dict[str, Any]
+"""Size and SHA-256 of a file: {"bytes", "sha256"}."""
+T = TypeVar("T")
+
+PARTS = {"dead": ".npy", "probes": ".npy", "bad_rows": ".txt", "index": ".faiss", "bm25": ""}
+"""Parts that lie beside the manifest, by the beginning of their names, and what the names end with."""
+OWN_NAMES = re.compile(
+    r"""segments/[0-9]{6,}(\.tmp)?
+    | ((dead|probes)(-[0-9]{6,}b*)?\.npy | bad_rows(-[0-9]{6,}b*)?\.txt | bm25-[0-9]{6,}b*
+       | index(-[0-9]{6,}b*)?(\.[0-9]+b*)?\.faiss)(\.tmp)?
+    | build/((journal|names)\.json | probes\.npy | dead\.bin | bad_rows\.txt | seen
+             | part-[0-9]{8,}(-[0-9a-f]{8})?\.(npy|arrow))(\.tmp)?""",
+    re.VERBOSE,
+)
+
+
+def owns(name: str) -> bool:
+    """Whether this is what an index calls a part of its own, beside the manifest and the lock, which stay.
+
+    Args:
+        name: Relative to the index folder, with slashes.
+    """
+    return OWN_NAMES.fullmatch(name) is not None
+
+
+def now() -> str:
+    """The time in UTC, ISO format, whole seconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what made an index."""
+    found = {}
+    for name in ("ubmoe-st", "sentence-transformers", "transformers", "torch", "numpy", "pyarrow", "faiss-cpu"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _made(kind: type[T], values: Mapping[str, Any], **parts: Any) -> T:
+    """A dataclass from its JSON form: fields that are absent keep their defaults, unknown ones are let go."""
+    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in known} | parts)
+
+
+class OneFile:
+    """What the records of single files have in common."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+    def record(self) -> Record:
+        """Size and SHA-256."""
+        return {"bytes": self.bytes, "sha256": self.sha256}
+
+
+@dataclass
+class Probes(OneFile):
+    """The file of the probe vectors."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class DeadRows(OneFile):
+    """The file of the rows that are no longer found."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class FaissFile(OneFile):
+    """One faiss file: the rows from `first_row` on."""
+
+    file: str
+    first_row: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class FolderRecord:
+    """A folder of files that are written once: a segment, or the BM25 part. `files` is by name in it."""
+
+    folder: str
+    rows: int
+    files: dict[str, Record]
+
+
+@dataclass
+class ModelRecord:
+    """The model of an index: where it was, what it was."""
+
+    id: str | None
+    """Folder or Hub id."""
+    weights: str | None
+    """Fingerprint, from `embedder.weights_fingerprint`."""
+    truncate_dim: int | None
+    max_tokens: int | None
+    prompts: dict[str, str]
+    probes: Probes
+    folder: str | None = None
+    """Where `id` was, when it is a folder."""
+    relative_folder: str | None = None
+    """The same, seen from the index folder."""
+
+    def locate(self, out: Path) -> None:
+        """Note where the model is, seen from the index folder `out`, when `id` is a folder."""
+        if self.id and Path(self.id).is_dir():
+            self.folder = str(Path(self.id).resolve())
+            self.relative_folder = os.path.relpath(self.folder, out.resolve())
+
+    def find(self, out: Path) -> str:
+        """The folder or Hub id to load the model from.
+
+        Raises:
+            ValueError: If the model is gone, or was never known.
+        """
+        if self.folder is not None and self.relative_folder is not None:
+            for place in ((out / self.relative_folder).resolve(), Path(self.folder)):
+                if place.is_dir():
+                    return str(place)
+            raise ValueError(
+                f"the model of this index was in {self.folder}, which is gone: open the index with model=..."
+            )
+        if not self.id:
+            raise ValueError("this index does not know where its model came from: open it with model=...")
+        return self.id
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        place = {name: getattr(self, name) for name in ("id", "folder", "relative_folder")}
+        known = {name: value for name, value in place.items() if value is not None or name == "id"}
+        return known | {name: value for name, value in asdict(self).items() if name not in place}
+
+
+@dataclass
+class FaissRecord:
+    """The faiss part of an index, and what was asked for when it was made."""
+
+    files: list[FaissFile] = field(default_factory=list)
+    kind: str = "flat"
+    requested: str = "flat"
+    memory_mb: int | None = None
+    """Memory allowed for a search, MiB."""
+    faiss_file: bool | None = None
+    factory: str = "Flat"
+    why: str = ""
+    rows: int = 0
+    """Rows in it: later ones are compared one by one."""
+    bytes: int | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+    """Search parameters."""
+    tuned: dict[str, Any] | None = None
+    """What `tune` found."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> FaissRecord:
+        """From the JSON form; the first builds wrote one file, always, as `file` and `sha256`."""
+        files = values.get("files")
+        if files is None:
+            only = {name: values[name] for name in ("file", "sha256", "rows", "bytes")}
+            files = [{**only, "first_row": 0}]
+        return _made(cls, values, files=[_made(FaissFile, file) for file in files])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form; `file` is the first of the files."""
+        return {"file": self.files[0].file if self.files else None, **asdict(self)}
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides the vectors of a build or an addition: it is resumed only when this is the same."""
+
+    operation: str | None = None
+    """`build` or `add`."""
+    base_version: int | None = None
+    """The version that is added to."""
+    weights: str | None = None
+    dimension: int | None = None
+    truncate_dim: int | None = None
+    max_tokens: int | None = None
+    prompts: dict[str, str] | None = None
+    probe_tokens: list[int] | None = None
+    dtype: str | None = None
+    corpus: str | None = None
+    fields: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    segment_rows: int | None = None
+
+    def differences(self, other: RunConfig) -> list[str]:
+        """`name: was X, is Y` for all that is otherwise in `other`, in alphabetical order."""
+        mine, theirs = vars(self), vars(other)
+        return [
+            f"{name}: was {mine[name]!r}, is {theirs[name]!r}" for name in sorted(mine) if mine[name] != theirs[name]
+        ]
+
+    def same_input(self, other: RunConfig) -> bool:
+        """Whether a corpus went in as `other` would take it in, whatever was there before."""
+        return replace(self, base_version=None) == replace(other, base_version=None)
+
+
+@dataclass
+class SourceRecord:
+    """What an index remembers of a corpus that went into it."""
+
+    version: int | None
+    name: str
+    corpus_rows: int
+    sha256_of_rows: str
+    entries: int
+    tokens: int
+    bad_rows: int
+    bad_rows_file: str | None
+    duplicates_left_out: int
+    config: RunConfig
+    added: str
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> SourceRecord:
+        """From the JSON form."""
+        return _made(cls, {"version": None, "bad_rows_file": None, **values}, config=_made(RunConfig, values["config"]))
+
+
+@dataclass
+class Manifest:
+    """`index_info.json`: one committed version of an index."""
+
+    version: int
+    committed: str
+    """Token of the last build or addition."""
+    edited: bool
+    """Whether rows were deleted or moved since the build."""
+    created: str
+    updated: str
+    rows: int
+    """Rows that can be found."""
+    stored_rows: int
+    dimension: int
+    dtype: str
+    metric: str
+    model: ModelRecord
+    fields: dict[str, Any]
+    """See `CorpusFields`."""
+    options: dict[str, Any]
+    """See `PipelineOptions`."""
+    segment_rows: int
+    segments: list[FolderRecord]
+    dead: DeadRows | None
+    index: FaissRecord
+    bm25: FolderRecord | None
+    sources: list[SourceRecord]
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The current version of an index.
+
+        Raises:
+            FileNotFoundError: If there is no index, or one whose build has not finished.
+            ValueError: If the file is damaged or of a newer layout.
+        """
+        path = folder / INFO_FILE
+        if not path.is_file():
+            if Journal.path(folder).is_file():
+                raise FileNotFoundError(
+                    f"the build of {folder} has not finished: run the same build again to resume it"
+                )
+            raise FileNotFoundError(f"{folder} is no index: it has no {INFO_FILE}")
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            kind, layout = values["format"], values["format_version"]
+            if kind == FORMAT and layout <= FORMAT_VERSION:
+                manifest = cls._of(values)
+                if strange := sorted(name for name in manifest.names() if not owns(name)):
+                    raise ValueError(f"it names {strange[0]!r}, as no file of an index is called")
+                return manifest
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}): restore it from a copy or build the index again"
+            ) from error
+        if kind != FORMAT:
+            raise ValueError(f"{path} is of format {kind!r}, expected {FORMAT!r}")
+        raise ValueError(
+            f"{path} has layout version {layout}, this package reads up to {FORMAT_VERSION}: upgrade ubmoe-st"
+        )
+
+    @classmethod
+    def _of(cls, values: dict[str, Any]) -> Manifest:
+        model, dead, bm25 = values["model"], values["dead"], values["bm25"]
+        return _made(
+            cls,
+            values,
+            model=_made(ModelRecord, model, probes=_made(Probes, model["probes"])),
+            segments=[_made(FolderRecord, segment) for segment in values["segments"]],
+            dead=None if dead is None else _made(DeadRows, dead),
+            index=FaissRecord.of(values["index"]),
+            bm25=None if bm25 is None else _made(FolderRecord, bm25),
+            sources=[SourceRecord.of(source) for source in values["sources"]],
+        )
+
+    @classmethod
+    def exists(cls, folder: Path) -> bool:
+        """Whether a folder holds a finished index."""
+        return (folder / INFO_FILE).is_file()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        own = {"model": self.model.as_dict(), "index": self.index.as_dict()}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **(asdict(self) | own)}
+
+    def next_version(self) -> Manifest:
+        """A copy to change and publish."""
+        changed = self._of(json.loads(json.dumps(self.as_dict())))
+        changed.version += 1
+        return changed
+
+    def files(self) -> Iterator[tuple[str, Record]]:
+        """Every file on record: relative name, and size and SHA-256."""
+        for folder in [*self.segments, *([self.bm25] if self.bm25 is not None else [])]:
+            for name, record in folder.files.items():
+                yield f"{folder.folder}/{name}", record
+        for part in (self.dead, *self.index.files, self.model.probes):
+            if part is not None:
+                yield part.file, part.record()
+
+    def names(self) -> set[str]:
+        """The files and folders this version needs beside the manifest itself."""
+        folders = [*self.segments, *([self.bm25] if self.bm25 is not None else [])]
+        names = {folder.folder for folder in folders}
+        names |= {part.file for part in (self.dead, *self.index.files, self.model.probes) if part is not None}
+        return names | {source.bad_rows_file for source in self.sources if source.bad_rows_file}
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a corpus has been turned into rows."""
+
+    row: int = 0
+    """Source rows that are done with."""
+    chunk: int = 0
+    """Chunks of the next source row that are done with."""
+    digest: str = ""
+    """SHA-256 over the source rows before `row`."""
+
+
+@dataclass
+class PartRecord:
+    """The files of one window, in `build/`; `files` is by suffix."""
+
+    name: str
+    rows: int
+    files: dict[str, Record]
+
+    def paths(self, folder: Path) -> Iterator[tuple[Path, Record]]:
+        """The files in `build/`, here `folder`, with size and SHA-256."""
+        for suffix, record in self.files.items():
+            yield folder / f"{self.name}{suffix}", record
+
+
+@dataclass
+class Journal:
+    """`build/journal.json`: what an unfinished build or addition has committed."""
+
+    token: str
+    config: RunConfig
+    rules: dict[str, str]
+    """`on_duplicate` and `on_bad_row`, which may change between two runs from `raise` to another."""
+    position: Position = Position()
+    windows: int = 0
+    rows: int = 0
+    tokens: int = 0
+    segments: list[FolderRecord] = field(default_factory=list)
+    parts: list[PartRecord] = field(default_factory=list)
+    dead_bytes: int = 0
+    bad_bytes: int = 0
+    bad_rows: int = 0
+    duplicates: int = 0
+    finished: bool = False
+
+    @staticmethod
+    def path(folder: Path) -> Path:
+        """Where the journal of an index folder is."""
+        return folder / "build" / "journal.json"
+
+    @classmethod
+    def read(cls, folder: Path) -> Journal:
+        """The journal of an index folder.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        path = cls.path(folder)
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            return _made(
+                cls,
+                values,
+                config=_made(RunConfig, values["config"]),
+                position=_made(Position, values["position"]),
+                segments=[_made(FolderRecord, segment) for segment in values["segments"]],
+                parts=[_made(PartRecord, part) for part in values["parts"]],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): begin again with overwrite=True") from error
+
+    def write(self, folder: Path) -> None:
+        """Replace the journal of an index folder."""
+        write_json(self.path(folder), {"format_version": 1, **asdict(self)})

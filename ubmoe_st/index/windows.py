@@ -1,0 +1,453 @@
+"""From a corpus to windows of rows, and from a window to the files of a part.
+
+A window is what the model embeds between two commits. Where windows begin and end, and which rows share a batch,
+follows from the corpus and the options alone, never from time or from where an earlier run stopped. That is what makes
+a resumed build give the same bytes as an uninterrupted one. `Reading` and `PartMaker` hold no open files, so both can
+be sent to another process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..files import remove
+from .budget import BATCH_TOKENS, WINDOW_BYTES, WINDOW_ROWS, WINDOW_TOKENS
+from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of
+from .embedder import Embedder, TokenCounter, chunk_spans
+from .manifest import Manifest, PartRecord, Position
+from .storage import write_npy
+from .store import Entry, EntryFile, Snapshot, entry_batch, names_in, write_entries
+
+OnDuplicate = Literal["raise", "skip", "upsert"]
+OnBadRow = Literal["raise", "skip"]
+
+BatchCallback = Callable[[int, int, float | None], None]
+"""Called after a batch with its rows, its tokens and the part of the corpus that has been read."""
+
+SEEN_CACHE_KIB = 8192
+"""Memory for the table of known ids."""
+TOKENISE_ROWS = 128
+"""Rows tokenised in one call of the tokenizer."""
+TOKENISE_CHARACTERS = 1 << 20
+"""Characters tokenised in one call of the tokenizer, at most (one row may have more)."""
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What decides which rows an index gets and which of them share a batch."""
+
+    chunk_tokens: int | None = None
+    """Cut documents into chunks of this many tokens. None: a document is a row."""
+    overlap_tokens: int = 0
+    """Tokens that neighbouring chunks share."""
+    with_title: bool = True
+    """Put the title on a line before the text the model reads."""
+    batch_tokens: int = BATCH_TOKENS
+    """Tokens per batch, padding included."""
+    batch_rows: int = 256
+    """Rows per batch, at most."""
+    window_tokens: int = WINDOW_TOKENS
+    """Tokens after which a window closes: it is sorted by length, embedded and committed."""
+    window_rows: int = WINDOW_ROWS
+    """Rows after which a window closes."""
+    window_bytes: int = WINDOW_BYTES
+    """Bytes of text and metadata after which a window closes."""
+    on_duplicate: OnDuplicate = "raise"
+    """An id that is already there: refuse the corpus, keep the first row, or let the last one win."""
+    on_bad_row: OnBadRow = "raise"
+    """A row that cannot be indexed: refuse the corpus, or leave it out and report it."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "batch_rows", "window_tokens", "window_rows", "window_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
+        if self.overlap_tokens < 0 or (self.overlap_tokens and self.overlap_tokens >= (self.chunk_tokens or 0)):
+            raise ValueError(
+                f"overlap_tokens must be at least 0 and below chunk_tokens={self.chunk_tokens}, "
+                f"got {self.overlap_tokens}"
+            )
+        if self.on_duplicate not in ("raise", "skip", "upsert"):
+            raise ValueError(f"on_duplicate is raise, skip or upsert, got {self.on_duplicate!r}")
+        if self.on_bad_row not in ("raise", "skip"):
+            raise ValueError(f"on_bad_row is raise or skip, got {self.on_bad_row!r}")
+
+
+@dataclass
+class Window:
+    """Rows that are embedded and committed together."""
+
+    number: int
+    first_row: int
+    """Row number in the index of the first entry."""
+    entries: list[Entry] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of each entry as the model reads it."""
+    dead: list[int] = field(default_factory=list)
+    """Rows of the index, first of their document, that this window replaces."""
+    bad: list[str] = field(default_factory=list)
+    """Reports of the bad rows met since the last window."""
+    duplicates: int = 0
+    """Rows left out because their id was there already."""
+    position: Position = field(default_factory=Position)
+    """Where the corpus stands after this window."""
+    fraction: float | None = None
+    """How much of the corpus has been read."""
+    last: bool = False
+    """Whether the corpus ends with this window."""
+
+    def batches(self, options: PipelineOptions) -> Iterator[list[int]]:
+        """Positions of entries per batch: longest first, at most `batch_tokens` with padding."""
+        return token_batches(self.lengths, options.batch_tokens, options.batch_rows)
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int, batch_rows: int) -> Iterator[list[int]]:
+    """Groups of positions, sorted by falling length, whose padded size stays within `batch_tokens`."""
+    batch: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0]] if batch else 0
+        if batch and (len(batch) == batch_rows or (len(batch) + 1) * longest > batch_tokens):
+            yield batch
+            batch = []
+        batch.append(position)
+    if batch:
+        yield batch
+
+
+class SeenIds:
+    """Every document id met so far and the row it begins at, in a table on disk with a cache of fixed size.
+
+    Ids are compared by 128 bits of their hash. A thread other than the one that made it may use it.
+
+    Args:
+        folder: Where the table goes; nothing in it needs to survive.
+        cache_kib: Memory for it.
+    """
+
+    def __init__(self, folder: Path, cache_kib: int = SEEN_CACHE_KIB) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._table = sqlite3.connect(folder / "seen.sqlite", isolation_level=None, check_same_thread=False)
+        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{cache_kib}"):
+            self._table.execute(f"PRAGMA {setting}")
+        self._table.execute("CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        self._table.execute("BEGIN")
+
+    def add(self, identity: str, row: int) -> int | None:
+        """Remember that `identity` begins at `row` if it is new; else the row it is known to begin at.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        key = key_of(identity)
+        if self._write("INSERT OR IGNORE INTO seen VALUES (?, ?)", key, row):
+            return None
+        return int(self._table.execute("SELECT row FROM seen WHERE key = ?", (key,)).fetchone()[0])
+
+    def move(self, identity: str, row: int) -> None:
+        """Remember that `identity` begins at `row` from now on, known or not."""
+        self._write("REPLACE INTO seen VALUES (?, ?)", key_of(identity), row)
+
+    def _write(self, statement: str, key: bytes, row: int) -> int:
+        """Rows of the table that were written."""
+        try:
+            return self._table.execute(statement, (key, row)).rowcount
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"the table of known ids cannot be written ({error}); everything committed before is intact: free some "
+                "space and run the same command again"
+            ) from error
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._table.close()
+
+
+class WindowMaker:
+    """Turns a corpus into windows. Runs in the worker thread.
+
+    Args:
+        corpus: Read from its start; the rows before `position` are only hashed.
+        options: See `PipelineOptions`.
+        counter: Tokenizer copy of this thread.
+        seen: Ids that are already in the index.
+        position: Where an earlier run stopped.
+        first_row: Row number the next entry gets.
+        number: Number of the next window.
+
+    Raises:
+        CorpusError: If the rows before `position` are not the ones that were read then.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        options: PipelineOptions,
+        counter: TokenCounter,
+        seen: SeenIds,
+        position: Position,
+        first_row: int,
+        number: int,
+    ) -> None:
+        self._corpus, self._options, self._counter, self._seen = corpus, options, counter, seen
+        self._start, self._row, self._number = position, first_row, number
+
+    def __iter__(self) -> Iterator[Window]:
+        window = Window(self._number, self._row, position=self._start)
+        tokens = size = 0
+        for item in self._measured():
+            if isinstance(item, Position):
+                window.position = item
+                continue
+            if isinstance(item, BadRow):
+                window.bad.append(str(item))
+                continue
+            if item is None:
+                window.duplicates += 1
+                continue
+            entry, length, replaced, position, width = item
+            if replaced is not None:
+                window.dead.append(replaced)
+            window.entries.append(entry)
+            window.lengths.append(length)
+            window.position = position
+            tokens, size = tokens + length, size + width
+            if (
+                tokens >= self._options.window_tokens
+                or len(window.entries) >= self._options.window_rows
+                or size >= self._options.window_bytes
+            ):
+                window.fraction = self._corpus.fraction
+                yield window
+                window = Window(window.number + 1, window.first_row + len(window.entries), position=position)
+                tokens = size = 0
+        window.last, window.fraction = True, 1.0
+        yield window
+
+    def _measured(self) -> Iterator[Any]:
+        """Items of `_rows` with the token count of each entry; tokenises many rows at once."""
+        pending: list[Any] = []
+        characters = 0
+
+        def flush() -> Iterator[Any]:
+            entries = [item for item in pending if isinstance(item, tuple)]
+            counts = iter(self._counter.lengths([text for _, text, _, _ in entries]))
+            for item in pending:
+                if isinstance(item, tuple):
+                    entry, text, replaced, position = item
+                    size = len(text.encode()) + len(entry.id) + len(entry.metadata or "")
+                    yield entry, next(counts), replaced, position, size
+                else:
+                    yield item
+            pending.clear()
+
+        try:
+            for item in self._rows():
+                pending.append(item)
+                if isinstance(item, tuple):
+                    characters += len(item[1])
+                if len(pending) >= TOKENISE_ROWS or characters >= TOKENISE_CHARACTERS:
+                    yield from flush()
+                    characters = 0
+        except CorpusError:
+            yield from flush()  # full windows before a bad row are committed
+            raise
+        yield from flush()
+
+    def _rows(self) -> Iterator[Any]:
+        """(entry, model input, replaced row, position) or `BadRow`, or None for a skipped duplicate, or `Position`."""
+        options = self._options
+        digest = hashlib.sha256()
+        number = -1
+        for number, item in enumerate(self._corpus):
+            if number == self._start.row:
+                self._compare(digest.hexdigest() if number else "", number)
+            before = digest.hexdigest() if number else ""
+            digest.update(item.digest_bytes() if isinstance(item, Document) else b"bad row")
+            digest.update(b"\n")
+            if number < self._start.row:
+                continue
+            after = Position(number + 1, 0, digest.hexdigest())
+            if isinstance(item, BadRow):
+                if options.on_bad_row == "raise":
+                    raise CorpusError(f"{item} (leave such rows out with on_bad_row='skip')")
+                yield item
+                yield after
+                continue
+            skip = self._start.chunk if number == self._start.row else 0
+            replaced = None
+            if not skip:
+                replaced = self._seen.add(item.id, self._row)
+                if replaced is not None and options.on_duplicate == "raise":
+                    raise CorpusError(
+                        f"{item.place}: id {item.id!r} is already there; keep the first row with "
+                        "on_duplicate='skip' or the last one with on_duplicate='upsert'"
+                    )
+                if replaced is not None and options.on_duplicate == "skip":
+                    yield None
+                    yield after
+                    continue
+                if replaced is not None:
+                    self._seen.move(item.id, self._row)
+            spans = self._spans(item.text)
+            for chunk in range(skip, len(spans)):
+                entry = self._entry(item, chunk, *spans[chunk])
+                done = after if chunk == len(spans) - 1 else Position(number, chunk + 1, before)
+                yield entry, entry.model_input(options.with_title), replaced, done
+                replaced = None
+                self._row += 1
+            if not spans:
+                yield after
+        if number + 1 <= self._start.row:
+            self._compare(digest.hexdigest() if number >= 0 else "", number + 1)
+
+    def _compare(self, digest: str, number: int) -> None:
+        if digest != self._start.digest or number != self._start.row:
+            raise CorpusChangedError(
+                f"the corpus is not the one this build began with: among its first {self._start.row:,} rows something "
+                "changed; give the same corpus, or begin again with overwrite=True"
+            )
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the entries of a document begin and end, in characters."""
+        options = self._options
+        if options.chunk_tokens is None:
+            return [(0, len(text))]
+        return chunk_spans(text, self._counter, options.chunk_tokens, options.overlap_tokens)
+
+    def _entry(self, document: Document, chunk: int, start: int, end: int) -> Entry:
+        text, title, metadata = document.text[start:end], document.title, document.metadata
+        if self._options.chunk_tokens is None:
+            return Entry(document.id, text, title, None, chunk, start, end, metadata)
+        return Entry(f"{document.id}#{chunk}", text, title, document.id, chunk, start, end, metadata)
+
+
+def ahead(items: Generator[Any, None, None]) -> Iterator[Any]:
+    """The same items, each made in a worker thread while the caller works on the one before.
+
+    An exception of the worker is raised here. The iterator is closed when the caller stops early.
+    """
+    end = object()
+    with contextlib.closing(items), ThreadPoolExecutor(1, "ubmoe-index-reader") as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+
+
+@dataclass
+class Reading:
+    """All that is needed to read what is left of a corpus."""
+
+    corpus: Corpus
+    options: PipelineOptions
+    tokenizer: Any
+    """From `Embedder.copy_tokenizer`."""
+    max_tokens: int | None
+    position: Position
+    """Where an earlier run stopped."""
+    first_row: int
+    """Row number the next entry gets."""
+    number: int
+    """Number of the next window."""
+    base: tuple[Path, Manifest] | None
+    """Folder and manifest of the index that is added to."""
+    files: list[Path]
+    """Entries this build has committed, in order."""
+    scratch: Path
+    """A folder for the table of known ids; emptied first."""
+
+    def windows(self) -> Generator[Window, None, None]:
+        """The windows from `position` on.
+
+        Raises:
+            CorpusError: As `WindowMaker`.
+        """
+        remove(self.scratch)
+        with contextlib.closing(SeenIds(self.scratch)) as seen:
+            row = 0
+            if self.base is not None:
+                base = Snapshot(*self.base)
+                row = base.stored_rows
+                for name, first in base.documents():
+                    seen.move(name, first)
+            for position, name, parent, chunk in names_in(EntryFile(file) for file in self.files):
+                if chunk == 0:
+                    seen.move(name if parent is None else parent, row + position)
+            counter = TokenCounter(self.tokenizer, self.max_tokens)
+            yield from WindowMaker(self.corpus, self.options, counter, seen, self.position, self.first_row, self.number)
+        remove(self.scratch)
+
+
+@dataclass
+class Part:
+    """A window that has been embedded and written; what the journal needs of it."""
+
+    number: int
+    """Of the window."""
+    record: PartRecord
+    """Its files, `name.npy` and `name.arrow`; none for a window without rows."""
+    tokens: int
+    position: Position
+    fraction: float | None
+    duplicates: int
+    dead: list[int] = field(default_factory=list)
+    """First rows of replaced documents, and -1 - row for a row without a vector."""
+    bad: list[str] = field(default_factory=list)
+    """Reports of rows that were left out."""
+    error: str | None = None
+    """Why the build cannot go on; nothing was written then."""
+
+
+@dataclass
+class PartMaker:
+    """Embeds windows and writes them into a folder."""
+
+    folder: Path
+    options: PipelineOptions
+    dimension: int
+    dtype: str
+    suffix: str = ""
+    """Put behind the names, so that a worker of an earlier run cannot write over the files of this one."""
+
+    def make(self, embedder: Embedder, window: Window, done: BatchCallback | None = None) -> Part:
+        """Embed a window in its token-budget batches and write it.
+
+        Args:
+            embedder: The model of this worker.
+            window: What to embed.
+            done: Called after each batch.
+        """
+        vectors = np.empty((len(window.entries), self.dimension), np.float32)
+        for batch in window.batches(self.options):
+            vectors[batch] = embedder.documents([window.entries[i].model_input(self.options.with_title) for i in batch])
+            if done is not None:
+                done(len(batch), sum(window.lengths[i] for i in batch), window.fraction)
+        record = PartRecord(f"part-{window.number:08d}{self.suffix}", len(window.entries), {})
+        tokens = sum(window.lengths)
+        part = Part(
+            window.number, record, tokens, window.position, window.fraction, window.duplicates, window.dead, window.bad
+        )
+        for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
+            reason = f"id {window.entries[position].id!r}: the model gives a vector that is zero, NaN or infinite"
+            if self.options.on_bad_row == "raise":
+                part.error = f"{reason} (leave such rows out with on_bad_row='skip')"
+                return part
+            vectors[position] = 0.0
+            part.dead.append(-1 - window.first_row - position)
+            part.bad.append(reason)
+        if window.entries:
+            record.files = {
+                ".npy": write_npy(self.folder / f"{record.name}.npy", vectors.astype(self.dtype)),
+                ".arrow": write_entries(self.folder / f"{record.name}.arrow", iter([entry_batch(window.entries)])),
+            }
+        return part

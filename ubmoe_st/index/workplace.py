@@ -1,0 +1,190 @@
+"""An index folder as its one writer sees it: the lock, names to write under, unfinished work, the next version."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..files import remove, write_json
+from .manifest import INFO_FILE, LOCK_FILE, PARTS, Journal, Manifest, now, owns
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""Errors of a file system that cannot lock."""
+
+
+class Workplace:
+    """An index folder as its writer sees it: names to write under, unfinished work in `build/`, the next version.
+
+    A name is given out only when nothing has it, and is on record in `build/names.json` before anything is written
+    under it. So what a killed writer has left is known to be ours, and nothing else in the folder is ever removed,
+    whatever it is called.
+
+    At most one writer is in an index folder: entering takes its lock, which the system releases when the process ends,
+    killed or not. On a file system without such locks filelock keeps the name of the process in `.lock` instead.
+
+    Args:
+        folder: The index folder; made if it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "build"
+        self._record = self.path / "names.json"
+        self._lock = FileLock(folder / LOCK_FILE, thread_local=False)
+        self._names: set[str] = set()
+
+    def __enter__(self) -> Workplace:
+        """Take the lock, and remove what a killed writer has left for nothing.
+
+        Raises:
+            RuntimeError: If another writer holds it.
+            OSError: If the file system has no locks.
+            ValueError: If `build` is no folder, or its record of names is damaged.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RuntimeError(
+                f"another writer is at work in {self.folder}: an index has one writer at a time (readers are free); "
+                f"wait for it to end, or stop it (a writer on another machine whose end left {LOCK_FILE}: delete that)"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
+                raise
+            raise OSError(
+                f"the file system of {self.folder} has no locks ({error}), so two writers could not be told apart: "
+                "build the index on a local disk and copy it"
+            ) from error
+        try:
+            self._take_up()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock."""
+        self._lock.release()
+
+    def _take_up(self) -> None:
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise ValueError(f"{self.path} is no folder, and an index keeps unfinished work there: move it away")
+        try:
+            self._names = set(json.loads(self._record.read_text("utf-8"))) if self._record.is_file() else set()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self._record} is damaged ({error}): delete it") from error
+        self._names |= self._needed()
+        self.tidy()
+
+    def _needed(self) -> set[str]:
+        """What the current version and the unfinished work need."""
+        needed = Manifest.read(self.folder).names() if Manifest.exists(self.folder) else set()
+        if self.unfinished():
+            with contextlib.suppress(ValueError):  # who resumes it is told that it is damaged
+                needed |= {segment.folder for segment in Journal.read(self.folder).segments}
+        return needed
+
+    def unfinished(self) -> bool:
+        """Whether a build or an addition left its journal."""
+        return Journal.path(self.folder).is_file()
+
+    def committed(self) -> bool:
+        """Whether the run in `build/` became the current version (and was killed before it could clear up)."""
+        if not Manifest.exists(self.folder) or not self.unfinished():
+            return False
+        try:
+            return Journal.read(self.folder).token == Manifest.read(self.folder).committed
+        except ValueError:
+            return False
+
+    def strangers(self) -> list[str]:
+        """What is in a folder without an index that no writer has put there; nothing where work is unfinished."""
+        if self.unfinished():
+            return []
+        names = []
+        for path in sorted(self.folder.iterdir()):
+            if path.name in ("build", "segments") and path.is_dir():
+                names += [f"{path.name}/{inside.name}" for inside in sorted(path.iterdir())]
+            else:
+                names.append(path.name)
+        return [name for name in names if name != LOCK_FILE and not ("/" in name and owns(name))]
+
+    def next_name(self, part: str, version: int) -> str:
+        """A free name for a part of a version, e.g. `dead.npy` or `dead-000003.npy`.
+
+        Args:
+            part: A key of `PARTS`.
+            version: The version it is for.
+        """
+        end = PARTS[part]
+        plain = [f"{part}{end}"] if end else []
+        return self._taken(itertools.chain(plain, (f"{part}-{version:06d}{tail}{end}" for tail in _tails())))
+
+    def next_shard(self, first: str, number: int) -> str:
+        """A free name for the file that goes on where the faiss file `first` ends: `index.1.faiss`, `index.2.faiss`."""
+        return self._taken(f"{Path(first).stem}.{number}{tail}{Path(first).suffix}" for tail in _tails())
+
+    def next_segment(self) -> str:
+        """A free `segments/NNNNNN` behind those in use."""
+        numbers = [int(name.removeprefix("segments/")) for name in self._needed() if name.startswith("segments/")]
+        return self._taken(f"segments/{number:06d}" for number in itertools.count(max(numbers, default=-1) + 1))
+
+    def _taken(self, candidates: Iterator[str]) -> str:
+        """The first free name, from now on on record."""
+        for name in candidates:
+            pair = {name, f"{name}.tmp"}
+            if not any(os.path.lexists(self.folder / one) for one in pair):
+                self._names |= pair
+                self._write_record()
+                return name
+        raise ValueError("there are names without end")
+
+    def _write_record(self) -> None:
+        self.path.mkdir(exist_ok=True)
+        write_json(self._record, sorted(self._names))
+
+    def publish(self, manifest: Manifest) -> None:
+        """Make `manifest` the current version, then remove what no version needs any more.
+
+        Readers that opened an older version keep their maps of removed files.
+        """
+        manifest.stored_rows = sum(segment.rows for segment in manifest.segments)
+        manifest.rows = manifest.stored_rows - (0 if manifest.dead is None else manifest.dead.rows)
+        manifest.updated = now()
+        if self._names - manifest.names() and not self._record.is_file():
+            self._write_record()
+        write_json(self.folder / INFO_FILE, manifest.as_dict())
+        self.clear()
+
+    def tidy(self) -> None:
+        """Remove what an earlier run left and neither the current version nor unfinished work needs."""
+        needed = self._needed()
+        for name in filter(owns, sorted(self._names - needed)):
+            remove(self.folder / name)
+        self._names &= needed
+
+    def clear(self) -> bool:
+        """Throw away unfinished work; True if there was a journal. What is committed stays."""
+        found = self.unfinished()
+        Journal.path(self.folder).unlink(missing_ok=True)
+        self.tidy()
+        self._record.unlink(missing_ok=True)
+        if self.path.is_dir():
+            for path in self.path.iterdir():
+                if owns(f"build/{path.name}"):
+                    remove(path)
+            with contextlib.suppress(OSError):  # others have put something there
+                self.path.rmdir()
+        return found
+
+
+def _tails() -> Iterator[str]:
+    """What tells names apart that would be the same: nothing, `b`, `bb`, ..."""
+    return ("b" * number for number in itertools.count())

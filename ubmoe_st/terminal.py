@@ -1,0 +1,171 @@
+"""Between commands and a terminal: errors of one line, status, JSON, streams of text, files of texts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from safetensors import SafetensorError
+from typer.models import OptionInfo
+
+if TYPE_CHECKING:
+    from ubmoe_st.model import UBMoE
+
+# Without markup: what is printed holds paths and texts of others, in which `[...]` is no tag.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+EXPECTED = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError)
+# Advice of the Python interface that is another command here.
+_CALLS = {r"`upcycle\('([^']*)', out=\.\.\.\)`": r"`ubmoe build \1 --out DIR`"}
+_KEYWORD = re.compile(r"""(?<![\w'"/.-])([a-z_]+)=(True|\.\.\.|'[^']*'|[^\s,;:()]+)""")
+_NAME = re.compile(r"""(?<![\w'"`/.=-])([a-z]+_[a-z_]+)(?![\w'"`/.=(-])""")
+
+
+def errors_in_one_line(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose expected errors are one line on standard error, which advises its options, and exit code 1."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            _quiet_libraries()
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            err.print("interrupted", style="red")
+            raise typer.Exit(130) from None
+        except EXPECTED as error:
+            message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+            err.print(f"error: {with_flags(message, function)}", style="red", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "" if err.is_terminal else "1")
+
+
+def with_flags(message: str, function: Callable[..., None]) -> str:
+    """An error of the Python interface, with the options of a command in the place of keyword arguments.
+
+    Args:
+        message: Such as `replace it with overwrite=True`.
+        function: The command; an option is known by the name of its parameter.
+    """
+    flags = {}
+    for name, hint in get_type_hints(function, include_extras=True).items():
+        for option in (entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, OptionInfo)):
+            # Within `Annotated`, the first name stands where a default would.
+            given = [text for text in (option.default, *(option.param_decls or ())) if isinstance(text, str)]
+            named = given or [f"--{name.replace('_', '-')}"]
+            flags[name] = next((text for text in named if text.startswith("--")), named[0]).split("/")[0]
+
+    def option_of(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in flags:
+            return found[0]
+        if value in ("True", "..."):
+            return flags[name]
+        return f"no {flags[name]}" if value == "None" else f"{flags[name]} {value.strip(chr(39))}"
+
+    for call, other in _CALLS.items():
+        message = re.sub(call, other, message)
+    return _NAME.sub(lambda found: flags.get(found[1], found[0]), _KEYWORD.sub(option_of, message))
+
+
+def say(text: str) -> None:
+    """Print a line, which a narrow terminal does not cut into several."""
+    out.print(text, soft_wrap=True)
+
+
+def say_json(value: object) -> None:
+    """Print JSON for machines."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def say_stream(pieces: Iterable[str]) -> str:
+    """Print a text piece by piece as it comes, and return it."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return text
+
+
+@contextlib.contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show what is being waited for, where somebody looks."""
+    if err.is_terminal:
+        with err.status(Text(text)):
+            yield
+    else:
+        yield
+
+
+def converse(model: UBMoE, options: dict[str, Any]) -> None:
+    """Talk with a model until an empty line.
+
+    Args:
+        model: The model.
+        options: As for `UBMoE.generate`.
+    """
+    messages: list[dict[str, str]] = []
+    err.print("chat; an empty line ends it", style="dim")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            break
+        if not text:
+            break
+        messages.append({"role": "user", "content": text})
+        pieces: Any = model.generate(messages, stream=True, **options)
+        messages.append({"role": "assistant", "content": say_stream(pieces)})
+
+
+def read_texts(source: Path) -> list[str]:
+    """The texts of a .txt file, one a line, or of a .jsonl file of strings or of rows with a field `text`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a line is not valid; names it.
+    """
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist")
+    texts = []
+    with open(source, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if source.suffix != ".jsonl":
+                texts.append(line.rstrip("\n"))
+                continue
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{source}, line {number}: not valid JSON ({error.msg})") from error
+            text = row.get("text") if isinstance(row, dict) else row
+            if not isinstance(text, str):
+                raise ValueError(f"{source}, line {number}: expected a field `text` with a string")
+            texts.append(text)
+    return texts
+
+
+def megabytes(count: int) -> str:
+    """Bytes in MB, for a person."""
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,515 @@
+"""`UBMoETransformer`: the encoder view as a sentence-transformers module, which keeps the generator view beside it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from typing_extensions import Self
+
+from ubmoe_st import checkpoint
+from ubmoe_st.bases import Base, resolve_base, save_tokenizer
+from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
+from ubmoe_st.experts import (
+    LowRank,
+    LowRankLinear,
+    check_low_rank,
+    find_ffns,
+    is_ffn_key,
+    merge_low_rank,
+    replace_module,
+    share_copy,
+    with_low_rank,
+)
+from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns
+
+_TEXT_ONLY: dict[str, Any] = {
+    "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+    "module_output_name": "token_embeddings",
+}
+# One lock for all models: a lock on the object could not be pickled for multi-process encoding.
+_BUILD_LOCK = threading.RLock()
+# A fast tokenizer keeps padding and truncation as state: each call sets what it needs, then tokenises. Between the two
+# another thread that needs something else must not come in. Of the module for the same reason.
+_TOKENIZER_LOCK = threading.RLock()
+
+
+def _without_surrogates(text: str) -> str:
+    """Lone surrogates, as broken JSON escapes give them, are no text a tokenizer takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def group_by_length(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]:
+    """The groups of rows in which a padded batch costs least, by dynamic programming.
+
+    Args:
+        lengths: Tokens of each of B rows.
+        pass_tokens: What a further group costs, in tokens.
+
+    Returns:
+        Positions of the rows, longest first. The cost of a group is its rows times its longest one.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    longest = np.asarray(lengths, np.int64)[order]
+    best = np.zeros(len(order) + 1)
+    begins = np.zeros(len(order) + 1, np.int64)
+    for end in range(1, len(order) + 1):
+        costs = best[:end] + longest[:end] * (end - np.arange(end)) + pass_tokens
+        begins[end] = costs.argmin()
+        best[end] = costs[begins[end]]
+    groups = []
+    end = len(order)
+    while end:
+        groups.append(order[begins[end] : end].tolist())
+        end = int(begins[end])
+    return groups[::-1]
+
+
+class UBMoETransformer(Transformer):
+    """The encoder view as a sentence-transformers module: full attention through the `bi` experts.
+
+    Reads a UBMoE checkpoint folder, or any base decoder by `from_base`. Keeps what the generator view needs
+    beside the shared tensors, and loads it on first use. Saving writes the whole checkpoint layout, whose root
+    stock `Transformer` opens.
+
+    Args:
+        model_name_or_path: Checkpoint folder, or folder of a base model.
+        **kwargs: As for `sentence_transformers.models.Transformer`.
+    """
+
+    pass_tokens = 64
+    """What one more pass of the encoder costs on a CPU, in tokens: it reads all weights again."""
+
+    def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
+        super().__init__(str(model_name_or_path), **{**_TEXT_ONLY, **kwargs})
+        # Read at every call by the stock mask functions; `is_causal` as a call argument is not thread-safe.
+        self.model.config.is_causal = False
+        self.source = checkpoint.Source()
+        self.base: Base | None = None
+        self.low_rank: LowRank | None = None
+        self.ubmoe_config: UBMoEConfig | None = None
+        self._uni: dict[str, Tensor] | None = None
+        self._routers: dict[str, Tensor] | None = None
+        self._generators: dict[str, PreTrainedModel] = {}
+        if checkpoint.is_checkpoint(model_name_or_path):
+            self.source = checkpoint.Source(folder=Path(model_name_or_path))
+            self.ubmoe_config = checkpoint.read_config(model_name_or_path)
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | os.PathLike[str] | Base,
+        *,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+        max_seq_length: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make any dense decoder bidirectional; its `bi` experts start as copies of the originals.
+
+        Args:
+            base: Local folder, `.gguf` file, Hub id or short name, see `resolve_base`.
+            dtype: Of the weights. None: as stored.
+            attn_implementation: `eager`, `sdpa`, `flash_attention_2`, ... None: the default of transformers.
+            max_seq_length: Longest input in tokens. None: what the base takes.
+            **kwargs: As for `sentence_transformers.models.Transformer`.
+
+        Raises:
+            ValueError: If the base cannot be split into shared part and experts, or cannot attend in full.
+        """
+        found = base if isinstance(base, Base) else resolve_base(base)
+        _check_decoder(found)
+        model_kwargs = dict(kwargs.pop("model_kwargs", None) or {})
+        if dtype is not None:
+            model_kwargs["dtype"] = dtype
+        if attn_implementation is not None:
+            model_kwargs["attn_implementation"] = attn_implementation
+        module = cls(str(found.path), model_kwargs=model_kwargs, **kwargs)
+        if max_seq_length is not None:
+            module.max_seq_length = max_seq_length
+        find_ffns(module.model)
+        _check_bidirectional(module.model)
+        module.base = found
+        module.source = checkpoint.Source(base=found.path)
+        module.ubmoe_config = UBMoEConfig(
+            base_model=found.name,
+            base_architecture=type(meta_causal_lm(causal_config(module.model.config))).__name__,
+            base_origin=found.origin,
+        )
+        return module
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint that the module was read from."""
+        return self.source.folder
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a PEFT adapter is injected, as in training."""
+        return bool(getattr(self.model, "peft_config", None))
+
+    @property
+    def is_low_memory(self) -> bool:
+        """Whether the `bi` experts are held in low-rank form on the shared `uni` weights."""
+        return any(isinstance(module, LowRankLinear) for module in self.model.modules())
+
+    def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Tokenise a batch; a text without any token gets one end token, so that its vector is defined.
+
+        Args:
+            inputs: B texts.
+            prompt: Put before each text.
+            **kwargs: As for `Transformer.preprocess`.
+
+        Returns:
+            `input_ids` and `attention_mask`, (B, T), and what the stock module adds.
+        """
+        texts = list(inputs)
+        if all(isinstance(text, str) for text in texts):
+            texts = [_without_surrogates(text) for text in texts]
+            if not (prompt or "").strip():
+                filler = self._filler_token()
+                texts = [text if text and self._has_tokens(text) else filler for text in texts]
+        with _TOKENIZER_LOCK:
+            return super().preprocess(texts, prompt=prompt, **kwargs)
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Token embeddings of a batch. On a CPU, rows of similar length are computed together, without their padding.
+
+        A CPU pays in full for every padded position, and a batch of documents can be mostly padding. Vectors are those
+        of one pass up to float rounding; what stands at padded positions has no meaning in either.
+
+        Args:
+            features: `input_ids` and `attention_mask`, (B, T), of `preprocess`.
+            **kwargs: As for `Transformer.forward`; with any, the batch is computed as it is.
+
+        Returns:
+            `features` with `token_embeddings`, (B, T, D).
+        """
+        groups = [] if kwargs else self._groups(features)
+        if len(groups) < 2:
+            return super().forward(features, **kwargs)
+        name, mask = self.module_output_name, features["attention_mask"]
+        whole: Tensor | None = None
+        for rows in groups:
+            used = mask[rows].any(0).nonzero()
+            first, last = int(used[0]), int(used[-1]) + 1
+            part = {k: v[rows, first:last] if isinstance(v, Tensor) else v for k, v in features.items()}
+            tokens = super().forward(part)[name]
+            if whole is None:
+                whole = tokens.new_zeros(*mask.shape, tokens.shape[-1])
+            whole[rows, first:last] = tokens
+        features[name] = whole
+        return features
+
+    def _groups(self, features: dict[str, Any]) -> list[list[int]]:
+        """Rows to compute together; none where the batch has to be computed as it is."""
+        mask = features.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type != "cpu" or torch.is_grad_enabled():
+            return []
+        if any(isinstance(value, Tensor) and value.shape != mask.shape for value in features.values()):
+            return []
+        if self.model.config.output_hidden_states or not bool(mask.any(1).all()):
+            return []
+        filled = mask.bool().int()
+        # From the first to the last token of a row, on whichever side it is padded.
+        spans = mask.shape[1] - filled.argmax(1) - filled.flip(1).argmax(1)
+        return group_by_length(spans.tolist(), self.pass_tokens)
+
+    def _has_tokens(self, text: str) -> bool:
+        # Only short texts can be empty after tokenisation; longer ones are not tokenised twice.
+        return len(text) > 8 or bool(self.token_ids(text))
+
+    def token_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of one text, neither padded nor cut; safe while other threads encode.
+
+        Args:
+            text: The text.
+            add_special_tokens: Put BOS and the like where the tokenizer wants them.
+        """
+        tokenizer: Any = self.tokenizer
+        text = _without_surrogates(text)
+        with _TOKENIZER_LOCK:
+            ids = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
+            return ids["input_ids"]
+
+    def _filler_token(self) -> str:
+        tokenizer: Any = self.tokenizer
+        return tokenizer.eos_token or tokenizer.pad_token or tokenizer.unk_token or tokenizer.decode([0])
+
+    # --- experts ---------------------------------------------------------------------------------------------
+
+    def set_low_rank_experts(self, low_rank: LowRank) -> None:
+        """Make `uni + B @ A` the `bi` experts and merge them into the encoder.
+
+        Args:
+            low_rank: A (R, in) and B (out, R) by linear layer of the backbone.
+
+        Raises:
+            ValueError: If a layer does not exist or a shape does not fit.
+        """
+        uni = self.uni_tensors()
+        linears = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        for name, pair in low_rank.items():
+            if name not in linears or not is_ffn_key(f"{name}."):
+                raise ValueError(f"{name} is not a linear FFN layer of {type(self.model).__name__}")
+            check_low_rank(linears[name], *pair, name=name)
+        for name, pair in low_rank.items():
+            with torch.no_grad():
+                linears[name].weight.copy_(uni[f"{name}.weight"])
+            merge_low_rank(linears[name], *pair)
+        self.low_rank = dict(low_rank)
+        if self.ubmoe_config is not None:
+            self.ubmoe_config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values())
+
+    def set_dense_experts(self, ffn: dict[str, Tensor]) -> None:
+        """Take dense `bi` experts.
+
+        Args:
+            ffn: Every FFN tensor of the backbone by name.
+
+        Raises:
+            ValueError: If one is missing, unknown, or of another shape.
+        """
+        own = {key: tensor for key, tensor in self.model.state_dict(keep_vars=True).items() if is_ffn_key(key)}
+        if set(own) != set(ffn):
+            odd = sorted(set(own) ^ set(ffn))[0]
+            raise ValueError(f"dense experts and the base differ in their FFN tensors: {odd}")
+        for key, tensor in own.items():
+            if tensor.shape != ffn[key].shape:
+                raise ValueError(f"{key}: expected shape {tuple(tensor.shape)}, got {tuple(ffn[key].shape)}")
+            with torch.no_grad():
+                tensor.copy_(ffn[key])
+        self.low_rank = None
+
+    def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
+        """Take trained token routers, as given by `router_state`.
+
+        Args:
+            state: Tensors `layers.N.router.*` of every layer.
+            kind: How they mix.
+        """
+        if self.ubmoe_config is None:
+            raise ValueError("routers belong to a checkpoint or a module made by `from_base`")
+        probe = build_generator(self.model, self.uni_tensors(), routing="router", router=kind, router_state=state)
+        self._routers = {key: tensor.cpu() for key, tensor in router_state(probe).items()}
+        self.ubmoe_config.router = kind
+        self._generators.pop("router", None)
+
+    def use_low_memory(self) -> None:
+        """Hold the `bi` experts as low-rank deltas on the `uni` weights, instead of merged.
+
+        Raises:
+            ValueError: If the experts are dense.
+        """
+        low_rank = self._load_low_rank()
+        if low_rank is None:
+            raise ValueError(
+                "low_memory=True needs low-rank experts, but the bi experts of this checkpoint are dense; "
+                "load it with low_memory=False"
+            )
+        uni = self.uni_tensors()
+        for prefix, ffn in uni_ffns(self.model, uni).items():
+            replace_module(self.model, prefix, with_low_rank(ffn, prefix, low_rank))
+        self._uni = {key: tensor for key, tensor in uni.items() if not is_ffn_key(key)}
+        self._generators = {}
+        self.model.eval()
+
+    def _load_low_rank(self) -> LowRank | None:
+        if self.low_rank is None:
+            self.low_rank = self.source.low_rank()
+        return self.low_rank
+
+    def _load_routers(self) -> dict[str, Tensor] | None:
+        if self._routers is None:
+            self._routers = self.source.routers()
+        return self._routers
+
+    # --- the generator view ----------------------------------------------------------------------------------
+
+    def uni_tensors(self) -> dict[str, Tensor]:
+        """What the generator has beside the shared tensors: original FFNs and an untied head, by backbone name.
+
+        In low-memory form the FFN tensors are the encoder's own.
+
+        Raises:
+            ValueError: If the module was loaded from a folder that has no generator.
+        """
+        with _BUILD_LOCK:
+            if self._uni is None:
+                dtype, device = self.model.dtype, self.model.device
+                stored = self.source.uni(dtype)
+                self._uni = {key: tensor.to(device, dtype) for key, tensor in stored.items()}
+        tensors = dict(self._uni)
+        for prefix, ffn in find_ffns(self.model).items():
+            for name, module in ffn.named_modules():
+                if isinstance(module, LowRankLinear):
+                    for key, parameter in module.base.named_parameters():
+                        tensors[f"{prefix}.{name}.{key}"] = parameter.detach()
+        return tensors
+
+    def generator(self, routing: Routing = "uni") -> PreTrainedModel:
+        """The stock causal LM over the shared tensors, built on first use.
+
+        Args:
+            routing: `uni`: the base model; `bi`: the other experts; `router`: both, mixed for each token.
+
+        Raises:
+            ValueError: If routing is unknown, or `router` and there are no routers.
+        """
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
+        with _BUILD_LOCK:
+            if routing not in self._generators:
+                self._generators[routing] = self._build(routing)
+            return self._generators[routing]
+
+    def _build(self, routing: Routing) -> PreTrainedModel:
+        if self.has_adapter:
+            raise ValueError("the encoder carries a PEFT adapter; export it with `upcycle(base, bi_experts=...)` first")
+        uni = self.uni_tensors()
+        kind = self.ubmoe_config.router if self.ubmoe_config else None
+        if routing == "router":
+            if kind is None:
+                raise ValueError("routing='router' needs trained routers, and this checkpoint has none; use 'uni'")
+            # Low-rank experts let the mix share the large products, see RoutedFFN.
+            return self._build_routed(uni, kind)
+        return build_generator(self.model, uni, routing=routing, generation_config=self.generation_config)
+
+    def _build_routed(self, uni: dict[str, Tensor], kind: RouterKind | None) -> PreTrainedModel:
+        encoder = self.model
+        low_rank = self._load_low_rank()
+        if low_rank is not None and not self.is_low_memory:
+            ffns = uni_ffns(encoder, uni)
+            encoder = _with_ffns(encoder, {p: with_low_rank(ffn, p, low_rank) for p, ffn in ffns.items()})
+        return build_generator(
+            encoder,
+            uni,
+            routing="router",
+            router=kind,
+            router_state=self._load_routers(),
+            generation_config=self.generation_config,
+        )
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The base model's defaults for `generate`."""
+        return self.source.generation_config()
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
+        # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.
+        if self._uni is not None:
+            self._uni = {key: fn(tensor) for key, tensor in self._uni.items()}
+        self._generators = {}
+        return super()._apply(fn, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_generators": {}}
+
+    # --- saving ----------------------------------------------------------------------------------------------
+
+    def encoder_state(self) -> dict[str, Tensor]:
+        """Tensors of the encoder under their stock names, with low-rank experts merged."""
+        low = {name: module for name, module in self.model.named_modules() if isinstance(module, LowRankLinear)}
+        state = {}
+        for key, tensor in self.model.state_dict().items():
+            name, _, leaf = key.rpartition(".")
+            owner = name.removesuffix(".base")
+            if owner not in low:
+                state[key] = tensor
+            elif name != owner:
+                if leaf == "weight":
+                    merged = nn.Linear(1, 1, bias=False)
+                    merged.weight = nn.Parameter(tensor.clone(), requires_grad=False)
+                    merge_low_rank(merged, low[owner].lora_A, low[owner].lora_B)
+                    tensor = merged.weight
+                state[f"{owner}.{leaf}"] = tensor
+        return state
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Write config, tokenizer and all weights in the checkpoint layout.
+
+        With a PEFT adapter only the adapter is written, as stock sentence-transformers does in training.
+
+        Args:
+            output_path: An existing folder.
+            *args: Not used.
+            safe_serialization: Must be True: checkpoints hold nothing that can execute.
+            **kwargs: Not used.
+
+        Raises:
+            ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
+        """
+        if not safe_serialization:
+            raise ValueError("UBMoE checkpoints are safetensors only; leave safe_serialization=True")
+        if self.has_adapter:
+            super().save(output_path)
+            return
+        if self.ubmoe_config is None:
+            raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
+        if not self.ubmoe_config.base_sha256 and self.base is not None:
+            self.ubmoe_config.base_sha256 = self.base.sha256
+        checkpoint.write(
+            Path(output_path),
+            self.ubmoe_config,
+            self.model,
+            encoder=self.encoder_state(),
+            uni=self.uni_tensors(),
+            low_rank=self._load_low_rank(),
+            routers=self._load_routers() if self.ubmoe_config.router else None,
+            source=self.source,
+        )
+        save_tokenizer(self.processor, output_path)
+        self.save_config(output_path)
+
+
+def _check_decoder(base: Base) -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(base.path)
+    what = f"{base.name} ({config.model_type})"
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        raise ValueError(f"{what} reads images or sound; expected a text decoder: give its language model alone")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{what} is an encoder-decoder; expected a decoder-only language model")
+    declared = [name for name in config.architectures or [] if "CausalLM" not in name and "LMHead" not in name]
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or declared:
+        found = declared[0] if declared else config.model_type
+        raise ValueError(f"{what} is not a decoder language model ({found}): it has no causal LM head to generate with")
+    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, k, 0)), None)
+    if experts:
+        raise ValueError(
+            f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); expected a dense decoder"
+        )
+
+
+def _check_bidirectional(encoder: PreTrainedModel) -> None:
+    """Refuse an architecture whose first token does not see later ones."""
+    vocabulary = encoder.config.vocab_size
+    ids = torch.arange(8, device=encoder.device)[None] % vocabulary
+    other = ids.clone()
+    other[0, 3] = (ids[0, 3] + vocabulary // 2 + 1) % vocabulary
+    with torch.inference_mode():
+        first, second = (encoder(input_ids=x, use_cache=False).last_hidden_state[0, 0] for x in (ids, other))
+    if torch.equal(first, second):
+        raise ValueError(
+            f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
+            "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
+        )
+
+
+def _with_ffns(encoder: PreTrainedModel, ffns: dict[str, nn.Module]) -> PreTrainedModel:
+    memo: dict[int, object] = {id(encoder.get_submodule(prefix)): ffn for prefix, ffn in ffns.items()}
+    copied = share_copy(encoder, memo)
+    if not isinstance(copied, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(copied).__name__}")
+    return copied
