@@ -15,6 +15,7 @@ PACKAGE = ROOT / "ubmoe_st"
 ORDER = [
     "files",
     "configuration",
+    "shards",
     "experts",
     "generator",
     "checkpoint",
@@ -24,10 +25,13 @@ ORDER = [
     "transformer",
     "generation",
     "model",
+    "streaming",
     "upcycling",
+    "planning",
     "export",
     "answers",
     "terminal",
+    "plan_command",
     "cli",
 ]
 BESIDE = {"dependence": {"configuration", "experts", "generator", "model"}, "index": {"configuration"}}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import make_base, random_experts
+from helpers.models import make_base, random_experts
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXTS, make_base, random_experts
+from helpers.models import ARCHITECTURES, TEXTS, make_base, random_experts
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ubmoe_st import shards
 from ubmoe_st.configuration import UBMoEConfig
 from ubmoe_st.files import sha256_of
 
@@ -34,8 +35,7 @@ _LISTED = ("config.json", "modules.json", "tokenizer.json", INDEX_FILE, GENERATO
 """What every checkpoint lists there beside its weights."""
 CONFIG_KEY = "ubmoe"
 
-CACHE_LINE = 64
-"""Bytes; see `save_tensors`."""
+CACHE_LINE = shards.CACHE_LINE
 
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -209,25 +209,8 @@ def data_start(path: Path) -> int:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) -> None:
-    """Write a safetensors file whose tensors start at a given offset modulo 64 bytes.
-
-    transformers maps weights from the file, so their address modulo 64 is that of the file. MKL's matrix-vector
-    product rounds differently for addresses that are 8 and 0 modulo 16: logits are bit-identical to the base
-    only if the copy of a tensor is aligned like the original.
-
-    Args:
-        tensors: By name.
-        path: The file.
-        alignment: Offset modulo 64; a multiple of 8, as safetensors pads its header to.
-    """
-    from safetensors.torch import save_file
-
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(plain, path, {"format": "pt", "pad": ""})
-    missing = (alignment - data_start(path)) % CACHE_LINE
-    if missing:
-        # Eight more characters of metadata move the data by eight bytes.
-        save_file(plain, path, {"format": "pt", "pad": " " * missing})
+    """Write a safetensors file whose tensors start at a given offset modulo 64 bytes; see `shards.write_tensors`."""
+    shards.write_tensors(path, tensors, alignment)
 
 
 @dataclass(frozen=True)
@@ -334,8 +317,8 @@ def write(
         for name in ("ubmoe-st", "sentence-transformers", "transformers", "torch")
     }
     config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values()) if low_rank is not None else None
-    shared = {key: tensor for key, tensor in encoder.items() if not is_ffn_key(key)}
-    bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
+    shared = shards.pick(encoder, lambda key: not is_ffn_key(key))
+    bi = shards.pick(encoder, is_ffn_key)
     alignment = source.alignment()
     save_tensors(shared, folder / SHARED_FILE, alignment)
     save_tensors(bi, folder / BI_FILE, alignment)
@@ -354,10 +337,10 @@ def write(
         settings.pop("_name_or_path", None)
     _write_json(folder / "config.json", stock)
     _write_json(folder / GENERATOR_CONFIG, {**causal, CONFIG_KEY: config.to_dict()})
-    _write_index(folder / INDEX_FILE, encoder, [(SHARED_FILE, shared), (BI_FILE, bi)])
+    _write_index(folder / INDEX_FILE, [(SHARED_FILE, shared), (BI_FILE, bi)])
     # Stock transformers opens the local folder `generator` as the base model by this index.
     parts = [(f"../{SHARED_FILE}", shared), (Path(UNI_FILE).name, uni)]
-    _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, {**shared, **uni}, parts)
+    _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, parts)
 
 
 def name_first_module(folder: Path, kind: str) -> None:
@@ -373,9 +356,9 @@ def name_first_module(folder: Path, kind: str) -> None:
     _write_json(file, modules)
 
 
-def _write_index(file: Path, tensors: Mapping[str, Tensor], parts: list[tuple[str, Mapping[str, Tensor]]]) -> None:
+def _write_index(file: Path, parts: list[tuple[str, Mapping[str, Tensor]]]) -> None:
     weight_map = {key: name for name, part in parts for key in sorted(part)}
-    size = sum(tensors[key].numel() * tensors[key].element_size() for key in weight_map)
+    size = sum(spec.bytes for _, part in parts for spec in shards.specs_of(part).values())
     _write_json(file, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 

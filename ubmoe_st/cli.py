@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ubmoe_st.answers import answer, find, hit_table
 from ubmoe_st.files import replacing_by_name
+from ubmoe_st.plan_command import plan
 from ubmoe_st.terminal import (
     converse,
     err,
@@ -58,6 +59,9 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to
 TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
+
+
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)
@@ -430,8 +434,8 @@ def export(
         typer.Option(help="View to export: what embeds, or what generates (the base model)."),
     ] = "encoder",
     format: Annotated[
-        Literal["hf", "gguf", "onnx", "openvino"],
-        typer.Option(help="Format, of transformers, llama.cpp, onnxruntime or OpenVINO."),
+        Literal["hf", "gguf", "onnx", "openvino", "peft", "gguf-lora"],
+        typer.Option(help="Format, of transformers, llama.cpp, onnxruntime or OpenVINO; or the experts as an adapter."),
     ] = "hf",
     quantize: Annotated[
         Literal["f16", "int8"] | None,

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from ubmoe_st import checkpoint, shards
+from ubmoe_st import bases, checkpoint, shards
 from ubmoe_st.experts import LowRankLinear, find_ffns, is_ffn_key, low_rank_header, replace_module
 from ubmoe_st.generator import causal_config, meta_causal_lm, uni_keys
+from ubmoe_st.hub import download
 
 Precision = Literal["float32", "bf16-mixed", "bfloat16"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -172,8 +173,6 @@ def _read(base: str | os.PathLike[str]) -> tuple[PretrainedConfig, int, list[str
         files = sorted(path.glob("*.safetensors"))
         start = checkpoint.data_start(files[0]) % shards.CACHE_LINE if files else 0
         return _config(path / "config.json"), start, [file.name for file in files] or ["model.safetensors"]
-    from ubmoe_st import bases
-
     text = str(base)
     if text in bases.SHORT_NAMES or path.is_file():
         found = bases.resolve_base(base)
@@ -183,7 +182,7 @@ def _read(base: str | os.PathLike[str]) -> tuple[PretrainedConfig, int, list[str
         raise FileNotFoundError(
             f"{text} does not exist; expected a config.json, a model folder, a GGUF file or a Hub id"
         )
-    folder = bases.download(text, wanted="a config.json or a model folder", allow_patterns=["config.json"])
+    folder = download(text, wanted="a config.json or a model folder", allow_patterns=["config.json"])
     return _read(folder)
 
 

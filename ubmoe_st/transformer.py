@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class UBMoETransformer(Transformer):
         if max_seq_length is not None:
             module.max_seq_length = max_seq_length
         find_ffns(module.model)
-        _check_bidirectional(module.model)
+        _check_bidirectional(module.probe())
         module.base = found
         module.source = checkpoint.Source(base=found.path)
         module.ubmoe_config = UBMoEConfig(
@@ -145,6 +145,10 @@ class UBMoETransformer(Transformer):
             base_origin=found.origin,
         )
         return module
+
+    def probe(self) -> PreTrainedModel:
+        """The model that shows whether the architecture attends in full: the encoder itself."""
+        return self.model
 
     @property
     def folder(self) -> Path | None:
@@ -270,7 +274,7 @@ class UBMoETransformer(Transformer):
         if self.ubmoe_config is not None:
             self.ubmoe_config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values())
 
-    def set_dense_experts(self, ffn: dict[str, Tensor]) -> None:
+    def set_dense_experts(self, ffn: Mapping[str, Tensor]) -> None:
         """Take dense `bi` experts.
 
         Args:

@@ -22,6 +22,7 @@ from ubmoe_st.experts import LowRank, is_ffn_key, load_low_rank, load_routers, s
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
+from ubmoe_st.streaming import StreamedTransformer, can_stream, dense_experts
 
 _PROJECTION = "projection.safetensors"
 ROUTERS_FILE = "routers.safetensors"
@@ -77,7 +78,8 @@ def upcycle(
         raise ValueError(f"max_seq_length must be at least 1 token, got {max_seq_length}")
     checkpoint.refuse_foreign_weights(target)
     found = base if isinstance(base, Base) else resolve_base(base)
-    module = UBMoETransformer.from_base(found, dtype=dtype)
+    streamed = can_stream(found.path) and (bi_experts is None or _can_stream_experts(Path(bi_experts)))
+    module = (StreamedTransformer if streamed else UBMoETransformer).from_base(found, dtype=dtype)
     recipe: dict[str, Any] = {}
     if bi_experts is not None:
         recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
@@ -161,6 +163,14 @@ def adapter_experts(module: UBMoETransformer) -> LowRank:
     return low_rank
 
 
+def _can_stream_experts(path: Path) -> bool:
+    """Whether experts need no loaded model: PEFT merges an adapter on one, dense ones may need renaming."""
+    if (path / "adapter_config.json").is_file():
+        return False
+    dense = path.is_dir() and not checkpoint.is_checkpoint(path) and (path / "config.json").is_file()
+    return not dense or can_stream(path)
+
+
 def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatch: bool) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"bi experts {path} do not exist; expected a folder or a .safetensors file")
@@ -179,7 +189,9 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
         recipe = json.loads(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
         return {**recipe, "folder": file.parent}
     if (path / "config.json").is_file():
-        module.set_dense_experts(_read_dense(base, path, module))
+        streamed = isinstance(module, StreamedTransformer)
+        read = dense_experts(base, path, module.model) if streamed else _read_dense(base, path, module)
+        module.set_dense_experts(read)
         return {}
     raise ValueError(
         f"{path} holds no bi experts: expected {delta_name}, a PEFT adapter (adapter_config.json) or a model folder "
@@ -223,7 +235,7 @@ def _peft_config(path: Path) -> Any:
     return config
 
 
-def _read_dense(base: Base, path: Path, module: UBMoETransformer) -> dict[str, Tensor]:
+def _read_dense(base: Base, path: Path, module: UBMoETransformer) -> Mapping[str, Tensor]:
     tuned = AutoModelForCausalLM.from_pretrained(path, dtype=module.model.dtype)
     original = AutoModelForCausalLM.from_pretrained(base.path, dtype=module.model.dtype)
     keys = uni_keys(tuned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import save_tokenizer
 from ubmoe_st.model import REQUIREMENTS, UBMoE
+from ubmoe_st.streaming import StreamedTransformer
 
 # The names that every reader of sentence-transformers folders knows.
 _MODULE_NAMES = {Pooling: "Pooling", Dense: "Dense", Normalize: "Normalize"}
@@ -148,15 +150,20 @@ def write_safetensors(model: UBMoE, folder: Path, view: str) -> None:
     alignment = 0
     if views.folder is not None:
         alignment = checkpoint.data_start(views.folder / checkpoint.SHARED_FILE) % checkpoint.CACHE_LINE
-    state = views.encoder_state() if view == "encoder" else generator_state(model.generator)
-    checkpoint.save_tensors(state, folder / "model.safetensors", alignment)
+    checkpoint.save_tensors(tensors_of(model, view), folder / "model.safetensors", alignment)
 
 
 def _write_json(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def generator_state(lm: Any) -> dict[str, Tensor]:
-    """Tensors of a causal LM under their stock names, each once."""
+def tensors_of(model: UBMoE, view: str) -> Mapping[str, Tensor]:
+    """Tensors of a view under their stock names, each once."""
+    views: Any = model[0]
+    if view == "encoder":
+        return views.encoder_state()
+    if isinstance(views, StreamedTransformer):
+        return views.generator_state()
+    lm: Any = model.generator
     tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
     return {key: tensor for key, tensor in lm.state_dict().items() if key not in tied}
