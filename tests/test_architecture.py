@@ -23,6 +23,7 @@ ORDER = [
     "hub",
     "bases",
     "transformer",
+    "quantization",
     "generation",
     "model",
     "streaming",
@@ -36,7 +37,7 @@ ORDER = [
 ]
 BESIDE = {"dependence": {"configuration", "experts", "generator", "model"}, "index": {"configuration"}}
 LAZY = {"faiss", "mteb", "lm_eval", "peft", "pyarrow", "matplotlib", "bm25s", "ray", "gguf"}
-LAZY |= {"onnx", "onnxruntime", "openvino", "nncf"}
+LAZY |= {"torchao", "onnx", "onnxruntime", "openvino", "nncf"}
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

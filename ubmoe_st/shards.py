@@ -121,9 +121,19 @@ def pick(tensors: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> Mappin
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
-    """Shapes and types by name; reads no tensor that is not in memory."""
+    """Shapes and types by name; reads no tensor that is not in memory.
+
+    Raises:
+        ValueError: If a tensor is quantised, or of a type that is not written.
+    """
     if isinstance(tensors, Described):
         return {name: tensors.spec(name) for name in tensors}
+    quantised = next((name for name, tensor in tensors.items() if hasattr(tensor, "__tensor_flatten__")), None)
+    if quantised is not None:
+        raise ValueError(
+            f"{quantised} is quantised ({type(tensors[quantised]).__name__}), and checkpoints hold the weights of the "
+            "base as they are; save the model before it is quantised"
+        )
     return {name: spec_of(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 

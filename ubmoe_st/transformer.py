@@ -418,6 +418,10 @@ class UBMoETransformer(Transformer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_generators": {}}
 
+    def forget_generators(self) -> None:
+        """Build the generator view anew on its next use, after tensors of this module have been replaced."""
+        self._generators = {}
+
     # --- saving ----------------------------------------------------------------------------------------------
 
     def encoder_state(self) -> dict[str, Tensor]:
