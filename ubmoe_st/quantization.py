@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ubmoe_st.transformer import UBMoETransformer
@@ -32,8 +33,11 @@ def quantize_base(views: UBMoETransformer, config: Any = None) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ImportError("quantising the base needs torchao: pip install 'ubmoe-st[quantize]'") from error
-    quantize_(views.model, config or Int8WeightOnlyConfig())
-    views.forget_generators()
+    with torch.inference_mode(False):
+        quantize_(views.model, config or Int8WeightOnlyConfig())
+        views.forget_generators()
+        # Now, because quantised tensors are not shared from within an inference mode that the caller may be in later.
+        views.generator("uni")
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
