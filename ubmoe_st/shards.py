@@ -120,6 +120,20 @@ def pick(tensors: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> Mappin
     return {name: tensors[name] for name in names}
 
 
+def refuse_quantised(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors in memory that stand for others, as those of torchao do.
+
+    Raises:
+        ValueError: If there is one; names it.
+    """
+    quantised = next((name for name, tensor in tensors.items() if hasattr(tensor, "__tensor_flatten__")), None)
+    if quantised is not None:
+        raise ValueError(
+            f"{quantised} is quantised ({type(tensors[quantised]).__name__}), and checkpoints hold the weights of the "
+            "base as they are; save the model before it is quantised"
+        )
+
+
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     """Shapes and types by name; reads no tensor that is not in memory.
 
@@ -128,12 +142,7 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     """
     if isinstance(tensors, Described):
         return {name: tensors.spec(name) for name in tensors}
-    quantised = next((name for name, tensor in tensors.items() if hasattr(tensor, "__tensor_flatten__")), None)
-    if quantised is not None:
-        raise ValueError(
-            f"{quantised} is quantised ({type(tensors[quantised]).__name__}), and checkpoints hold the weights of the "
-            "base as they are; save the model before it is quantised"
-        )
+    refuse_quantised(tensors)
     return {name: spec_of(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 

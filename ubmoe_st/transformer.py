@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
-from ubmoe_st import checkpoint
+from ubmoe_st import checkpoint, shards
 from ubmoe_st.bases import Base, resolve_base, save_tokenizer
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -454,7 +454,8 @@ class UBMoETransformer(Transformer):
             **kwargs: Not used.
 
         Raises:
-            ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
+            ValueError: If `safe_serialization` is False, there is no base model to take the generator from, or the
+                base is quantised.
         """
         if not safe_serialization:
             raise ValueError("UBMoE checkpoints are safetensors only; leave safe_serialization=True")
@@ -463,6 +464,7 @@ class UBMoETransformer(Transformer):
             return
         if self.ubmoe_config is None:
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
+        shards.refuse_quantised(dict(self.model.named_parameters()))
         if not self.ubmoe_config.base_sha256 and self.base is not None:
             self.ubmoe_config.base_sha256 = self.base.sha256
         checkpoint.write(
