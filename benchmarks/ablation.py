@@ -86,7 +86,7 @@ def open_row(row: str, recipe: ContrastiveRecipe) -> tuple[Encoder, PreTrainedMo
     module = encoder_of(model)
     module.max_seq_length = MAX_TOKENS
     seconds = float(read_json(out / SUMMARY_FILE)["seconds"])
-    encoder = Encoder(row, ROWS[row], "self-distilled", model, row, "none", recipe.pooling)
+    encoder = Encoder(row, ROWS[row], recipe.supervision, model, row, "none", recipe.pooling)
     return encoder, causal_model(module, base), seconds
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ STS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 SICK_TEST_ROWS = 4927
 """Rows of SICK's own test split: the last ones of the local form of SICK-R."""
+
+DOLLY_DEV = "dolly-dev"
+DOLLY_FILE = Path("instruct") / "dolly_partial.jsonl.gz"
+DOLLY_CATEGORIES = ("closed_qa", "information_extraction")
+"""Kinds of instructions that have a context; training leaves them out."""
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -89,8 +95,19 @@ class Collection:
 
 
 def collections(folder: Path) -> list[str]:
-    """Names of the BEIR folders under `retrieval/`."""
-    return sorted(path.parent.name for path in (folder / "retrieval").glob("*/qrels.tsv"))
+    """Names that `open_collection` takes: the development set, and the BEIR folders under `retrieval/`."""
+    found = sorted(path.parent.name for path in (folder / "retrieval").glob("*/qrels.tsv"))
+    return [DOLLY_DEV, *found] if (folder / DOLLY_FILE).is_file() else found
+
+
+def open_collection(folder: Path, name: str) -> Collection:
+    """One of `collections(folder)`."""
+    return dolly_dev(folder) if name == DOLLY_DEV else read_collection(folder / "retrieval" / name)
+
+
+def split_of(collection: str) -> str:
+    """`dev` for what choices are made on, `test` for what is for the final tables."""
+    return "dev" if collection == DOLLY_DEV else "test"
 
 
 def read_collection(folder: str | Path) -> Collection:
@@ -115,3 +132,28 @@ def read_collection(folder: str | Path) -> Collection:
         )
     queries = {str(r["_id"]): r["text"] for r in read_jsonl(folder / "queries.jsonl") if str(r["_id"]) in relevance}
     return Collection(folder.name, documents, queries, relevance)
+
+
+def dolly_dev(folder: Path, queries: int = 300, documents: int = 500, words: int = 110) -> Collection:
+    """The retrieval development set: questions of Dolly against their own contexts, a seeded sample.
+
+    Args:
+        folder: The data folder.
+        queries: Questions.
+        documents: Contexts, each cut to `words`; those of 30 words or fewer are left out.
+        words: Most words of a context.
+
+    Raises:
+        ValueError: If there is no such question.
+    """
+    asked: dict[str, str] = {}
+    for row in read_jsonl(folder / DOLLY_FILE):
+        context = row["input"].strip()
+        if row["category"] in DOLLY_CATEGORIES and len(context.split()) > 30:
+            asked.setdefault(context, row["instruction"].strip())
+    if not asked:
+        raise ValueError(f"Expected questions with a context in {folder / DOLLY_FILE}, got none. Check the file.")
+    pairs = random.Random(3).sample(sorted(asked.items()), min(documents, len(asked)))
+    texts = {f"d{number}": " ".join(context.split()[:words]) for number, (context, _) in enumerate(pairs)}
+    questions = {f"q{number}": question for number, (_, question) in enumerate(pairs[:queries])}
+    return Collection(DOLLY_DEV, texts, questions, {query: {f"d{query[1:]}": 1} for query in questions})

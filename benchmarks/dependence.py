@@ -2,7 +2,7 @@
 
 For the base, for the `bi` experts of a checkpoint (the FFN-trained model) and for finished trainings of
 `benchmarks.ablation` (`--run runs/ablation/attention`), in the four length buckets of the paper. Finished rows are
-kept; the plot is `docs/dependence.svg`.
+kept. The plot has every bucket; the report draws `docs/dependence.svg` with the longest one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 DOCUMENTS = "docs-enwiki2015-sample"
 PER_BUCKET = 50
-PLOT = Path("docs/dependence.svg")
+PLOT = Path("runs/dependence.svg")
 
 
 def documents(folder: Path, name: str = DOCUMENTS) -> list[str]:

@@ -189,7 +189,7 @@ def local_task(
         _give_data(task, DatasetDict({part: Dataset.from_dict(columns) for part, columns in splits.items()}))
         return task
     if name in local.collections(folder):
-        collection = local.read_collection(folder / "retrieval" / name)
+        collection = local.open_collection(folder, name)
         task = _own_task(name, "Retrieval", "ndcg_at_10")
         documents = collection.documents
         _give_data(

@@ -19,6 +19,9 @@ from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
 from training.data import data_folder
 
+LONGEST = 2048
+"""Tokens of the longest text, for llama.cpp."""
+
 EXPORTS: dict[str, tuple[str, str | None]] = {
     "onnx": ("onnx", None),
     "onnx-int8": ("onnx", "int8"),
@@ -40,6 +43,22 @@ LABELS = {
 }
 
 
+def _llama_cpp(gguf: Path, threads: int) -> Any:
+    """A llama.cpp server that embeds; it ends with the process."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(gguf)
+    params.hostnames, params.port, params.ui = ["127.0.0.1"], 0, False
+    params.embedding = True
+    # With full attention a text must fit into one batch.
+    params.n_ctx = params.n_batch = params.n_ubatch = LONGEST
+    params.n_parallel = 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.verbosity = 0
+    return xllamacpp.Server(params)
+
+
 def encoder(system: str, path: str, threads: int) -> Any:
     """A function from a list of texts to vectors (N, D), in the engine of `system`.
 
@@ -56,9 +75,7 @@ def encoder(system: str, path: str, threads: int) -> Any:
         model = SentenceTransformer(path, device="cpu")
         return lambda texts: model.encode(texts, batch_size=len(texts))
     if system.startswith("gguf"):
-        from examples.serve import server
-
-        llama = server(Path(path), "encoder", embedding=True, port=0, threads=threads)
+        llama = _llama_cpp(Path(path), threads)
 
         def embed(texts: Sequence[str]) -> np.ndarray:
             found = llama.handle_embeddings({"input": list(texts)})

@@ -219,6 +219,7 @@ def run(
     label: str,
     routing: str,
     mark: str,
+    base_row: str = "base",
     tasks: Sequence[str] = TASKS,
     folder: Path | None = None,
     out: str | Path = RESULTS,
@@ -240,6 +241,7 @@ def run(
         label: How the tables call it.
         routing: `base`, `uni` or `router`, for the record.
         mark: Fingerprint of the weights.
+        base_row: Row of the untouched base that this one is compared with.
         tasks: Entries of `TASKS` or names of lm-eval.
         folder: Local data folder; None: official data.
         out: Folder of the result files.
@@ -268,7 +270,13 @@ def run(
         batch_size=batch_size,
     )
     file = ResultFile(
-        Path(out) / f"generation-{row}.json", benchmark="generation", row=row, run=record, label=label, routing=routing
+        Path(out) / f"generation-{row}.json",
+        benchmark="generation",
+        row=row,
+        run=record,
+        label=label,
+        routing=routing,
+        base_row=base_row,
     )
     for position, name in enumerate(tasks, start=1):
         counts = [count for count in (limit, mmlu_per_subject if name == "mmlu" else None) if count is not None]
@@ -305,6 +313,7 @@ def main(
     base: Annotated[
         str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the released one.")
     ] = None,
+    base_row: Annotated[str, typer.Option(help="Row of the base, another for each base.")] = "base",
     rows: Annotated[
         list[str] | None, typer.Option(help="base, uni, router; repeat for more. Default: base and uni.")
     ] = None,
@@ -355,14 +364,16 @@ def main(
         for routing in routings:
             path = base_name if routing == "base" else str(model)
             lm, lm_tokenizer = open_generator(path, routing=routing)
-            row = {"base": "base", "uni": model.name, "router": f"{model.name}-router"}[routing]
-            label = {"base": "base model", "uni": f"{model.name}, uni", "router": f"{model.name}, router"}[routing]
+            row = {"base": base_row, "uni": model.name, "router": f"{model.name}-router"}[routing]
+            of_base = "base model" if base_row == "base" else f"base model ({base_row})"
+            label = {"base": of_base}.get(routing, f"{model.name}, {routing}")
             run(
                 lm,
                 lm_tokenizer,
                 row=row,
                 label=label,
                 routing=routing,
+                base_row=base_row,
                 mark=f"{fingerprint(path) if Path(path).is_dir() else path}/{routing}",
                 tasks=wanted,
                 folder=folder,

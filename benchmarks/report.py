@@ -7,7 +7,6 @@ the region is `# results:model-index` ... `# /results:model-index`. Every number
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +17,13 @@ import numpy as np
 import typer
 
 from benchmarks.embedding import AVG7, SICK_TEST
+from benchmarks.figures import figures
 from benchmarks.lm_tasks import METRICS
 from benchmarks.results import RESULTS, nearest, read_all
+from benchmarks.rows import MODEL, TASK_LABELS, Results, of, of_generation, pick, released, row_of
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "MODEL_CARD.md", "benchmarks/README.md")
-MODEL = "ubmoe-135m"
-"""Row that the others are compared with, and that the model card is about."""
 NOT_MEASURED = "*Not measured yet.*"
 INSIDE = "≈"
 """Marks a value whose difference from `MODEL` is inside the noise."""
@@ -33,17 +32,6 @@ REGION = re.compile(
 )
 FRONT_REGION = re.compile(r"(?P<open># results:model-index\n).*?(?P<close># /results:model-index)", re.DOTALL)
 
-TASK_LABELS = {
-    "truthfulqa_mc1": "TruthfulQA MC1",
-    "truthfulqa_mc2": "TruthfulQA MC2",
-    "winogrande": "Winogrande",
-    "mmlu": "MMLU subset",
-    "hellaswag": "HellaSwag",
-    "piqa": "PIQA",
-    "arc_easy": "ARC-e",
-    "arc_challenge": "ARC-c",
-    "wikitext": "WikiText-2 ppl",
-}
 MTEB_DATASETS = {
     "STS12": "mteb/sts12-sts",
     "STS13": "mteb/sts13-sts",
@@ -59,31 +47,11 @@ MTEB_DATASETS = {
 """Where mteb has its tasks from; every other collection is a local one."""
 METRIC_LABELS = {"RR@10": "MRR@10", "R@100": "Recall@100"}
 
-Results = list[dict[str, Any]]
-
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def of(results: Results, benchmark: str) -> Results:
-    """The result files of one benchmark, without quick looks (`--limit`)."""
-    return [content for content in results if content.get("benchmark") == benchmark and not content.get("limit")]
-
-
-def of_generation(results: Results) -> Results:
-    """The generation files; of a task measured on several samples only the largest."""
-    files = []
-    for content in of(results, "generation"):
-        largest: dict[tuple[str, str], dict[str, Any]] = {}
-        for score in content["scores"]:
-            key = (score["task"], score["metric"])
-            if key not in largest or score["n"] > largest[key]["n"]:
-                largest[key] = score
-        files.append({**content, "scores": list(largest.values())})
-    return files
 
 
 def inside_noise(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -121,18 +89,58 @@ def _with_interval(score: Mapping[str, Any] | None, reference: Mapping[str, Any]
     return f"{text} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]" if "low" in score else text
 
 
-def _pick(content: Mapping[str, Any] | None, **wanted: Any) -> dict[str, Any] | None:
-    if content is None:
-        return None
-    return next((s for s in content["scores"] if all(s.get(k) == v for k, v in wanted.items())), None)
+def _name(content: Mapping[str, Any], results: Results) -> str:
+    return f"**{content['label']}**" if content["row"] in released(results) else str(content["label"])
 
 
-def _row_of(results: Results, row: str = MODEL) -> dict[str, Any] | None:
-    return next((content for content in results if content["row"] == row), None)
+def models(results: Results) -> str:
+    """The released models, the best first: what they are, and in a number each what was measured."""
+
+    def quality(content: Mapping[str, Any]) -> float:
+        averages = (row_of(of(results, "embedding"), content["row"]) or {}).get("averages", {})
+        return float(averages["avg7"]["value"]) if "avg7" in averages else 0.0
+
+    rows = []
+    for content in sorted(of(results, "models"), key=quality, reverse=True):
+        row, facts = content["row"], content["facts"]
+        embedding = row_of(of(results, "embedding"), row)
+        average = (embedding or {}).get("averages", {}).get("avg7")
+        found = (row_of(of(results, "retrieval"), row) or {}).get("averages", {}).get("nDCG@10")
+        origin = ", dequantised" if facts["base_origin"] == "gguf" else ""
+        rows.append(
+            [
+                f"**{content['label']}**",
+                f"{facts['base']}{origin}",
+                f"{facts['base_millions']:.1f} M / {facts['added_millions']:.2f} M ({facts['added_percent']:.2f} %)",
+                str(facts["dimension"]),
+                facts["training"],
+                _number(pick(embedding, task="STSBenchmark", split="validation"), digits=2),
+                _with_interval(average, digits=2),
+                _with_interval(found),
+                _lossless(results, row),
+                _both_views(results, row),
+            ]
+        )
+    header = ["model", "base", "parameters, base / added", "dimension", "trained", "STSB-dev", "avg7 [95 %]"]
+    header += ["nDCG@10, mean of three", "generation", "weights of both views in memory"]
+    return table(header, rows) if rows else NOT_MEASURED
 
 
-def _name(content: Mapping[str, Any]) -> str:
-    return f"**{content['label']}**" if content["row"] == MODEL else str(content["label"])
+def _lossless(results: Results, row: str) -> str:
+    """Whether all answers of the generator view are its base's, in the tasks that both were asked."""
+    own = row_of(of_generation(results), row)
+    base = row_of(of_generation(results), (own or {}).get("base_row", "base"))
+    pairs = [(score, pick(base, task=score["task"], metric=score["metric"])) for score in (own or {}).get("scores", ())]
+    answers = [one["answers_sha256"] == other["answers_sha256"] for one, other in pairs if other]
+    return "" if not answers else "every answer is the base's" if all(answers) else "differs from the base"
+
+
+def _both_views(results: Results, row: str) -> str:
+    """Memory of the weights of both views against the base alone."""
+    file = row_of(of(results, "speed"), row)
+    low, full = (pick(file, task="memory", split=split, metric="weights MiB") for split in ("low", "ubmoe"))
+    text = f"{low['ratio']:.2f} x base (`low_memory`)" if low else ""
+    return text + (f"{', else ' if low else ''}{full['ratio']:.2f} x base" if full else "")
 
 
 def sts(results: Results) -> str:
@@ -140,11 +148,11 @@ def sts(results: Results) -> str:
     files = [content for content in of(results, "embedding") if "avg7" in content.get("averages", {})]
     if not files:
         return NOT_MEASURED
-    own = _row_of(files)
+    own = row_of(files)
     rows = []
     for content in sorted(files, key=lambda c: -c["averages"]["avg7"]["value"]):
-        cells = [_name(content), content["supervision"]]
-        cells += [_number(_pick(content, task=t, split="test"), _pick(own, task=t, split="test")) for t in AVG7]
+        cells = [_name(content, results), content["supervision"]]
+        cells += [_number(pick(content, task=t, split="test"), pick(own, task=t, split="test")) for t in AVG7]
         average = own["averages"]["avg7"] if own else None
         rows.append([*cells, _with_interval(content["averages"]["avg7"], average, 2)])
     header = ["model", "trained with", *(task.replace("STSBenchmark", "STSB") for task in AVG7), "avg7 [95 %]"]
@@ -162,7 +170,10 @@ def sts_more(results: Results) -> str:
     means = {key: label for key, label in means.items() if any(key in c["averages"] for c in files)}
     rows = []
     for content in sorted(files, key=lambda c: -c["averages"]["avg7"]["value"]):
-        cells = [_name(content), *(_with_interval(_pick(content, task=task, split="test")) for task in tasks)]
+        cells = [
+            _name(content, results),
+            *(_with_interval(pick(content, task=task, split="test")) for task in tasks),
+        ]
         rows.append([*cells, *(_with_interval(content["averages"].get(key), digits=2) for key in means)])
     return table(["model", *tasks.values(), *means.values()], rows)
 
@@ -194,21 +205,28 @@ def dev(results: Results) -> str:
     if not files:
         return NOT_MEASURED
     tasks = sorted({s["task"] for c in files for s in c["scores"] if s["split"] == "validation"}, reverse=True)
-    rows = [[_name(c), *(_with_interval(_pick(c, task=t, split="validation")) for t in tasks)] for c in files]
+    rows = [[_name(c, results), *(_with_interval(pick(c, task=t, split="validation")) for t in tasks)] for c in files]
     return table(["model", *(f"{task} dev" for task in tasks)], rows)
 
 
 def _by_task(results: Results, metric: str) -> str:
-    files = [c for c in of(results, "embedding") if _pick(c, metric=metric)]
+    files = [c for c in of(results, "embedding") if pick(c, metric=metric)]
     if not files:
         return NOT_MEASURED
     tasks = list(dict.fromkeys(s["task"] for c in files for s in c["scores"] if s["metric"] == metric))
-    own = _row_of(files)
+    own = row_of(files)
     rows = [
-        [_name(c), *(_with_interval(_pick(c, task=t, metric=metric), _pick(own, task=t, metric=metric)) for t in tasks)]
+        [
+            _name(c, results),
+            *(_with_interval(pick(c, task=t, metric=metric), pick(own, task=t, metric=metric)) for t in tasks),
+        ]
         for c in files
     ]
     return table(["model", *tasks], rows)
+
+
+def _is_base(content: Mapping[str, Any]) -> bool:
+    return bool(content["row"] == content.get("base_row", "base"))
 
 
 def generation(results: Results) -> str:
@@ -216,15 +234,15 @@ def generation(results: Results) -> str:
     files = of_generation(results)
     if not files:
         return NOT_MEASURED
-    base = _row_of(files, "base")
-    tasks = [task for task in METRICS if any(_pick(c, task=task) for c in files)]
+    tasks = [task for task in METRICS if any(pick(c, task=task) for c in files)]
     rows = []
-    for content in sorted(files, key=lambda c: (c["row"] != "base", c["row"])):
-        cells = [_name(content)]
+    for content in sorted(files, key=lambda c: (c.get("base_row", "base"), not _is_base(c), c["row"])):
+        base = None if _is_base(content) else row_of(files, content.get("base_row", "base"))
+        cells = [_name(content, results)]
         for task in tasks:
-            score = _pick(content, task=task, metric=METRICS[task][0])
-            other = _pick(base, task=task, metric=METRICS[task][0])
-            same = score and other and score is not other and score["answers_sha256"] == other["answers_sha256"]
+            score = pick(content, task=task, metric=METRICS[task][0])
+            other = pick(base, task=task, metric=METRICS[task][0])
+            same = score and other and score["answers_sha256"] == other["answers_sha256"]
             cells.append("= " + _number(score) if same else _with_interval(score, other))
         rows.append(cells)
     note = "\n\n`=`: every answer equals the base's to the last bit." if len(rows) > 1 else ""
@@ -236,23 +254,33 @@ def generation(results: Results) -> str:
 
 
 def retrieval(results: Results) -> str:
-    """nDCG@10, Recall@100 and MRR@10 x100 per collection."""
-    files = of(results, "retrieval")
-    if not files:
+    """nDCG@10, Recall@100 and MRR@10 x100 per test collection."""
+    return _retrieval_table(results, "test", ("nDCG@10", "R@100", "RR@10"))
+
+
+def retrieval_dev(results: Results) -> str:
+    """nDCG@10 x100 on the development set, with the weight of the vectors that was chosen on it."""
+    return _retrieval_table(results, "dev", ("nDCG@10", "RR@10"))
+
+
+def _retrieval_table(results: Results, split: str, metrics: Sequence[str]) -> str:
+    files = [c for c in of(results, "retrieval") if any(s["split"] == split for s in c["scores"])]
+    measured = dict.fromkeys((s["task"], s["metric"]) for c in files for s in c["scores"] if s["split"] == split)
+    columns = [(task, metric) for task, metric in measured if metric in metrics]
+    if not columns:
         return NOT_MEASURED
-    columns = list(dict.fromkeys((s["task"], s["metric"]) for c in files for s in c["scores"]))
-    first = next(((t, m) for t, m in columns if m.startswith("nDCG")), columns[0])
-    own = _row_of(files)
+    own = row_of(files)
 
     def key(content: dict[str, Any]) -> float:
-        found = _pick(content, task=first[0], metric=first[1])
+        found = pick(content, task=columns[0][0], metric=columns[0][1])
         return -found["value"] if found else 0.0
 
     rows = []
     for content in sorted(files, key=key):
-        cells = [_name(content)]
+        weight = f" ({content['weight']:.1f} vectors)" if content.get("weight") is not None else ""
+        cells = [_name(content, results) + weight]
         for task, metric in columns:
-            score, other = _pick(content, task=task, metric=metric), _pick(own, task=task, metric=metric)
+            score, other = pick(content, task=task, metric=metric), pick(own, task=task, metric=metric)
             cells.append((_with_interval if metric.startswith("nDCG") else _number)(score, other))
         rows.append(cells)
     return table(["system", *(f"{task} {METRIC_LABELS.get(metric, metric)}" for task, metric in columns)], rows)
@@ -296,6 +324,7 @@ def runs(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
+    "models": models,
     "sts": sts,
     "sts-more": sts_more,
     "sts-dev": dev,
@@ -303,6 +332,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "classification": classification,
     "generation": generation,
     "retrieval": retrieval,
+    "retrieval-dev": retrieval_dev,
     "speed": speed,
     "memory": memory,
     "runs": runs,
@@ -335,7 +365,7 @@ def render(name: str, results: Results) -> str:
         return own[name]
     if name in TABLES:
         return TABLES[name](results)
-    if name.startswith(("ablation", "dependence", "exports", "index", "training")):
+    if name.startswith(("ablation", "dependence", "dimensions", "exports", "index", "training")):
         return NOT_MEASURED
     known = [*TABLES, *own]
     raise ValueError(f"Expected a table name in `<!-- results:NAME -->`, got {name!r} ({nearest(name, known)}).")
@@ -364,7 +394,7 @@ def model_index(results: Results, row: str = MODEL) -> str:
                 found.append((kind, source or score["task"], name, score, label))
     for content in of(results, "retrieval"):
         for score in content["scores"] if content["row"] == row else ():
-            if score["metric"] == "nDCG@10":
+            if score["metric"] == "nDCG@10" and score["split"] == "test":
                 name = f"{score['task']} (local collection)"
                 found.append(("Retrieval", score["task"], name, score, "nDCG@10 x100"))
     for content in of_generation(results):
@@ -391,100 +421,6 @@ def model_index(results: Results, row: str = MODEL) -> str:
     return yaml.safe_dump({"model-index": index}, sort_keys=False, allow_unicode=True, width=110)
 
 
-def figures(results: Results) -> dict[str, str]:
-    """SVG texts by file name, the same bytes for the same results."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    drawn = {}
-    with matplotlib.rc_context({"svg.hashsalt": "ubmoe", "svg.fonttype": "none", "font.size": 9}):
-        for name, draw in (
-            ("sts.svg", _draw_sts),
-            ("generation.svg", _draw_generation),
-            ("retrieval.svg", _draw_retrieval),
-        ):
-            figure = draw(results)
-            if figure is not None:
-                stream = io.StringIO()
-                figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-                drawn[name] = "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
-    return drawn
-
-
-def _draw_sts(results: Results) -> Any:
-    from matplotlib.figure import Figure
-
-    bars: list[tuple[str, float, float, str]] = []
-    for content in of(results, "embedding"):
-        if average := content.get("averages", {}).get("avg7"):
-            color = "#c0392b" if content["row"] == MODEL else "#2e6f9e"
-            bars.append((content["label"], average["value"], average["high"] - average["value"], color))
-    if not bars:
-        return None
-    shown = (
-        "UBMoE paper, FFN trained, 0.5B",
-        "UBMoE paper, FFN trained, 7B",
-        "LLM2Vec, Mistral-7B",
-        "SimCSE, BERT-base",
-    )
-    for content in of(results, "published"):
-        bars += [(s["system"], s["avg7"], 0.0, "#b8b8b8") for s in content["scores"] if s["system"] in shown]
-    bars.sort(key=lambda bar: bar[1])
-    figure = Figure(figsize=(6.5, 0.32 * len(bars) + 0.8))
-    axes = figure.subplots()
-    names, values, errors, colors = zip(*bars)
-    axes.barh(range(len(bars)), values, xerr=errors, color=colors, height=0.7, error_kw={"lw": 1})
-    axes.set_yticks(range(len(bars)), names)
-    axes.set_xlabel("Spearman x100, mean of seven STS test sets (grey: published by others)")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _grouped(groups: Sequence[str], series: Sequence[tuple[str, list[dict[str, Any] | None]]], label: str) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(5.0, 1.1 * len(groups) + 1), 2.8))
-    axes = figure.subplots()
-    width = 0.8 / len(series)
-    for number, (name, scores) in enumerate(series):
-        points = [(place, score) for place, score in enumerate(scores) if score is not None]
-        axes.bar(
-            [place + (number - (len(series) - 1) / 2) * width for place, _ in points],
-            [score["value"] for _, score in points],
-            width,
-            yerr=[
-                [score["value"] - score["low"] for _, score in points],
-                [score["high"] - score["value"] for _, score in points],
-            ],
-            label=name,
-            error_kw={"lw": 0.8},
-        )
-    axes.set_xticks(range(len(groups)), groups, rotation=20, ha="right")
-    axes.set_ylabel(label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
-def _draw_generation(results: Results) -> Any:
-    files = sorted(of_generation(results), key=lambda c: (c["row"] != "base", c["row"]))
-    tasks = [t for t in METRICS if t != "wikitext" and any(_pick(c, task=t) for c in files)]
-    if not files or not tasks:
-        return None
-    series = [(c["label"], [_pick(c, task=task, metric=METRICS[task][0]) for task in tasks]) for c in files]
-    return _grouped([TASK_LABELS[task] for task in tasks], series, "score x100")
-
-
-def _draw_retrieval(results: Results) -> Any:
-    files = of(results, "retrieval")
-    tasks = list(dict.fromkeys(s["task"] for c in files for s in c["scores"]))
-    if not tasks:
-        return None
-    return _grouped(
-        tasks, [(c["label"], [_pick(c, task=t, metric="nDCG@10") for t in tasks]) for c in files], "nDCG@10 x100"
-    )
-
-
 def outputs(results: Results, root: Path = ROOT) -> dict[Path, str]:
     """Everything the report writes: path to content. Documents that do not exist are left out."""
     written = {}
@@ -494,7 +430,7 @@ def outputs(results: Results, root: Path = ROOT) -> dict[Path, str]:
             text = path.read_text(encoding="utf-8")
             if REGION.search(text) or FRONT_REGION.search(text):
                 written[path] = fill(text, results)
-    for name, content in figures(results).items():
+    for name, content in figures(results, root / "experts").items():
         written[root / "docs" / name] = content
     return written
 

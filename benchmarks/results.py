@@ -195,7 +195,8 @@ class ResultFile:
 
     @staticmethod
     def _key(score: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(score.get(k) for k in ("task", "split", "metric", "data", "limit", "seed"))
+        keys = ("task", "split", "metric", "data", "limit", "seed", "dimension", "precision")
+        return tuple(score.get(key) for key in keys)
 
     @property
     def rows(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
+from benchmarks.data import DOLLY_DEV
 from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, interval, nearest, run_record
 from training.data import data_folder
 
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLLECTIONS = ("cranfield", "cisi", "adi")
+TEST_COLLECTIONS = ("cranfield", "cisi", "adi")
+COLLECTIONS = (DOLLY_DEV, *TEST_COLLECTIONS)
+"""What choices are made on, and what is for the final tables."""
 METRICS = ("nDCG@10", "R@100", "RR@10")
 """Names in ir-measures; RR@10 is the MRR@10 of the tables."""
 DEPTH = 100
@@ -34,6 +38,10 @@ SYSTEMS = (BM25, "all-MiniLM-L6-v2", "base-causal", "base-prompted")
 
 Ranking = dict[str, dict[str, float]]
 """Query id to document id to score."""
+
+RRF_CONSTANT = 60
+WEIGHTS = tuple(step / 10 for step in range(11))
+"""Shares of the vectors that `choose_weight` tries."""
 
 
 def rank_bm25(collection: Collection, depth: int = DEPTH) -> Ranking:
@@ -97,7 +105,7 @@ def score(
         scores.append(
             {
                 "task": collection.name,
-                "split": "test",
+                "split": local.split_of(collection.name),
                 "metric": name,
                 "value": float(np.mean(values)),
                 "low": low,
@@ -108,6 +116,87 @@ def score(
             }
         )
     return scores
+
+
+def rank_rrf(first: Ranking, second: Ranking, depth: int = DEPTH) -> Ranking:
+    """Reciprocal rank fusion of two rankings: a document has the sum of 1 / (60 + rank), ranks counted from 1."""
+    fused: Ranking = {}
+    for query in first:
+        points: dict[str, float] = {}
+        for ranking in (first, second):
+            found = sorted(ranking.get(query, {}).items(), key=lambda item: -item[1])
+            for rank, (document, _) in enumerate(found, start=1):
+                points[document] = points.get(document, 0.0) + 1 / (RRF_CONSTANT + rank)
+        fused[query] = _best(points, depth)
+    return fused
+
+
+def rank_weighted(dense: Ranking, sparse: Ranking, weight: float, depth: int = DEPTH) -> Ranking:
+    """`weight` x dense + (1 - weight) x sparse, the scores of each query scaled to 0 to 1.
+
+    A document that one of the two did not find has 0 there.
+    """
+    fused: Ranking = {}
+    for query in dense:
+        points: dict[str, float] = {}
+        for share, ranking in ((weight, dense), (1 - weight, sparse)):
+            found = ranking.get(query, {})
+            low, high = min(found.values(), default=0.0), max(found.values(), default=0.0)
+            for document, value in found.items():
+                scaled = (value - low) / (high - low) if high > low else 1.0
+                points[document] = points.get(document, 0.0) + share * scaled
+        fused[query] = _best(points, depth)
+    return fused
+
+
+def _best(points: Mapping[str, float], depth: int) -> dict[str, float]:
+    return dict(sorted(points.items(), key=lambda item: -item[1])[:depth])
+
+
+def choose_weight(collection: Collection, dense: Ranking, sparse: Ranking) -> float:
+    """The share of the vectors in `rank_weighted` with the best mean nDCG@10, of `WEIGHTS`; the middle of equals."""
+    found = {}
+    for weight in WEIGHTS:
+        by_query = measure(collection, rank_weighted(dense, sparse, weight))[METRICS[0]]
+        found[weight] = round(float(np.mean(list(by_query.values()))), 6)
+    best = [weight for weight, value in found.items() if value == max(found.values())]
+    return best[len(best) // 2]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: how it ranks, and what its file says of it."""
+
+    name: str
+    label: str
+    supervision: str
+    rank: Callable[[Collection], Ranking]
+    facts: dict[str, Any]
+
+
+def row_of(system: Encoder | str, indexes: str | Path) -> Row:
+    """The row of BM25 or of an opened encoder, whose indexes are kept under `indexes`."""
+    if isinstance(system, str):
+        facts = {"dtype": "none", "prompt": "none", "pooling": "none", "fingerprint": "bm25s"}
+        return Row(system, "BM25", "none", rank_bm25, facts)
+    name = f"{system.row}-{system.fingerprint}".replace("/", "-")
+    facts = {
+        "dtype": system.dtype,
+        "prompt": system.prompt,
+        "pooling": system.pooling,
+        "fingerprint": system.fingerprint,
+        "max_tokens": system.model.max_seq_length,
+    }
+
+    def rank(collection: Collection) -> Ranking:
+        return rank_dense(system.model, collection, Path(indexes) / collection.name / name)
+
+    return Row(system.row, system.label, system.supervision, rank, facts)
+
+
+def matches(sparse: Ranking) -> Ranking:
+    """A BM25 ranking without the documents that share no word with the query, whose order means nothing."""
+    return {query: {name: value for name, value in found.items() if value > 0} for query, found in sparse.items()}
 
 
 def run(
@@ -125,7 +214,7 @@ def run(
 
     Args:
         system: `bm25` or an opened encoder.
-        collections: From `data.read_collection`.
+        collections: From `data.open_collection`.
         out: Folder of the result files.
         indexes: Folder for the indexes, kept so that an interrupted run goes on.
         seed: Of the bootstrap.
@@ -136,45 +225,118 @@ def run(
     Returns:
         The result file.
     """
-    facts: dict[str, Any]
-    if isinstance(system, str):
-        row, label, supervision = system, "BM25", "none"
-        facts = {"dtype": "none", "prompt": "none", "pooling": "none", "fingerprint": "bm25s"}
-    else:
-        row, label, supervision = system.row, system.label, system.supervision
-        facts = {
-            "dtype": system.dtype,
-            "prompt": system.prompt,
-            "pooling": system.pooling,
-            "fingerprint": system.fingerprint,
-            "max_tokens": system.model.max_seq_length,
-        }
-    record = run_record(
-        command, seed=seed, packages=("bm25s", "ir-measures", "pytrec-eval-terrier", "faiss-cpu"), **facts
-    )
+    row = row_of(system, indexes)
+    return _measure_row(row, collections, out=out, seed=seed, resamples=resamples, command=command, say=say)
+
+
+def run_hybrid(
+    encoder: Encoder,
+    collections: Sequence[Collection],
+    *,
+    dev: Collection | None = None,
+    weight: float | None = None,
+    out: str | Path = RESULTS,
+    indexes: str | Path = "runs/indexes",
+    seed: int = 0,
+    resamples: int = 1000,
+    command: str = "",
+    say: Callable[[str], None] = logger.info,
+) -> list[Path]:
+    """Measure vectors joined with BM25, by rank and by weight, as `run` does; two rows.
+
+    Args:
+        encoder: An opened encoder.
+        collections: From `data.open_collection`.
+        dev: What the weight is chosen on.
+        weight: Share of the vectors; None: the best on `dev`.
+        out: Folder of the result files.
+        indexes: Folder for the indexes; those of `run` are used again.
+        seed: Of the bootstrap.
+        resamples: Draws of the bootstrap.
+        command: Recorded as it is.
+        say: Takes one line per collection.
+
+    Returns:
+        The result files.
+
+    Raises:
+        ValueError: If there is neither a weight nor a set to choose it on.
+    """
+    if weight is None and dev is None:
+        raise ValueError(f"Expected a weight or a set to choose it on, got neither. Give --weight, or {DOLLY_DEV}.")
+    row = row_of(encoder, indexes)
+    known: dict[str, Ranking] = {}
+
+    def both(collection: Collection) -> tuple[Ranking, Ranking]:
+        if collection.name not in known:
+            known[collection.name] = row.rank(collection)
+        return known[collection.name], matches(rank_bm25(collection))
+
+    chosen = choose_weight(dev, *both(dev)) if weight is None and dev is not None else weight or 0.0
+    say(f"{row.name}: weight of the vectors {chosen}" + (f", the best on {DOLLY_DEV}" if weight is None else ""))
+    fusions: dict[str, tuple[str, Callable[[Collection], Ranking], dict[str, Any]]] = {
+        "rrf": ("RRF", lambda collection: rank_rrf(*both(collection)), {}),
+        "weighted": (
+            "weighted",
+            lambda collection: rank_weighted(*both(collection), chosen),
+            {"weight": chosen, "weight_chosen_on": DOLLY_DEV if weight is None else None},
+        ),
+    }
+    paths = []
+    for name, (label, rank, facts) in fusions.items():
+        mark = "/".join([row.facts["fingerprint"], "bm25s", name, *map(str, facts.values())])
+        label = f"{row.label} + BM25, {label}"
+        fused = Row(f"{row.name}-{name}", label, row.supervision, rank, {**row.facts, "fingerprint": mark})
+        options = {"out": out, "seed": seed, "resamples": resamples, "command": command, "say": say}
+        paths.append(_measure_row(fused, collections, facts={"fusion": name, **facts}, **options))
+    return paths
+
+
+def _measure_row(
+    row: Row,
+    collections: Sequence[Collection],
+    *,
+    out: str | Path,
+    seed: int,
+    resamples: int,
+    command: str,
+    say: Callable[[str], None],
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    packages = ("bm25s", "ir-measures", "pytrec-eval-terrier", "faiss-cpu")
+    record = run_record(command, seed=seed, packages=packages, **row.facts)
     file = ResultFile(
-        Path(out) / f"retrieval-{row}.json",
+        Path(out) / f"retrieval-{row.name}.json",
         benchmark="retrieval",
-        row=row,
+        row=row.name,
         run=record,
-        label=label,
-        supervision=supervision,
+        label=row.label,
+        supervision=row.supervision,
+        **(facts or {}),
     )
     for collection in collections:
         if found := file.find(task=collection.name, metric=METRICS[0]):
-            say(f"{row} {collection.name}: nDCG@10 {found['value']:.2f} (kept)")
+            say(f"{row.name} {collection.name}: nDCG@10 {found['value']:.2f} (kept)")
             continue
         start = time.perf_counter()
-        if isinstance(system, str):
-            ranking = rank_bm25(collection)
-        else:
-            name = f"{row}-{system.fingerprint}".replace("/", "-")
-            ranking = rank_dense(system.model, collection, Path(indexes) / collection.name / name)
-        scores = score(collection, ranking, seed=seed, resamples=resamples)
+        scores = score(collection, row.rank(collection), seed=seed, resamples=resamples)
         seconds = round(time.perf_counter() - start, 1)
         file.add(*({**one, "data": "local", "seconds": seconds} for one in scores))
-        say(f"{row} {collection.name}: nDCG@10 {scores[0]['value']:.2f} in {seconds:.0f} s")
+        file.add(averages=averages(file.content["scores"]))
+        say(f"{row.name} {collection.name}: nDCG@10 {scores[0]['value']:.2f} in {seconds:.0f} s")
     return file.path
+
+
+def averages(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """`nDCG@10`: the mean over the three test collections, when all are there."""
+    found = {one["task"]: one for one in scores if one["metric"] == METRICS[0]}
+    if any(name not in found for name in TEST_COLLECTIONS):
+        return {}
+    parts = [found[name] for name in TEST_COLLECTIONS]
+    value = float(np.mean([part["value"] for part in parts]))
+    deviation = float(np.sqrt(sum(part["sd"] ** 2 for part in parts))) / len(parts)
+    spread = {"low": value - 1.96 * deviation, "high": value + 1.96 * deviation, "sd": deviation}
+    return {METRICS[0]: {"value": value, **spread, "n": len(parts)}}
 
 
 app = typer.Typer(add_completion=False)
@@ -184,7 +346,13 @@ app = typer.Typer(add_completion=False)
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint folder; repeat for more rows.")] = None,
     peers: Annotated[str, typer.Option(help="Peers, comma-separated.")] = ",".join(SYSTEMS),
-    collection: Annotated[list[str] | None, typer.Option(help="Folder under retrieval/; repeat for more.")] = None,
+    collection: Annotated[
+        list[str] | None, typer.Option(help=f"{DOLLY_DEV}, or a folder under retrieval/; repeat for more.")
+    ] = None,
+    hybrid: Annotated[bool, typer.Option(help="Also each --model joined with BM25, by RRF and by weight.")] = True,
+    weight: Annotated[
+        float | None, typer.Option(min=0, max=1, help=f"Share of the vectors; default: the best on {DOLLY_DEV}.")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model of the base-* peers; default $UBMOE_BASE.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
@@ -196,28 +364,35 @@ def main(
     """Measure retrieval against peers in one run; finished collections are kept."""
     import torch
 
-    from benchmarks.peers import open_encoder
+    from benchmarks.peers import MINILM, open_encoder
 
     if threads:
         torch.set_num_threads(threads)
     try:
         folder = data_folder(data_dir)
         known = local.collections(folder)
-        for name in collection or COLLECTIONS:
+        wanted = collection or [name for name in COLLECTIONS if name in known or name != DOLLY_DEV]
+        for name in wanted:
             if name not in known:
-                raise ValueError(f"Expected a folder under retrieval/, got {name!r} ({nearest(name, known)}).")
-        loaded = [local.read_collection(folder / "retrieval" / name) for name in collection or COLLECTIONS]
+                raise ValueError(
+                    f"Expected {DOLLY_DEV} or a folder under retrieval/, got {name!r} ({nearest(name, known)})."
+                )
+        loaded = [local.open_collection(folder, name) for name in wanted]
+        dev = local.dolly_dev(folder) if hybrid and weight is None and DOLLY_DEV in known else None
+        if hybrid and model and weight is None and dev is None:
+            raise ValueError(f"There is no {DOLLY_DEV} to choose a weight on: give --weight, or --no-hybrid.")
+        options: dict[str, Any] = {
+            "out": out,
+            "indexes": indexes,
+            "seed": seed,
+            "command": command_line("benchmarks.retrieval"),
+            "say": typer.echo,
+        }
         for name in [*filter(None, peers.split(",")), *(model or [])]:
             system = BM25 if name == BM25 else open_encoder(name, base=base, device=device)
-            run(
-                system,
-                loaded,
-                out=out,
-                indexes=indexes,
-                seed=seed,
-                command=command_line("benchmarks.retrieval"),
-                say=typer.echo,
-            )
+            run(system, loaded, **options)
+            if hybrid and not isinstance(system, str) and name in (MINILM, *(model or [])):
+                run_hybrid(system, loaded, dev=dev, weight=weight, **options)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

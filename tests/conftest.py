@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.gguf import make_gguf_checkpoint
 from helpers.models import make_base, make_checkpoint
 
 
@@ -43,3 +44,15 @@ def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def base(base_of: Callable[[str], Path]) -> Path:
     return base_of("llama")
+
+
+@pytest.fixture(scope="session")
+def gguf_checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            made[name] = make_gguf_checkpoint(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return get

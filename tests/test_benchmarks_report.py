@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import report
 from benchmarks.embedding import AVG7, SICK_TEST, averages
+from benchmarks.figures import curves
 from benchmarks.results import read_all
 
 RUN = {
@@ -207,6 +208,79 @@ def test_the_model_index_is_read_back_by_the_hub_library(root):
     assert values["toy (local collection)"] == 33.5
     assert values["Winogrande (10 samples)"] == 41.5
     assert call(root, "--check").exit_code == 0
+
+
+def test_the_first_table_has_every_released_model_by_its_own_files(root):
+    """What is said of training is what the file says; scores come from the other benchmarks of the same row."""
+    facts = {"base": "Base-0.5B", "base_origin": "gguf", "base_millions": 134.515, "added_millions": 3.041}
+    facts |= {"added_percent": 2.26, "dimension": 576, "training": "distilled from all-MiniLM-L6-v2"}
+    for row in ("far", "ubmoe-135m"):
+        write(root / "results", f"models-{row}", benchmark="models", row=row, label=row, scores=[], facts=facts)
+    results = read_all(root / "results")
+    first, second = (line.split(" | ") for line in report.models(results).splitlines()[2:])
+    assert first[0] == "| **ubmoe-135m**"
+    assert first[1:5] == [
+        "Base-0.5B, dequantised",
+        "134.5 M / 3.04 M (2.26 %)",
+        "576",
+        "distilled from all-MiniLM-L6-v2",
+    ]
+    assert first[6].startswith("73.00")
+    assert first[8] == "every answer is the base's"
+    assert second[0] == "| **far**"
+    assert second[6].startswith("43.00")
+    assert second[8] == ""
+    assert "| **far** |" in report.sts(results)
+    next(r for r in results if r["file"] == "generation-base.json")["scores"][0]["answers_sha256"] = "z"
+    assert "differs from the base" in report.models(results)
+    next(r for r in results if r["file"] == "generation-ubmoe-135m.json")["base_row"] = "another"
+    assert "the base" not in report.models(results), "compared with a base that is not its own"
+
+
+def test_rows_of_the_development_set_are_in_no_table_of_tests(root):
+    dev = score("dolly-dev", 91.25, "nDCG@10") | {"split": "dev"}
+    facts = {"row": "near-weighted", "label": "near + BM25", "supervision": "none", "fusion": "weighted", "weight": 0.7}
+    write(root / "results", "retrieval-near-weighted", benchmark="retrieval", **facts, scores=[dev])
+    results = read_all(root / "results")
+    assert "near + BM25 (0.7 vectors) | 91.2 [89.2, 93.2] |" in report.retrieval_dev(results)
+    assert "BM25" not in report.retrieval(results)
+    assert "91.25" not in report.model_index(results, "near-weighted")
+    assert "near + BM25" not in report.figures(results)["retrieval.svg"]
+
+
+def curve(folder: Path, name: str, **changes) -> None:
+    entries = [{"step": 10 * n, "eval_A-dev_spearman_cosine": n / 10, "eval_B_cosine_ndcg@10": 0.5} for n in (1, 2)]
+    summary = {"curve": entries, "steps": 20, "processes": 2, "seconds": 100.0, "tokens_per_second_and_process": 5.0}
+    (folder / name).mkdir(parents=True)
+    (folder / name / "training.json").write_text(json.dumps(summary | changes))
+
+
+def test_curves_have_the_tokens_of_their_steps_or_a_share_of_all(tmp_path):
+    curve(tmp_path, "by-time")
+    curve(tmp_path, "by-total", tokens=700)
+    curve(tmp_path, "exact", curve=[{"step": 1, "tokens": 42, "x_spearman_cosine": 0.25, "y_spearman_cosine": 0.75}])
+    found = curves(tmp_path)
+    assert found["by-time"]["tokens"] == [500, 1000]
+    assert found["by-total"]["tokens"] == [700, 1400]
+    assert found["exact"]["tokens"] == [42]
+    assert [one["exact"] for one in found.values()] == [False, False, True]
+    assert found["by-time"]["scores"]["A-dev", "spearman_cosine"] == pytest.approx([10, 20])
+    assert found["by-time"]["scores"]["B", "cosine_ndcg@10"] == [50, 50]
+    drawn = report.figures([], tmp_path)
+    assert set(drawn) == {"training.svg"}
+    assert "by-time (tokens by steps)" in drawn["training.svg"]
+    assert "log axis" in drawn["training.svg"]
+    (tmp_path / "exact" / "training.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"exact.training\.json, got one without 'curve'"):
+        curves(tmp_path)
+
+
+def test_dependence_is_drawn_for_the_longest_documents():
+    parts = {"main": 1.0, "before": 39.0, "after": 60.0, "documents": 3, "layers": [[1, 39, 60], [2, 40, 58]]}
+    rows = {name: {"buckets": {"0-256": parts, "1024-2048": parts}} for name in ("base", "FFN")}
+    (text,) = report.figures([{"benchmark": "dependence", "row": "dependence", "rows": rows, "scores": []}]).values()
+    assert "1024-2048 tokens" in text
+    assert all(f">{word}<" in text for word in ("base", "FFN", "layer"))
 
 
 def test_an_unknown_table_is_refused_with_the_nearest(root):

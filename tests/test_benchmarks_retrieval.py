@@ -1,16 +1,18 @@
 """Retrieval metrics against numpy, BM25, and the index against mteb's own search."""
 
+import gzip
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.benchmark_data import make_base, make_data
+from helpers.benchmark_data import WORDS, make_base, make_data
 
 pytest.importorskip("ir_measures")
 
 from benchmarks import retrieval
-from benchmarks.data import Collection, read_collection
+from benchmarks.data import DOLLY_DEV, Collection, dolly_dev, open_collection, read_collection, read_jsonl
 from benchmarks.peers import open_encoder
 from benchmarks.results import read_json
 
@@ -73,6 +75,82 @@ def test_a_run_writes_one_file_per_system_and_keeps_it(collection, tmp_path, mon
     assert np.mean(content["scores"][0]["outcomes"]) == pytest.approx(content["scores"][0]["value"], abs=0.01)
     monkeypatch.setattr(retrieval, "rank_bm25", lambda *a: pytest.fail("a finished collection ran again"))
     retrieval.run("bm25", [collection], out=tmp_path)
+
+
+def test_dolly_dev_asks_contexts_of_their_kind_once(tmp_path):
+    """Two kinds of instructions, contexts of more than 30 words, the first question of each."""
+    folder = make_data(tmp_path)
+    found = open_collection(folder, DOLLY_DEV)
+    rows = [row for row in read_jsonl(folder / "instruct" / "dolly_partial.jsonl.gz")]
+    first = {row["input"]: row["instruction"] for row in reversed(rows)}
+    expected = {c for c in first if len(c.split()) > 30 and (WORDS.index(c.split()[0]) % 3) < 2}
+    assert set(found.documents.values()) == expected
+    assert len(expected) == 9
+    for query, text in found.queries.items():
+        ((document, grade),) = found.relevance[query].items()
+        assert (first[found.documents[document]], grade) == (text, 1)
+    assert found == dolly_dev(folder)
+    fewer = dolly_dev(folder, queries=2, documents=4, words=7)
+    assert (len(fewer.documents), len(fewer.queries)) == (4, 2)
+    assert {len(text.split()) for text in fewer.documents.values()} == {7}
+    (folder / "instruct" / "dolly_partial.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows[2]).encode()))
+    with pytest.raises(ValueError, match="questions with a context"):
+        dolly_dev(folder)
+
+
+def test_fusion_by_rank_and_by_weight_is_that_worked_out_by_hand():
+    dense, sparse = {"q": {"a": 0.9, "b": 0.7, "c": 0.5}}, {"q": {"c": 12.0, "d": 4.0}}
+    found = retrieval.rank_rrf(dense, sparse)["q"]
+    assert found == pytest.approx({"c": 1 / 63 + 1 / 61, "a": 1 / 61, "b": 1 / 62, "d": 1 / 62})
+    assert next(iter(found)) == "c"
+    found = retrieval.rank_weighted(dense, sparse, 0.8)["q"]
+    assert found == pytest.approx({"a": 0.8, "b": 0.4, "c": 0.2, "d": 0.0})
+    assert list(retrieval.rank_weighted(dense, sparse, 1.0, depth=2)["q"]) == ["a", "b"]
+    assert list(retrieval.rank_weighted(dense, {"q": {}}, 0.3)["q"]) == ["a", "b", "c"]
+    assert retrieval.matches({"q": {"c": 12.0, "x": 0.0}}) == {"q": {"c": 12.0}}
+
+
+def test_the_weight_is_the_best_on_the_development_set():
+    """Vectors that are right want 1 or what is near, those that are wrong 0."""
+    grades = {f"q{n}": {f"d{n}": 1} for n in range(5)}
+    collection = Collection("dolly-dev", {f"d{n}": "t" for n in range(5)}, dict.fromkeys(grades, "?"), grades)
+    right = {query: {f"d{n}": float(f"d{n}" in grades[query]) for n in range(5)} for query in grades}
+    wrong = {query: {name: 1 - value for name, value in found.items()} for query, found in right.items()}
+    assert retrieval.choose_weight(collection, right, wrong) > 0.5
+    assert retrieval.choose_weight(collection, wrong, right) < 0.5
+
+
+def test_hybrid_rows_stand_beside_their_parts(collection, encoder, tmp_path, monkeypatch):
+    dev = dolly_dev(make_data(tmp_path / "data"))
+    facts = {"out": tmp_path, "indexes": tmp_path / "indexes", "resamples": 20}
+    retrieval.run(encoder, [dev, collection], **facts)
+    paths = retrieval.run_hybrid(encoder, [dev, collection], dev=dev, **facts)
+    assert [path.name for path in paths] == [f"retrieval-base-causal-{name}.json" for name in ("rrf", "weighted")]
+    rrf, weighted = map(read_json, paths)
+    assert weighted["weight"] in retrieval.WEIGHTS
+    assert weighted["weight_chosen_on"] == DOLLY_DEV
+    assert {(s["task"], s["split"]) for s in rrf["scores"]} == {("dolly-dev", "dev"), ("toy", "test")}
+    dense = retrieval.rank_dense(encoder.model, dev, tmp_path / "again")
+    ranking = retrieval.rank_weighted(dense, retrieval.matches(retrieval.rank_bm25(dev)), weighted["weight"])
+    value = retrieval.score(dev, ranking, seed=0, resamples=2)[0]["value"]
+    assert weighted["scores"][0]["value"] == pytest.approx(value)
+    alone = read_json(tmp_path / "retrieval-base-causal.json")["scores"][0]["value"]
+    assert value >= alone
+    with pytest.raises(ValueError, match="Give --weight"):
+        retrieval.run_hybrid(encoder, [collection], **facts)
+    monkeypatch.setattr(retrieval, "rank_rrf", lambda *a: pytest.fail("a finished collection ran again"))
+    retrieval.run_hybrid(encoder, [dev, collection], weight=0.5, **facts)
+    assert read_json(paths[1])["weight"] == 0.5
+
+
+def test_the_mean_is_that_of_the_three_test_collections():
+    scores = [
+        {"task": n, "metric": "nDCG@10", "value": v, "sd": 3.0} for n, v in zip(retrieval.COLLECTIONS, (9, 1, 2, 6))
+    ]
+    (found,) = retrieval.averages(scores).values()
+    assert found["value"] == 3
+    assert found["sd"] == pytest.approx(math.sqrt(3))
+    assert retrieval.averages(scores[:-1]) == {}
 
 
 def test_a_folder_without_relevant_documents_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ubmoe_st import UBMoE, UBMoEConfig
@@ -153,3 +154,17 @@ def test_tensors_start_where_asked(tmp_path, alignment):
     layout.save_tensors(tensors, file, alignment)
     assert layout.data_start(file) % 64 == alignment
     assert all(torch.equal(load_file(file)[key], tensor) for key, tensor in tensors.items())
+
+
+def test_the_same_model_is_written_as_the_same_bytes(checkpoint, tmp_path):
+    """Ten times: the order that safetensors gives two values of metadata is drawn anew for each file."""
+    model = UBMoE(str(checkpoint))
+    sums = set()
+    for number in range(10):
+        model.save(str(tmp_path / str(number) / checkpoint.name))
+        sums.add((tmp_path / str(number) / checkpoint.name / layout.SUMS_FILE).read_text())
+    assert len(sums) == 1
+    assert sums == {(checkpoint / layout.SUMS_FILE).read_text()}
+    for name in (layout.BI_FILE, layout.DELTA_FILE):
+        with safe_open(checkpoint / name, "pt") as file:
+            assert len(file.metadata()) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -57,3 +58,35 @@ def test_every_target_of_the_makefile_that_the_readme_names_exists():
     named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", (ROOT / "README.md").read_text()))
     assert named
     assert named <= targets
+
+
+def walks() -> dict[str, list[str]]:
+    sections = (ROOT / "docs" / "walks.md").read_text().split("\n## ")[1:]
+    return {title: text.strip().splitlines() for title, _, text in (section.partition("\n") for section in sections)}
+
+
+def resolve(name: str) -> object:
+    """`file.function` or `file.Class.method` under ubmoe_st."""
+    parts = name.split(".")
+    depth = next(n for n in range(1, len(parts)) if not (ROOT / "ubmoe_st" / Path(*parts[:n])).is_dir())
+    found: object = importlib.import_module(".".join(["ubmoe_st", *parts[:depth]]))
+    for attribute in parts[depth:]:
+        found = getattr(found, attribute)
+    return found
+
+
+@pytest.mark.parametrize("walk", walks())
+def test_a_walk_is_short_and_the_functions_it_names_exist(walk):
+    lines = walks()[walk]
+    assert len(lines) <= 10
+    names = re.findall(r"`([a-z]\w*(?:\.\w+)+)`", "\n".join(lines))
+    names = [name for name in names if not name.endswith(".json")]
+    assert len(names) >= 5
+    for name in names:
+        assert callable(resolve(name)), name
+
+
+def test_there_are_four_walks_and_a_wrong_name_is_found():
+    assert len(walks()) == 4
+    with pytest.raises(AttributeError):
+        resolve("model.UBMoE.nothing")

@@ -2,14 +2,193 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import time
+
 import pytest
+import torch
+from helpers.benchmark_data import make_base as make_byte_base
+from helpers.models import make_checkpoint
+from transformers import GenerationConfig, LogitsProcessor, pipeline
 
 from ubmoe_st import UBMoE
+
+TEMPLATE_WITH_PARTS = (
+    "{% for t in tools or [] %}{{ t['function']['name'] + ' ' }}{% endfor %}"
+    "{% for m in messages %}{{ m['role'] + ' ' }}"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{{ 'old ' + p['text'] }}{% endfor %}{% endif %}{{ '</s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% if colour is defined %}{{ colour + ' ' }}{% endif %}{% endif %}"
+)
+NEVER_ENDS = {"eos_token_id": None, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return UBMoE(str(checkpoint))
+
+
+@pytest.fixture
+def stock(model, base):
+    """The stock pipeline on the untouched base; it and the model get a generation config and a template of the test."""
+    lm, tokenizer = model.generator, model.tokenizer
+    kept = lm.generation_config, tokenizer.chat_template
+    generator = pipeline("text-generation", model=str(base), device="cpu")
+    lm.generation_config = copy.deepcopy(kept[0])
+    yield generator
+    lm.generation_config, tokenizer.chat_template = kept
+
+
+def new_text(stock, prompt, **options) -> str:
+    return stock(prompt, return_full_text=False, do_sample=False, **options)[0]["generated_text"]
+
+
+LIMITS = {
+    "none": ({}, {}),
+    "max_length": ({}, {"max_length": 9}),
+    "max_length beside None": ({}, {"max_length": 9, "max_new_tokens": None}),
+    "config of the call": ({}, {"generation_config": GenerationConfig(max_new_tokens=4, do_sample=False)}),
+    "max_length of the call's config": ({}, {"generation_config": GenerationConfig(max_length=8, do_sample=False)}),
+    "config of the model": ({"max_new_tokens": 7}, {}),
+    "max_length of the model": ({"max_length": 10}, {}),
+    "call before model": ({"max_new_tokens": 7}, {"max_new_tokens": 3}),
+    "call's config before model": (
+        {"max_new_tokens": 7},
+        {"generation_config": GenerationConfig(max_new_tokens=5, do_sample=False)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_limit_of_the_caller_wins_as_in_the_stock_pipeline(model, stock, name):
+    of_model, of_call = LIMITS[name]
+    for lm in (model.generator, stock.model):
+        lm.generation_config.update(**of_model)
+        lm.generation_config.eos_token_id = None
+    calls = []
+
+    def counted(self, *args, **kwargs):
+        calls.append(sum(1 for _ in generate_ids(self, *args, **kwargs)[0]))
+        return torch.zeros(1, calls[-1], dtype=torch.long)
+
+    generate_ids = type(model.generator).generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.generator), "generate", counted)
+        model.generate(
+            "the cat sits", **{"do_sample": False, **of_call} if "generation_config" not in of_call else of_call
+        )
+        new_text(stock, "the cat sits", **of_call) if "generation_config" not in of_call else stock(
+            "the cat sits", **of_call
+        )
+    ours, theirs = calls
+    assert ours == theirs
+    assert (ours == 3 + 256) == (name == "none")
+
+
+def test_max_length_of_a_call_goes_before_a_stored_limit(model, stock):
+    model.generator.generation_config.max_new_tokens = 2
+    expected = model.generate("the cat sits", max_new_tokens=6, **NEVER_ENDS)
+    assert model.generate("the cat sits", max_length=9, **NEVER_ENDS) == expected
+    assert model.generate("the cat sits", **NEVER_ENDS) != expected
+
+
+def test_the_configs_of_a_caller_stay_as_they_are(model):
+    config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    before = config.to_dict()
+    model.generate(["the cat", "a red bird sleeps"], generation_config=config)
+    assert config.to_dict() == before
+    with pytest.raises(TypeError, match="must be a transformers GenerationConfig, got dict"):
+        model.generate("the cat", generation_config={"max_new_tokens": 4})
+
+
+OPEN = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sits on"}]
+CLOSED = OPEN[:1]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}]
+
+
+def a_tool(place: str) -> str:
+    """Tell what is there.
+
+    Args:
+        place: Where.
+    """
+    return place
+
+
+@pytest.mark.parametrize(
+    ("chat", "options"),
+    [
+        (OPEN, {}),
+        (CLOSED, {}),
+        (OPEN, {"continue_final_message": False}),
+        (CLOSED, {"continue_final_message": True}),
+        (PARTS, {}),
+        (CLOSED, {"tools": [a_tool]}),
+        (CLOSED, {"chat_template_kwargs": {"colour": "red"}}),
+    ],
+)
+def test_chats_become_the_tokens_of_the_stock_pipeline(model, stock, chat, options):
+    model.tokenizer.chat_template = stock.tokenizer.chat_template = TEMPLATE_WITH_PARTS
+    theirs = {key: value for key, value in options.items() if key != "chat_template_kwargs"}
+    if "chat_template_kwargs" in options:
+        theirs["tokenizer_encode_kwargs"] = options["chat_template_kwargs"]
+    prompts = []
+
+    def caught(self, input_ids, **kwargs):
+        prompts.append(input_ids.tolist())
+        return input_ids
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.generator), "generate", caught)
+        model.generate(chat, max_new_tokens=4, **options)
+        new_text(stock, chat, max_new_tokens=4, **theirs)
+    ours, expected = prompts
+    assert ours == expected
+    assert model.generate(chat, max_new_tokens=4, **options) == new_text(stock, chat, max_new_tokens=4, **theirs)
+
+
+def test_the_ways_to_write_a_chat_differ(model, stock):
+    from ubmoe_st.generation import ChatOptions, chat_text
+
+    tokenizer = model.tokenizer
+    tokenizer.chat_template = TEMPLATE_WITH_PARTS
+    ways = [(OPEN, {}), (CLOSED, {}), (OPEN, {"continue_final_message": False}), (PARTS, {})]
+    ways += [(CLOSED, {"tools": [a_tool]}), (CLOSED, {"chat_template_kwargs": {"colour": "red"}})]
+    assert len({chat_text(tokenizer, chat, ChatOptions(**options)) for chat, options in ways}) == len(ways)
+
+
+def test_parts_are_joined_for_a_template_that_knows_texts_alone(model, stock):
+    expected = model.generate(CLOSED, max_new_tokens=5)
+    assert model.generate(PARTS, max_new_tokens=5) == expected
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}</s> {% endfor %}assistant "
+    )
+    assert model.generate(PARTS, max_new_tokens=5) == expected  # this one would print the list
+    image = [{"role": "user", "content": [{"type": "image", "url": "cat.png"}]}]
+    with pytest.raises(ValueError, match="part of type 'image': this model reads text alone"):
+        model.generate(image)
+
+
+def test_stop_strings_need_no_tokenizer(tmp_path):
+    base = make_byte_base(tmp_path / "base")  # transformers finds no stop strings with a vocabulary of whole words
+    model = UBMoE(str(make_checkpoint(base, tmp_path / "ubmoe")), device="cpu")
+    whole = model.generate("the cat", max_new_tokens=12, **NEVER_ENDS)
+    stop = whole[4]
+    options = {"max_new_tokens": 12, "eos_token_id": None}
+    stock = pipeline("text-generation", model=str(base), device="cpu")
+    expected = new_text(stock, "the cat", stop_sequence=stop, **options)
+    assert len(expected) < len(whole)
+    assert model.generate("the cat", stop_strings=stop, do_sample=False, **options) == expected
+    config = GenerationConfig(max_new_tokens=12, stop_strings=[stop], do_sample=False)
+    assert model.generate("the cat", generation_config=config, eos_token_id=None) == expected
+
+
+def test_options_of_chats_are_refused_where_there_is_none(model):
+    with pytest.raises(ValueError, match="tools: of use for chats alone"):
+        model.generate("the cat", tools=[a_tool])
+    with pytest.raises(ValueError, match="'tokenize', which is no variable"):
+        model.generate(CLOSED, chat_template_kwargs={"tokenize": True})
 
 
 def test_chats_go_through_the_chat_template(model):
@@ -26,8 +205,6 @@ def test_streaming_gives_the_pieces_of_the_text(model):
 
 
 def test_a_stream_that_is_abandoned_stops(model):
-    import threading
-
     before = threading.active_count()
     stream = model.generate("the cat", max_new_tokens=100, stream=True, eos_token_id=None)
     next(stream)
@@ -37,6 +214,34 @@ def test_a_stream_that_is_abandoned_stops(model):
             break
         threading.Event().wait(0.05)
     assert threading.active_count() <= before
+
+
+class Slow(LogitsProcessor):
+    """A model whose every token takes a moment."""
+
+    def __init__(self):
+        self.begun = threading.Semaphore(0)
+
+    def __call__(self, input_ids, scores):
+        self.begun.release()
+        time.sleep(0.1)
+        return scores
+
+
+def test_nothing_draws_random_numbers_once_a_stream_is_closed(model):
+    slow = Slow()
+    stream = model.generate(
+        "the cat", max_new_tokens=100, stream=True, eos_token_id=None, do_sample=True, logits_processor=[slow]
+    )
+    next(stream)
+    while slow.begun.acquire(blocking=False):
+        pass
+    slow.begun.acquire()  # in the middle of a token
+    stream.close()
+    state = torch.get_rng_state()
+    time.sleep(0.3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not slow.begun.acquire(blocking=False)
 
 
 def test_bad_generation_input(model):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
+
+from helpers.loopback_hub import ROUTES
 
 TESTS = Path(__file__).parent
 
@@ -32,3 +35,9 @@ def test_conftest_defines_fixtures_alone():
     for node in defined:
         assert isinstance(node, ast.FunctionDef), ast.unparse(node)[:80]
         assert "fixture" in ast.unparse(node.decorator_list[0])
+
+
+def test_the_decisions_count_the_endpoints_of_the_loopback_hub():
+    text = (TESTS.parent / "docs" / "decisions.md").read_text()
+    (count,) = re.findall(r"implements the (\d+)\s+endpoints", text)
+    assert int(count) == len(ROUTES)

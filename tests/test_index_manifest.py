@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
-from test_index_crash import Stops
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from test_index_encoders import HashEncoder
 
+from ubmoe_st.files import write_json
 from ubmoe_st.index import EmbeddingIndex
+from ubmoe_st.index.budget import MemoryBudget
+from ubmoe_st.index.manifest import Journal, Manifest, owns
 
+CUT = {"window_tokens": 60, "batch_tokens": 20, "segment_rows": 25}
+DATA = Path(__file__).parent / "data"
 ROWS = [{"id": f"d{n}", "text": f"some text number {n}"} for n in range(12)]
 FOREIGN = [
     "index_notes.md",
@@ -27,9 +37,18 @@ FOREIGN = [
     "bm25-000002/mine.txt",
     "segments/notes.txt",
     "segments/000009/vectors.npy",
+    "segments/000000/notes.txt",
     "segments/000001.tmp",
     "build/output.o",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_syncs():
+    """What a stopped process wrote stays with the system: only a power cut needs the syncs, and they take the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def put(folder: Path, names: list[str]) -> dict[Path, bytes]:
@@ -63,18 +82,27 @@ CHANGES = {
     "bm25": lambda index: index.build_bm25(),
     "tune": lambda index: index.tune(0.01, k=1) if index.kind != "flat" else None,
     "overwrite": lambda index: EmbeddingIndex.build(
-        HashEncoder(8), [*ROWS, {"id": "more", "text": str(index.version)}], index.path, overwrite=True
+        HashEncoder(8), [*ROWS, {"id": "more", "text": str(index.version)}], index.path, overwrite=True, **CUT
     ),
     "stopped": lambda index: stopped(index.path),
 }
 
 
+class Stops(HashEncoder):
+    """Fails after some batches, as a machine would."""
+
+    def encode(self, inputs, **kwargs):
+        if len(self.batches) >= 14:
+            raise KeyboardInterrupt
+        return super().encode(inputs, **kwargs)
+
+
 def stopped(folder: Path) -> None:
-    """An addition that ends before its commit, and is thrown away."""
-    index = EmbeddingIndex.open(folder, model=Stops(4, salt=""))
-    index._embedder.model.dimension = 8
+    """An addition that ends before its commit, with a segment behind it, and is thrown away."""
+    index = EmbeddingIndex.open(folder, model=Stops(8))
     with pytest.raises(KeyboardInterrupt):
         index.add([{"id": f"s{n}", "text": f"some text number {n}"} for n in range(60)])
+    assert Journal.read(folder).segments
     assert index.discard_unfinished()
 
 
@@ -129,3 +157,191 @@ def test_verify_counts_the_files_it_has_checked(tmp_path):
     shown = json.loads(CliRunner().invoke(app, ["verify", str(index.path), "--json"]).stdout)
     own = [path for path in index.path.rglob("*") if path.is_file() and path.name not in (".lock", "index_info.json")]
     assert shown["files"] == len(own) == 6  # three of the segment, probes, faiss, dead rows
+
+
+def test_damaged_or_strange_manifests_are_refused(tmp_path):
+    index = EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i")
+    path = index.path / "index_info.json"
+    good = path.read_text()
+    (tmp_path / "precious.txt").write_text("x")
+    for was, becomes, message in (
+        ('"version": 1,', "", "damaged"),
+        ('"probes.npy"', '"../precious.txt"', "no file of an index"),
+        ('"segments/000000"', '"segments/../.."', "no file of an index"),
+        ('"format_version": 1', '"format_version": 2', "upgrade ubmoe-st"),
+        ('"ubmoe-embedding-index"', '"other"', "of format 'other'"),
+        ("{", "[", "damaged"),
+    ):
+        assert was in good
+        path.write_text(good.replace(was, becomes, 1))
+        with pytest.raises(ValueError, match=message):
+            EmbeddingIndex.open(index.path)
+    path.write_text(good)
+    assert EmbeddingIndex.open(index.path).verify() == []
+
+
+NAMES = st.one_of(
+    st.text(st.characters(blacklist_characters="/\0", blacklist_categories=["Cs"]), min_size=1, max_size=12),
+    st.builds(
+        "".join,
+        st.tuples(
+            st.sampled_from(["", "segments/", "build/", "segments/000000/"]),
+            st.sampled_from(["dead", "index", "probes", "bad_rows", "bm25", "part", "journal", "00000", "index_info"]),
+            st.sampled_from(["", "-000002", "-000003", "-000002b", ".1", "1", "2", "7", "_notes", "-x"]),
+            st.sampled_from(["", ".npy", ".faiss", ".txt", ".json", ".tmp", ".npy.tmp", "/a", "/b.npy"]),
+        ),
+    ),
+)
+
+
+def reserved(name: str) -> bool:
+    """Names that an index keeps for itself, documented in docs/indexing.md."""
+    return name.startswith((".lock", "index_info.json", "build/seen")) or (name.startswith("build/") and owns(name))
+
+
+@settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(names=st.lists(NAMES, min_size=1, max_size=8), changes=st.lists(st.sampled_from(sorted(CHANGES)), max_size=3))
+def test_nothing_foreign_is_ever_touched(names, changes):
+    """Any names, in the folder and in its subfolders, and any changes: foreign files stay, own ones do not pile up."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "i"
+        EmbeddingIndex.build(HashEncoder(8), ROWS, folder, **CUT)
+        held = put(folder, [name for name in names if not reserved(name) and name not in (".", "..")])
+        for change in [*changes, "delete", "compact"]:
+            CHANGES[change](EmbeddingIndex.open(folder, model=HashEncoder(8)))
+            check(held)
+        index = EmbeddingIndex.open(folder, model=HashEncoder(8))
+        assert index.verify() == []
+        assert len(index.search("a text", 3)[1][0]) == 3
+        foreign = {path.relative_to(folder).as_posix() for path in held}
+        own = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - foreign
+        assert own - {".lock"} == {*index.files(), "index_info.json"}
+
+
+def test_every_file_an_index_makes_is_of_a_form_it_owns(tmp_path, monkeypatch):
+    """So an index that is opened, resumed or thrown away never meets a file of its own that it does not know."""
+    seen = set()
+    real = os.replace
+
+    def note(source, target):
+        for path in (Path(source), Path(target)):
+            if tmp_path / "i" in path.parents:
+                seen.add(path.relative_to(tmp_path / "i").as_posix())
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", note)
+    monkeypatch.setattr(MemoryBudget, "shard_rows", lambda *_: 5)
+    index = EmbeddingIndex.build(HashEncoder(8), [*ROWS, {"id": "bad"}], tmp_path / "i", on_bad_row="skip", **CUT)
+    for change in sorted(set(CHANGES) - {"overwrite"}):
+        CHANGES[change](index)
+        index.refresh()
+    inside = re.compile(r"segments/\d+\.tmp/(vectors.npy|entries.arrow|keys.npy)(\.tmp)?")
+    unknown = {n for n in seen if not owns(n) and not inside.fullmatch(n) and not n.startswith("index_info.json")}
+    assert not unknown
+    assert {n.split("/")[0].split("-")[0].split(".")[0] for n in seen} == {
+        "segments",
+        "build",
+        "dead",
+        "probes",
+        "index",
+        "bad_rows",
+        "bm25",
+        "index_info",
+    }
+    assert any(".1.faiss" in name for name in seen)
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    """An index that an earlier version of this package has written."""
+    with zipfile.ZipFile(DATA / f"{name}.zip") as file:
+        file.extractall(folder)
+    return folder
+
+
+OLD = [{"id": f"d{n}", "text": f"old text number {n} of nine" if n != 5 else "", "n": n} for n in range(9)]
+
+
+def test_an_index_of_the_first_layout_opens_and_changes(tmp_path):
+    encoder = HashEncoder(4)
+    index = EmbeddingIndex.open(unpacked("index_first_layout", tmp_path / "i"), model=encoder, verify=True)
+    assert (len(index), index.files()[-2:]) == (8, ["index.faiss", "probes.npy"])
+    assert index.search(OLD[3]["text"], 1)[1] == [["d3"]]
+    index.delete("d3")
+    index.compact()
+    index = EmbeddingIndex.open(tmp_path / "i", model=encoder, verify=True)
+    assert list(index) == ["d0", "d1", "d2", "d4", "d6", "d7", "d8"]
+
+
+def masked(text: str) -> str:
+    """Without what differs from run to run and from library to library."""
+    text = re.sub(r'"(created|updated|added|committed|sha256)": "[^"]*"', r'"\1": ""', text)
+    text = re.sub(r'"bytes": \d+', '"bytes": 0', text)
+    return re.sub(r'"versions": \{[^}]*\}', "", text)
+
+
+def test_the_manifest_is_byte_for_byte_what_earlier_versions_wrote(tmp_path):
+    """Read and written again, and by the same changes made anew."""
+    old = unpacked("index_version_4", tmp_path / "old")
+    before = (old / "index_info.json").read_bytes()
+    write_json(tmp_path / "again.json", Manifest.read(old).as_dict())
+    assert (tmp_path / "again.json").read_bytes() == before
+    pytest.importorskip("bm25s")
+    options = {"segment_rows": 5, "window_tokens": 20, "chunk_tokens": 4, "memory_budget": "64MB"}
+    index = EmbeddingIndex.build(HashEncoder(4), OLD, tmp_path / "new", on_bad_row="skip", **options)
+    index.upsert([{"id": "d2", "text": "new text"}])
+    index.delete("d7")
+    index.build_bm25()
+    index.delete("d8")
+    assert masked((tmp_path / "new" / "index_info.json").read_text()) == masked(before.decode())
+    for made in (index, EmbeddingIndex.open(old, verify=True)):
+        assert list(made) == [f"d{n}#{c}" for n in (0, 1, 3, 4, 6) for c in (0, 1)] + ["d2#0"]
+
+
+def test_a_build_that_an_earlier_version_began_goes_on(tmp_path):
+    folder = unpacked("index_unfinished", tmp_path / "i")
+    before = (folder / "build" / "journal.json").read_bytes()
+    journal = Journal.read(folder)
+    journal.write(folder)
+    assert (folder / "build" / "journal.json").read_bytes() == before
+    assert journal.rows == 2
+    options = {"segment_rows": 5, "window_tokens": 12, "batch_tokens": 12, "memory_budget": "64MB"}
+    encoder = HashEncoder(4)
+    index = EmbeddingIndex.build(encoder, OLD, folder, on_bad_row="skip", **options)
+    assert sum(encoder.batches) == 8 + 6, "rows were embedded again"
+    whole = EmbeddingIndex.build(HashEncoder(4), OLD, tmp_path / "whole", on_bad_row="skip", **options)
+    assert index.vectors(list(whole)).tobytes() == whole.vectors(list(whole)).tobytes()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    for number in (errno.ENOLCK, errno.ENOSYS):
+        monkeypatch.setattr(fcntl, "flock", refuse(number))
+        with pytest.raises(OSError, match="has no locks"):
+            EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i")
+    monkeypatch.undo()
+    assert len(EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i")) == 12
+
+
+def test_the_memory_of_a_search_is_a_size_like_that_of_a_build(tmp_path):
+    for wrong, message in (("lots", "a size is"), ("10KB", "at least 1 MiB")):
+        with pytest.raises(ValueError, match=message):
+            EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i", search_memory_budget=wrong)
+    index = EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i", search_memory_budget="1.5GiB")
+    assert index.info["index"]["memory_mb"] == 1536
+    index.compact()
+    assert index.info["index"]["memory_mb"] == 1536
+    index.reindex("flat", search_memory_budget=400 << 20)
+    assert EmbeddingIndex.open(index.path).info["index"]["memory_mb"] == 400

@@ -50,6 +50,26 @@ def test_p1_logits_are_bit_identical_to_the_base(pair, dtype):
             assert not torch.equal(model.generator_for("bi")(**inputs).logits, expected)
 
 
+def test_p1_the_last_logits_of_a_padded_batch_are_bit_identical(pair):
+    """What `generate` asks for: rows that do not lie side by side, whose product torch folds by the weight's flag."""
+    base, checkpoint = pair
+    reference = AutoModelForCausalLM.from_pretrained(base).eval()
+    generator = load(checkpoint).generator
+    inputs = padded(PROMPTS[:2])
+    assert not inputs["attention_mask"].all()
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode():
+            expected = reference(**inputs, logits_to_keep=1).logits
+            assert torch.equal(generator(**inputs, logits_to_keep=1).logits, expected)
+    # Whatever else the kernels of torch look at is that of the base, too.
+    found = dict(generator.named_parameters())
+    for name, parameter in reference.named_parameters():
+        for attribute in ("requires_grad", "dtype", "is_contiguous", "stride", "is_inference"):
+            ours, theirs = getattr(found[name], attribute), getattr(parameter, attribute)
+            assert (ours() if callable(ours) else ours) == (theirs() if callable(theirs) else theirs), (name, attribute)
+        assert found[name].data_ptr() % 64 == parameter.data_ptr() % 64, name
+
+
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("sample", [True, False])
 def test_p1_generate_gives_the_tokens_of_the_base(pair, cache, sample):

@@ -53,6 +53,6 @@ def test_merged_experts_and_saving_are_refused(checkpoint, tmp_path):
         UBMoE(str(checkpoint)).quantize_base()
     model = UBMoE(str(checkpoint), low_memory=True)
     model.quantize_base()
-    with pytest.raises(ValueError, match="save the model before it is quantised"):
+    with pytest.raises(ValueError, match="save before quantising"):
         model.save(str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

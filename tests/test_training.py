@@ -121,10 +121,10 @@ def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):
     vectors = released.encode(TEXTS)
     assert np.abs(vectors - run.model.eval().encode(TEXTS)).max() < 5e-3
     assert np.abs(SentenceTransformer(str(run.checkpoint)).encode(TEXTS) - vectors).max() < 1e-4
-    teacher = UBMoE(str(checkpoint)).encode(TEXTS)
-    student = build_model(similarity(), device="cpu").eval().encode(TEXTS)
-    error = [np.abs(v @ v.T - teacher @ teacher.T).mean() for v in (vectors, student)]
-    assert error[0] < 0.7 * error[1]
+    texts = run.trainer.train_dataset["anchor"][:]
+    models = UBMoE(str(checkpoint)), released, build_model(similarity(), device="cpu").eval()
+    wanted, trained, untrained = (model.encode(texts) @ model.encode(texts).T for model in models)
+    assert np.square(trained - wanted).mean() < 0.9 * np.square(untrained - wanted).mean()
     _, loaded = load_run(tmp_path / "run")
     assert np.abs(loaded.encode(TEXTS) - run.model.encode(TEXTS)).max() < 1e-5
     # The next phase starts where this one ended, and reads other texts of it.
@@ -143,7 +143,8 @@ def test_a_student_with_the_teachers_head_searches_the_teachers_index(similarity
     cosines = queries @ documents.T
     assert cosines.shape == (len(texts), len(texts))
     assert cosines.diagonal().mean() > cosines.mean() + 0.2
-    assert (cosines.argsort(1)[:, -3:] == np.arange(len(texts))[:, None]).any(1).mean() > 0.5
+    found = (cosines.argsort(1)[:, -3:] == np.arange(len(texts))[:, None]).any(1).mean()
+    assert found > 10 * 3 / len(texts)  # ten times chance
 
 
 def test_prompts_by_kind_are_read_and_released(similarity, tmp_path):
@@ -246,6 +247,40 @@ def test_the_command_line_runs_a_recipe(base, data, tmp_path, monkeypatch):
          "--set", "trainer.eval_steps=2", "--set", "trainer.save_steps=2"]
     )  # fmt: skip
     assert UBMoE(str(tmp_path / "run" / "model")).encode("the cat").shape == (32,)
+
+
+def test_the_command_line_distils_by_the_smoke_recipe(base, checkpoint, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("UBMOE_DATA", str(data))
+    rows = [{"text": f"the {a} sits " * 9, "title": f"a {a} {b}"} for a, b in zip(WORDS, WORDS[::-1])]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = [
+        str(data / "sentences.txt"),
+        str(data / "sentences.txt"),
+        str(tmp_path / "p.jsonl"),
+        str(tmp_path / "q.txt"),
+    ]
+    (tmp_path / "q.txt").write_text("\n".join(f"which {a} sits" for a in WORDS))
+    changes = [
+        f"base={base}",
+        f"out={tmp_path / 'run'}",
+        "rank=2",
+        f"teacher.0.model={checkpoint}",
+        "trainer.max_steps=2",
+    ]
+    changes += [f"teacher.0.folder={tmp_path / 'vectors'}", "trainer.use_cpu=true", "trainer.bf16=false"]
+    changes += [f"texts.sources.{number}.file={file}" for number, file in enumerate(files)]
+    changes += ["trainer.eval_steps=2", "trainer.save_steps=2", "texts.sources.0.count=40"]
+    command = [str(RECIPES / "smoke-distilled.yaml"), *(part for change in changes for part in ("--set", change))]
+    teacher_vectors_main(command)
+    assert (tmp_path / "vectors" / "teacher.json").is_file()
+    main(command)
+    assert UBMoE(str(tmp_path / "run" / "model")).encode("the cat").shape == (32,)
+    groups = json.loads(next((tmp_path / "vectors").glob("groups-*.json")).read_text())
+    assert max(map(len, groups)) > 2
+    with pytest.raises(SystemExit) as ended:  # other texts than those of the vectors
+        main([*command, "--set", "texts.seed=5", "--set", f"out={tmp_path / 'other'}"])
+    assert ended.value.code == 1
+    assert "holds teacher vectors of another sentences_sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,11 @@ def test_the_same_seed_draws_the_same_and_parts_share_nothing(folder):
     assert len(set(first.texts)) == len(first.texts) == 25
     assert all(4 <= len(text.split()) <= 28 for text in first.texts[:20])
     assert first.kinds == ["sentences"] * 20 + ["passages"] * 5
+    both = [TextSource("lines", count=8), TextSource("lines", "corruptions", count=3, words=(6, 9))]
+    parts = [draw(Texts(both, part=part), folder) for part in (0, 1)]
+    drawn = [[corpus.texts[bundle[0]] for bundle in corpus.bundles] for corpus in parts]
+    assert [len(rows) for rows in drawn] == [11, 11]  # none is lost because another source has it
+    assert len({*drawn[0], *drawn[1]}) == 22
     with pytest.raises(ValueError, match="part 9"):
         texts(part=9)
     shares = draw(Texts([TextSource("lines", share=0.5)], count=20), folder)

@@ -50,7 +50,7 @@ from training.resume import (
     load_trained,
     trained_parameters,
 )
-from training.student import build_model, causal_model, encoder_of, modules_behind, start_from, start_layers
+from training.student import HEAD, build_model, causal_model, encoder_of, modules_behind, start_from, start_layers
 from training.teacher import targets
 from training.texts import Corpus, read_corpus
 from ubmoe_st import upcycle
@@ -301,7 +301,9 @@ def start(recipe: ContrastiveRecipe, model: SentenceTransformer, corpus: Corpus 
     layers = [module for module in model if isinstance(module, Dense)]
     if recipe.init_from is not None:
         layers = start_from(model, Path(recipe.init_from))
-    if not layers or corpus is None or not (recipe.project or (recipe.ridge and recipe.loss == "similarity")):
+    if recipe.loss != "similarity" or not recipe.ridge:  # the head starts at random
+        layers = [layer for layer in layers if recipe.project and layer.module_output_name != HEAD]
+    if not layers or corpus is None:
         return
     count = min(recipe.ridge or _MEAN_ROWS, len(corpus.texts))
     rows = random.Random(1).sample(range(len(corpus.texts)), count)

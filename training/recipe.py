@@ -123,8 +123,7 @@ class Texts:
     """Of everything that is drawn."""
 
     part: int = 0
-    """Which slice of each shuffled source: phases of a long run with one seed and different parts share no text,
-    as far as the sources reach."""
+    """What earlier parts of the same seed drew is passed over: phases of a long run share no text."""
 
     def __post_init__(self) -> None:
         if self.count is None and any(source.share is not None for source in self.sources):

@@ -7,6 +7,7 @@ import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,28 +69,41 @@ def draw(mixture: Texts, folder: Path | None = None) -> Corpus:
         FileNotFoundError: If a file does not exist.
         ValueError: If a source has no usable text, or a sentence has no corruption.
     """
-    corpus = Corpus()
-    seen: set[str] = set()
+    shuffled = []
     for number, source in enumerate(mixture.sources):
-        rng = random.Random(f"{mixture.seed}-{number}")
-        count = source.count if source.count is not None else int(source.share * (mixture.count or 0))  # type: ignore[operator]
-        once = {row[source.column]: row for row in _rows(source, folder) if _fits(row.get(source.column), source)}
-        rows = list(once.values())
-        rng.shuffle(rows)
-        rows = rows[mixture.part * count : (mixture.part + 1) * count]
+        rows = [row for row in _rows(source, folder) if _fits(row.get(source.column), source)]
+        random.Random(f"{mixture.seed}-{number}").shuffle(rows)
+        shuffled.append(iter(rows))
+    seen: set[str] = set()
+    drawn: list[list[Mapping[str, Any]]] = []
+    for _ in range(mixture.part + 1):  # what earlier parts took is passed over
+        drawn = [
+            list(islice(_unseen(rows, source.column, seen), _count(source, mixture)))
+            for source, rows in zip(mixture.sources, shuffled)
+        ]
+    corpus = Corpus()
+    for number, (source, rows) in enumerate(zip(mixture.sources, drawn)):
         if not rows:
             raise ValueError(
                 f"{source.file}: no text of {source.words[0]} to {source.words[1]} words is left for part "
                 f"{mixture.part}; change words, count, skip or texts.part"
             )
+        rng = random.Random(f"{mixture.seed}-{number}-{mixture.part}")
         pool = _content_words(row[source.column] for row in rows)
         for row in rows:
-            texts, kinds = _bundle(row, source, rng, pool)
-            if texts[0] in seen:
-                continue
-            seen.add(texts[0])
-            corpus.add(texts, kinds, joins=source.join)
+            corpus.add(*_bundle(row, source, rng, pool), joins=source.join)
     return corpus
+
+
+def _count(source: TextSource, mixture: Texts) -> int:
+    return source.count if source.count is not None else int((source.share or 0) * (mixture.count or 0))
+
+
+def _unseen(rows: Iterator[Mapping[str, Any]], column: str, seen: set[str]) -> Iterator[Mapping[str, Any]]:
+    for row in rows:
+        if row[column] not in seen:
+            seen.add(row[column])
+            yield row
 
 
 def _rows(source: TextSource, folder: Path | None) -> Iterator[Mapping[str, Any]]:

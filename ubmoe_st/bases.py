@@ -59,7 +59,7 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
         ImportError: If a GGUF file is given and the `gguf` package is absent.
     """
     if isinstance(base, str) and base in SHORT_NAMES:
-        wheel = _smollm2_wheel_file() if base == "smollm2-135m" else _gemma3_wheel_file()
+        wheel = installed_gguf(base)
         return _from_gguf(wheel, name=SHORT_NAMES[base]) if wheel else _from_hub(SHORT_NAMES[base], revision)
     path = Path(base).expanduser()
     if path.is_dir():
@@ -96,6 +96,17 @@ def _from_hub(repo_id: str, revision: str | None) -> Base:
     )
     found = _from_folder(folder)
     return Base(found.path, repo_id, "hub", found.source_files)
+
+
+def installed_gguf(name: str) -> Path | None:
+    """The GGUF file of a base model that an installed package holds, if there is one.
+
+    Args:
+        name: Short name or Hub id.
+    """
+    finders = {SMOLLM2_HUB_ID: _smollm2_wheel_file, GEMMA3_HUB_ID: _gemma3_wheel_file}
+    finder = finders.get(SHORT_NAMES.get(name, name))
+    return finder() if finder else None
 
 
 def _smollm2_wheel_file() -> Path | None:

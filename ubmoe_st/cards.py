@@ -19,8 +19,8 @@ pipeline_tag: sentence-similarity
 
 # {name}
 
-One checkpoint that embeds (full attention, `bi` experts, {rank}) and generates exactly like its base
-model {base} (causal attention, `uni` experts). Embeddings, attention and norms are shared.
+One checkpoint that embeds (full attention, `bi` experts, {rank}) and generates {like}
+(causal attention, `uni` experts). Embeddings, attention and norms are shared.
 
 ```python
 from sentence_transformers import SentenceTransformer
@@ -38,7 +38,7 @@ model.encode(["a text"]), model.generate("Once upon a time", max_new_tokens=20)
 ```python
 from transformers import AutoModelForCausalLM
 
-base_model = AutoModelForCausalLM.from_pretrained("{name}", subfolder="generator")
+generator = AutoModelForCausalLM.from_pretrained("{name}", subfolder="generator")
 ```
 
 The root of this folder is the encoder. Opened as a causal language model it is **not** the generator:
@@ -54,8 +54,16 @@ def model_card(config: UBMoEConfig | None, name: str) -> str:
         name: Of the checkpoint: its folder's, or its Hub id.
     """
     base = config.base_model if config else "unknown"
+    like = (
+        f"exactly like its base\nmodel {base}"
+        if base
+        else "with weights\nthat were changed since it was made of a base"
+    )
     rank = f"low-rank, rank {config.expert_rank}" if config and config.expert_rank else "dense"
-    return _MODEL_CARD.format(name=name, base=base, rank=rank, front=_base_line(base))
+    card = _MODEL_CARD.format(name=name, like=like, rank=rank, front=_licence_line(config) + _base_line(base))
+    if config and config.training:
+        card += f"\nThe `bi` experts were trained: {config.training}.\n"
+    return card + (_GEMMA_TERMS if _licence_line(config) else "")
 
 
 def export_card(
@@ -70,7 +78,7 @@ def export_card(
         format: `hf`, `onnx` or `openvino`.
         quantize: None or `int8`.
     """
-    base = config.base_model if config else "unknown"
+    base = (config.base_model if config else "unknown") or "a changed base"
     encoder = view == "encoder"
     what = "encoder view (full attention, `bi` experts)" if encoder else "generator view (the base model)"
     used = {name: text for name, text in prompts.items() if text} if encoder else {}
@@ -119,6 +127,17 @@ def check_front_matter(text: str, file: Path) -> None:
         ModelCard(text)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"the front matter of {file} is not valid: {' '.join(str(error).split())}") from error
+
+
+_GEMMA_TERMS = """
+Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms. This model is a
+derivative of it: the same terms and their prohibited use policy (ai.google.dev/gemma/prohibited_use_policy) hold.
+"""
+
+
+def _licence_line(config: UBMoEConfig | None) -> str:
+    """The licence that a base passes on to everything made of it; none for bases whose card says it themselves."""
+    return "license: gemma\n" if config and config.base_architecture.startswith("Gemma") else ""
 
 
 def _base_line(base: str) -> str:

@@ -7,13 +7,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import UBMoEConfig
-from ubmoe_st.files import sha256_of
+from ubmoe_st.files import give_usual_mode, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +35,9 @@ _LISTED = ("config.json", "modules.json", "tokenizer.json", INDEX_FILE, GENERATO
 CONFIG_KEY = "ubmoe"
 
 CACHE_LINE = shards.CACHE_LINE
+
+NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
+"""Files of terms that go with the experts of some bases, and so with every checkpoint made of them."""
 
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -97,8 +99,8 @@ def check_checkpoint(path: str | os.PathLike[str]) -> UBMoEConfig:
         if key not in shards[file]:
             raise CheckpointError(f"{file}: tensor {key} is missing, though {INDEX_FILE} places it there")
     encoder = {key: shards[file][key] for key, file in weight_map.items()}
-    _check_against_config(root, encoder, weight_map)
     uni = read_shapes(root, UNI_FILE)
+    _check_against_config(root, encoder, weight_map, uni)
     from ubmoe_st.experts import is_ffn_key
 
     for key in filter(is_ffn_key, encoder):
@@ -172,12 +174,15 @@ def read_shapes(root: Path, name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_against_config(root: Path, encoder: dict[str, tuple[int, ...]], weight_map: dict[str, str]) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModel
+def _check_against_config(
+    root: Path, encoder: dict[str, tuple[int, ...]], weight_map: dict[str, str], uni: dict[str, tuple[int, ...]]
+) -> None:
+    from transformers import AutoConfig
 
-    with torch.device("meta"):
-        expected = AutoModel.from_config(AutoConfig.from_pretrained(root)).state_dict()
+    from ubmoe_st.generator import meta_causal_lm, uni_keys
+
+    lm = meta_causal_lm(AutoConfig.from_pretrained(root))
+    expected = getattr(lm, lm.base_model_prefix).state_dict()
     for key, tensor in expected.items():
         if key not in encoder:
             raise CheckpointError(f"{INDEX_FILE}: {key} is missing, though config.json asks for it")
@@ -188,6 +193,9 @@ def _check_against_config(root: Path, encoder: dict[str, tuple[int, ...]], weigh
     unexpected = sorted(set(encoder) - set(expected))
     if unexpected:
         raise CheckpointError(f"{weight_map[unexpected[0]]}: {unexpected[0]} has no place in the model of config.json")
+    missing = sorted(set(uni_keys(lm)) - set(uni))
+    if missing:
+        raise CheckpointError(f"{UNI_FILE}: {missing[0]} is missing, which the generator of config.json needs")
 
 
 def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ...]]) -> None:
@@ -211,75 +219,7 @@ def data_start(path: Path) -> int:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) -> None:
     """Write a safetensors file whose tensors start at a given offset modulo 64 bytes; see `shards.write_tensors`."""
     shards.write_tensors(path, tensors, alignment)
-
-
-@dataclass(frozen=True)
-class Source:
-    """The files from which a module reads what the generator has of its own: of a checkpoint, of a base, or none.
-
-    Attributes:
-        folder: The checkpoint.
-        base: Folder of the base model, for a module that was made of one.
-    """
-
-    folder: Path | None = None
-    base: Path | None = None
-
-    def uni(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Original FFNs and an untied head, by backbone name.
-
-        Args:
-            dtype: To load a base in.
-
-        Raises:
-            ValueError: If there is neither a checkpoint nor a base.
-        """
-        if self.folder is not None:
-            from safetensors.torch import load_file
-
-            return load_file(self.folder / UNI_FILE)
-        if self.base is None:
-            raise ValueError(
-                "this model has no generator: it was not loaded from a UBMoE checkpoint; make one with `upcycle`"
-            )
-        from transformers import AutoModelForCausalLM
-
-        from ubmoe_st.generator import uni_keys
-
-        lm = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype)
-        state = lm.state_dict()
-        return {key: state[name] for key, name in uni_keys(lm).items()}
-
-    def low_rank(self) -> LowRank | None:
-        """The low-rank form of the `bi` experts, where it is stored."""
-        if self.folder is None or not (self.folder / DELTA_FILE).is_file():
-            return None
-        from ubmoe_st.experts import load_low_rank
-
-        return load_low_rank(self.folder / DELTA_FILE)[0]
-
-    def routers(self) -> dict[str, Tensor] | None:
-        """The token routers of a checkpoint that says it has some."""
-        if self.folder is None:
-            return None
-        from safetensors.torch import load_file
-
-        return load_file(self.folder / ROUTER_FILE)
-
-    def generation_config(self) -> GenerationConfig | None:
-        """The base model's defaults for `generate`."""
-        from transformers import GenerationConfig
-
-        folder = self.folder / GENERATOR_FOLDER if self.folder else self.base
-        if folder is None or not (folder / "generation_config.json").is_file():
-            return None
-        return GenerationConfig.from_pretrained(folder)
-
-    def alignment(self) -> int:
-        """Where the base's tensors start in their file, modulo 64 bytes; see `save_tensors`."""
-        shards = sorted(self.base.glob("*.safetensors")) if self.base else []
-        first = self.folder / SHARED_FILE if self.folder else next(iter(shards), None)
-        return data_start(first) % CACHE_LINE if first else 0
+    give_usual_mode(path)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -294,7 +234,8 @@ def write(
     uni: Mapping[str, Tensor],
     low_rank: LowRank | None,
     routers: Mapping[str, Tensor] | None,
-    source: Source,
+    generation_config: GenerationConfig | None,
+    alignment: int,
 ) -> None:
     """Write configs and weights of both views; tokenizer, modules, card and checksums are for the caller.
 
@@ -306,11 +247,18 @@ def write(
         uni: What the generator has beside the shared tensors, by backbone name.
         low_rank: Low-rank form of the `bi` experts. None: they are dense.
         routers: Token routers, where `config` has any.
-        source: What the model was read from.
+        generation_config: The base model's defaults for `generate`.
+        alignment: Of the base's tensors, see `save_tensors`.
     """
     from ubmoe_st.experts import is_ffn_key, save_low_rank
     from ubmoe_st.generator import causal_config
 
+    dtypes = [plain_dtypes(encoder), plain_dtypes(uni)]
+    if dtypes[0] != dtypes[1]:
+        raise CheckpointError(
+            f"shared weights and experts are of {sorted(map(str, dtypes[0]))}, the generator's own of "
+            f"{sorted(map(str, dtypes[1]))}; convert the whole model with `.to(dtype)`, not one view of it"
+        )
     (folder / GENERATOR_FOLDER).mkdir(exist_ok=True)
     config.versions = {
         name: importlib.metadata.version(name)
@@ -319,7 +267,6 @@ def write(
     config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values()) if low_rank is not None else None
     shared = shards.pick(encoder, lambda key: not is_ffn_key(key))
     bi = shards.pick(encoder, is_ffn_key)
-    alignment = source.alignment()
     save_tensors(shared, folder / SHARED_FILE, alignment)
     save_tensors(bi, folder / BI_FILE, alignment)
     save_tensors(uni, folder / UNI_FILE, alignment)
@@ -327,7 +274,6 @@ def write(
         save_low_rank(low_rank, folder / DELTA_FILE, {"base_sha256": config.base_sha256})
     if config.router is not None:
         save_tensors(routers or {}, folder / ROUTER_FILE)
-    generation_config = source.generation_config()
     if generation_config is not None:
         generation_config.save_pretrained(folder / GENERATOR_FOLDER)
 
@@ -335,12 +281,35 @@ def write(
     causal = causal_config(model.config).to_dict() | {"architectures": [config.base_architecture]}
     for settings in (stock, causal):
         settings.pop("_name_or_path", None)
+        if len(dtypes[0]) == 1:
+            settings["dtype"] = str(next(iter(dtypes[0]))).removeprefix("torch.")
     _write_json(folder / "config.json", stock)
     _write_json(folder / GENERATOR_CONFIG, {**causal, CONFIG_KEY: config.to_dict()})
     _write_index(folder / INDEX_FILE, [(SHARED_FILE, shared), (BI_FILE, bi)])
     # Stock transformers opens the local folder `generator` as the base model by this index.
     parts = [(f"../{SHARED_FILE}", shared), (Path(UNI_FILE).name, uni)]
     _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, parts)
+
+
+def plain_dtypes(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
+    """The dtypes of tensors that can be stored.
+
+    Raises:
+        CheckpointError: If one is packed, quantised or no tensor at all; names it and its type.
+    """
+    if isinstance(tensors, shards.Described):
+        return {_plain_dtype(key, tensors.spec(key).blank()) for key in tensors}
+    return {_plain_dtype(key, tensor) for key, tensor in tensors.items()}
+
+
+def _plain_dtype(key: str, tensor: object) -> torch.dtype:
+    import torch
+
+    plain = isinstance(tensor, torch.Tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or not tensor.is_floating_point():
+        found = f"{type(tensor).__name__}{f' of {tensor.dtype}' if isinstance(tensor, torch.Tensor) else ''}"
+        raise CheckpointError(f"{key} is {found}, expected a plain tensor of floating point: save before quantising")
+    return tensor.dtype
 
 
 def name_first_module(folder: Path, kind: str) -> None:
@@ -428,6 +397,12 @@ def _dimension(root: Path, hidden: int) -> int:
             if "out_features" in settings:
                 return int(settings["out_features"])
     return hidden
+
+
+def notices_in(folder: Path) -> dict[str, bytes]:
+    """Terms and notices that lie in a folder, by name."""
+    found = {file for pattern in NOTICES for file in folder.glob(pattern) if file.is_file()}
+    return {file.name: file.read_bytes() for file in sorted(found)}
 
 
 def write_sums(path: Path) -> None:

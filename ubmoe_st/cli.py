@@ -16,6 +16,7 @@ from rich.text import Text
 from ubmoe_st.answers import answer, find, hit_table
 from ubmoe_st.files import replacing_by_name
 from ubmoe_st.plan_command import plan
+from ubmoe_st.serving.command import serve
 from ubmoe_st.terminal import (
     converse,
     err,
@@ -55,6 +56,11 @@ FilterOption = Annotated[
 RoutingOption = Annotated[
     Literal["uni", "bi", "router"], typer.Option(help="Expert that generates; `uni` is the base model.")
 ]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Duplicate = Literal["raise", "skip", "upsert"]
+Mode = Literal["dense", "bm25", "hybrid"]
+View = Literal["encoder", "generator"]
+Format = Literal["hf", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
 TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
@@ -77,26 +83,14 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 @errors_in_one_line
 def build(
-    base: Annotated[
-        str, typer.Argument(metavar="BASE", help="Folder, .gguf file, Hub id or `smollm2-135m`.", show_default=False)
-    ],
+    base: Annotated[str, typer.Argument(help="Folder, .gguf file, Hub id or `smollm2-135m`.", show_default=False)],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
-    experts: Annotated[
-        Path | None,
-        typer.Option(help="Trained bi experts: low-rank folder or file, PEFT adapter, or fine-tuned folder."),
-    ] = None,
+    experts: Annotated[Path | None, typer.Option(help="Trained bi experts: folder, file or PEFT adapter.")] = None,
     routers: Annotated[Path | None, typer.Option(help="Trained token routers (.safetensors).")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Weight dtype; by default that of the base."),
-    ] = None,
-    max_seq_length: Annotated[
-        int | None, typer.Option(min=1, help="Length in tokens that longer texts to embed are cut to.")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Weight dtype; by default that of the base.")] = None,
+    max_seq_length: Annotated[int | None, typer.Option(min=1, help="Longest text to embed, in tokens.")] = None,
     overwrite: Overwrite = False,
-    allow_base_mismatch: Annotated[
-        bool, typer.Option(help="Accept experts that were trained on other base weights.")
-    ] = False,
+    allow_base_mismatch: Annotated[bool, typer.Option(help="Accept experts of other base weights.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Turn a decoder into a checkpoint that embeds and generates."""
@@ -151,9 +145,7 @@ def info(path: ModelFolder, as_json: JsonFlag = False) -> None:
 @errors_in_one_line
 def encode(
     path: ModelFolder,
-    source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Texts: .txt with one a line, or .jsonl with a field `text`.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Texts: .txt, one a line, or .jsonl with `text`.")],
     out_file: Annotated[Path, typer.Option("--out", help="File to write, .npy or .parquet.", show_default=False)],
     prompt_name: Annotated[str | None, typer.Option(help="Name of a prompt of the checkpoint, e.g. `query`.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of texts embedded at a time.")] = 32,
@@ -237,42 +229,24 @@ def generate(
 @app.command()
 @errors_in_one_line
 def index(
-    corpus: Annotated[
-        str,
-        typer.Argument(metavar="CORPUS", help="Corpus: .jsonl, .csv or .parquet file, folder, or hf:NAME#split."),
-    ],
+    corpus: Annotated[str, typer.Argument(help="Corpus: .jsonl, .csv or .parquet file, folder, hf:NAME#split.")],
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_default=False)],
     out_dir: Annotated[Path, typer.Option("--out", help="Index folder to write.", show_default=False)],
-    kind: Annotated[
-        str, typer.Option(help="Kind of index: auto, flat, int8, hnsw, ivf-flat, ivf-pq, binary, ...")
-    ] = "auto",
+    kind: Annotated[str, typer.Option(help="Kind of index: auto, flat, int8, hnsw, ivf-pq, binary, ...")] = "auto",
     id_field: Annotated[str, typer.Option("--id", help="Field of the corpus with the id.")] = "id",
     text_field: Annotated[str, typer.Option("--text", help="Field of the corpus with the text.")] = "text",
     title_field: Annotated[str, typer.Option("--title", help="Field of the corpus with the title.")] = "title",
-    chunk_tokens: Annotated[
-        int | None, typer.Option(help="Length in tokens of the chunks that documents are cut into.")
-    ] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Length of chunks, in tokens; by default uncut.")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Number of tokens that neighbouring chunks share.")] = 0,
-    on_duplicate: Annotated[
-        Literal["raise", "skip", "upsert"], typer.Option(help="What to do with a repeated id.")
-    ] = "raise",
-    on_bad_row: Annotated[
-        Literal["raise", "skip"], typer.Option(help="What to do with a row that cannot be used.")
-    ] = "raise",
+    on_duplicate: Annotated[Duplicate, typer.Option(help="What to do with a repeated id.")] = "raise",
+    on_bad_row: Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unusable row.")] = "raise",
     truncate_dim: TruncateDim = None,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option("--memory", help="Memory budget of the build beside the model, e.g. 512MB; by default half."),
-    ] = None,
+    memory_budget: Annotated[str | None, typer.Option("--memory", help="Memory budget of the build, e.g. 1GB.")] = None,
     faiss_file: Annotated[
-        bool | None,
-        typer.Option("--faiss/--no-faiss", help="Write a faiss file beside a flat index; by default if it is small."),
+        bool | None, typer.Option("--faiss/--no-faiss", help="Write a faiss file; by default for a small index.")
     ] = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Also build a BM25 index, for hybrid search.")] = False,
-    engine: Annotated[
-        Literal["local", "ray"],
-        typer.Option(help="Where to embed: in this process, or on the actors of a Ray cluster."),
-    ] = "local",
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where to embed: here, or on Ray actors.")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Number of Ray actors.")] = 2,
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
@@ -317,9 +291,7 @@ def search(
     paths: IndexFolders = None,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="Text to look for.", show_default=False)] = "",
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
-    mode: Annotated[
-        Literal["dense", "bm25", "hybrid"], typer.Option(help="Way to search; bm25 and hybrid need an index with BM25.")
-    ] = "dense",
+    mode: Annotated[Mode, typer.Option(help="Way to search; bm25 and hybrid need a BM25 index.")] = "dense",
     where: FilterOption = None,
     model: MovedModel = None,
     as_json: JsonFlag = False,
@@ -402,11 +374,24 @@ def tune(
 @app.command()
 @errors_in_one_line
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint or index folder.")], as_json: JsonFlag = False
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint or index folder.")],
+    lossless: Annotated[
+        bool, typer.Option("--lossless", help="Compare what a checkpoint generates with its base instead.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base to compare with: folder, .gguf file, Hub id or short name; by default the recorded."),
+    ] = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Check every byte of a checkpoint or an index against its checksums."""
+    """Check every byte of a checkpoint or an index against its checksums, or a checkpoint against its base."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is not a folder")
+    if base is not None and not lossless:
+        raise ValueError("--base is what --lossless compares with: give both")
+    if lossless:
+        _verify_lossless(path, base, as_json)
+        return
     with status(f"verifying {path}"):
         if (path / INDEX_FILE).is_file():
             from ubmoe_st.index import EmbeddingIndex
@@ -429,21 +414,14 @@ def export(
     out_path: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder to write; a .gguf file for gguf.", show_default=False)
     ],
-    view: Annotated[
-        Literal["encoder", "generator"],
-        typer.Option(help="View to export: what embeds, or what generates (the base model)."),
-    ] = "encoder",
+    view: Annotated[View, typer.Option(help="View to export: what embeds, or what generates.")] = "encoder",
     format: Annotated[
-        Literal["hf", "gguf", "onnx", "openvino", "peft", "gguf-lora"],
-        typer.Option(help="Format, of transformers, llama.cpp, onnxruntime or OpenVINO; or the experts as an adapter."),
+        Format, typer.Option(help="Format: transformers, llama.cpp, onnxruntime, OpenVINO; or the experts as adapter.")
     ] = "hf",
     quantize: Annotated[
-        Literal["f16", "int8"] | None,
-        typer.Option(help="Quantisation: f16 of gguf; int8 of gguf, and of encoders as onnx or openvino."),
+        Literal["f16", "int8"] | None, typer.Option(help="Quantisation: f16 of gguf; int8 of gguf, onnx and openvino.")
     ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Texts like yours, .txt or .jsonl, to measure activations for int8.")
-    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="Texts like yours (.txt, .jsonl), to fit int8.")] = None,
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -471,10 +449,7 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="Hub id, owner/name.", show_default=False)],
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; made if it does not exist.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    message: Annotated[
-        str | None,
-        typer.Option("--message", "-m", help="Commit message; by default `Upload` and the name of the folder."),
-    ] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message; a default is made.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")] = False,
     exist_ok: Annotated[bool, typer.Option("--exist-ok", help="Change a repository that has files already.")] = False,
     card: Annotated[Path | None, typer.Option(help="Model card to publish instead of the folder's README.md.")] = None,
@@ -517,6 +492,27 @@ def push(
         say(f"published: {commit.pr_url or commit.commit_url}")
 
 
+app.command()(errors_in_one_line(serve))
+
+
+def _verify_lossless(path: Path, base: str | None, as_json: bool) -> None:
+    model = _load(str(path))
+    with status(f"comparing {path} with its base"):
+        report = model.check_lossless(base)
+    if as_json:
+        say_json({"path": str(path), **report.as_dict()})
+    else:
+        say(f"{path} against {report.base}:")
+        table = Table("check", "result", show_edge=False, box=None)
+        for name, difference in report.checks.items():
+            table.add_row(name, Text("equal" if difference is None else f"DIFFERS: {difference}"))
+        out.print(table)
+        if report.same_files is False:
+            say(f"the weight files of {report.base} are not those whose SHA-256 the checkpoint records")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 def _load(path: str) -> UBMoE:
     with status(f"loading {path}"):
         from ubmoe_st.model import UBMoE
@@ -538,11 +534,10 @@ def _index_folders(paths: Sequence[Path] | None, query: str, name: str) -> list[
 
 def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     from ubmoe_st.index import EmbeddingIndex, IndexGroup
-    from ubmoe_st.index.embedder import find_model
 
     first = EmbeddingIndex.open(paths[0])
     together: Any = first if len(paths) == 1 else IndexGroup([first, *map(EmbeddingIndex.open, paths[1:])])
-    together.use_model(_load(model or find_model(first.info["model"], first.path)))
+    together.use_model(_load(model or first.find_model()))
     return together
 
 

@@ -22,7 +22,8 @@ class UBMoEConfig:
     """
 
     base_model: str
-    """Name of the base model: a Hub id, or the name of the folder or file it was read from."""
+    """Name of the base model: a Hub id, or the name of the folder or file it was read from. Empty: the generator's
+    weights were changed since, so that it is no longer that base."""
 
     base_architecture: str
     """Class of the base model in transformers, e.g. `LlamaForCausalLM`."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
+from ubmoe_st.files import give_usual_mode
 
 LowRank = dict[str, tuple[Tensor, Tensor]]
 """Low-rank experts by linear layer (`layers.0.mlp.up_proj`): A (R, in) and B (out, R); the delta is B @ A."""
@@ -117,6 +118,36 @@ def merge_low_rank(linear: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> None:
         weight = linear.weight
         delta = lora_b.to(weight.device, torch.float32) @ lora_a.to(weight.device, torch.float32)
         weight.copy_((weight.to(torch.float32) + delta).to(weight.dtype))
+
+
+def low_rank_mismatch(low_rank: LowRank, uni: Mapping[str, Tensor], bi: Mapping[str, Tensor]) -> str | None:
+    """The first FFN tensor that is not its original plus B @ A, rounded once; None where all are.
+
+    Args:
+        low_rank: The experts.
+        uni: The original FFN tensors by backbone name.
+        bi: The merged ones; other tensors in it are passed over.
+    """
+    for key, tensor in bi.items():
+        if not is_ffn_key(key):
+            continue
+        found, original = tensor.detach().cpu(), uni[key].detach().cpu() if key in uni else None
+        pair = low_rank.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        if original is None or original.shape != found.shape or not found.is_floating_point():
+            return key
+        if pair is None:
+            if not torch.equal(original, found):
+                return key
+            continue
+        lora_a, lora_b = (half.detach().to("cpu", torch.float32) for half in pair)
+        merged = original.float() + lora_b @ lora_a
+        # The product may be summed in another order than when it was merged, the sum was rounded to the dtype.
+        room = torch.finfo(torch.float32).eps * 8 * (original.float().abs() + lora_b.abs() @ lora_a.abs())
+        if found.dtype != torch.float32:
+            room += torch.finfo(found.dtype).eps / 2 * found.float().abs() + torch.finfo(found.dtype).smallest_normal
+        if bool(((merged - found.float()).abs() > room).any()):
+            return key
+    return None
 
 
 def with_low_rank(ffn: nn.Module, prefix: str, low_rank: LowRank) -> nn.Module:
@@ -282,6 +313,7 @@ def save_low_rank(low_rank: LowRank, file: str | os.PathLike[str], metadata: Map
         tensors[f"{name}.lora_A"] = lora_a.detach().cpu().contiguous()
         tensors[f"{name}.lora_B"] = lora_b.detach().cpu().contiguous()
     shards.write_with_metadata(Path(file), tensors, low_rank_header(metadata))
+    give_usual_mode(Path(file))
 
 
 def low_rank_header(metadata: Mapping[str, object]) -> dict[str, str]:
@@ -319,6 +351,7 @@ def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, obje
 def save_routers(state: Mapping[str, Tensor], kind: RouterKind, file: str | os.PathLike[str]) -> None:
     """Write token routers, `layers.N.router.*`, and how they mix."""
     save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, file, {"kind": kind})
+    give_usual_mode(Path(file))
 
 
 def load_routers(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], RouterKind]:

@@ -231,8 +231,13 @@ def _mode_of_new_files(path: Path) -> int:
     return mode
 
 
+def give_usual_mode(path: Path) -> None:
+    """Give a file the mode that the umask leaves: safetensors lets only the owner read."""
+    path.chmod(_mode_of_new_files(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")))
+
+
 def _finish(path: Path, mode: int) -> None:
-    """Make a file, or a folder with all below it, durable and readable; safetensors lets only the owner read."""
+    """Make a file, or a folder with all below it, durable, with the mode that the umask leaves."""
     for entry in [*path.rglob("*"), path]:
         if entry.is_dir():
             sync_directory(entry)

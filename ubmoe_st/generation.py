@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from ubmoe_st.configuration import Routing
 from ubmoe_st.transformer import UBMoETransformer
 
-Chat = list[dict[str, str]]
+Chat = list[dict[str, Any]]
+Tool = dict[str, Any] | Callable[..., Any]
+
+DEFAULT_NEW_TOKENS = 256
+"""Limit where neither the call nor the generation config of the model sets one, as in the stock pipeline."""
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How chats become text; see `UBMoE.generate`."""
+
+    continue_final_message: bool | None = None
+    tools: Sequence[Tool] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the options that are set."""
+        return [name for name, value in vars(self).items() if value is not None]
 
 
 def generate(
@@ -23,8 +45,9 @@ def generate(
     /,
     *,
     routing: Routing | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     stream: bool,
+    chat: ChatOptions,
     **generation_kwargs: Any,
 ) -> str | list[str] | Iterator[str]:
     """Continue texts, or answer chats; see `UBMoE.generate`."""
@@ -37,17 +60,15 @@ def generate(
     batch: list[str | Chat] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
     if stream and len(batch) != 1:
         raise ValueError(f"stream=True takes one prompt, got {len(batch)}")
-    if max_new_tokens < 1:
+    if max_new_tokens is not None and max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not batch:
         return []
     config = views.ubmoe_config
     tokenizer: Any = views.tokenizer
     lm: Any = views.generator(routing or (config.routing if config else "uni"))
-    inputs = _padded(views, batch, lm.device)
-    arguments = {**inputs, "max_new_tokens": max_new_tokens, **generation_kwargs}
-    if tokenizer.pad_token_id is not None:
-        arguments.setdefault("pad_token_id", tokenizer.pad_token_id)
+    inputs = _padded(views, batch, chat, lm.device)
+    arguments = {**inputs, **_settled(lm, tokenizer, max_new_tokens, generation_kwargs)}
     if stream:
         return _stream(lm, tokenizer, arguments)
     with torch.inference_mode():
@@ -56,6 +77,40 @@ def generate(
         sequences = sequences.sequences
     texts = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts[0] if single and len(texts) == 1 else texts
+
+
+def _settled(
+    lm: Any, tokenizer: Any, max_new_tokens: int | None, generation_kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `generate` with a limit, a pad token and a tokenizer where the caller leaves them open.
+
+    A limit of the call goes before one of its `generation_config`, this before one of the model's, and our own comes
+    last: a default `max_new_tokens` would also beat a `max_length` that somebody did set.
+    """
+    arguments = dict(generation_kwargs)
+    config: GenerationConfig | None = arguments.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config must be a transformers GenerationConfig, got {type(config).__name__}")
+    of_call = {} if config is None else config.to_diff_dict()
+    of_model = lm.generation_config.to_diff_dict()
+    added: dict[str, Any] = {}
+    if max_new_tokens is not None:
+        added["max_new_tokens"] = max_new_tokens
+    elif arguments.get("max_length") is not None:
+        added["max_new_tokens"] = None
+    elif all(name not in known for known in (of_call, of_model) for name in ("max_new_tokens", "max_length")):
+        added["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    if tokenizer.pad_token_id is not None and "pad_token_id" not in {**of_call, **arguments}:
+        added["pad_token_id"] = tokenizer.pad_token_id
+    if any("stop_strings" in known for known in (of_call, of_model, arguments)):
+        # A copy: transformers tokenises with it outside our lock, which would change the padding of other threads.
+        arguments.setdefault("tokenizer", copy.deepcopy(tokenizer))
+    if config is None or arguments.get("max_length") is not None:
+        return {**arguments, **added}
+    # Into a copy: transformers deprecates keyword arguments beside a `generation_config`.
+    config = copy.deepcopy(config)
+    config.update(**added)
+    return {**arguments, "generation_config": config}
 
 
 def _is_chat(prompt: object) -> bool:
@@ -67,18 +122,19 @@ def _is_chat(prompt: object) -> bool:
     )
 
 
-def _padded(views: UBMoETransformer, batch: list[str | Chat], device: torch.device) -> dict[str, Tensor]:
+def _padded(
+    views: UBMoETransformer, batch: list[str | Chat], chat: ChatOptions, device: torch.device
+) -> dict[str, Tensor]:
     """Token ids and mask, (B, T), padded on the left whatever side the encoder pads on: new tokens follow."""
     tokenizer: Any = views.tokenizer
+    if chat.given and all(isinstance(prompt, str) for prompt in batch):
+        raise ValueError(f"{', '.join(chat.given)}: of use for chats alone, and every prompt is a text")
     rows = []
     for position, prompt in enumerate(batch):
         if isinstance(prompt, str):
             ids = views.token_ids(prompt)
         elif _is_chat(prompt):
-            if tokenizer.chat_template is None:
-                raise ValueError("this checkpoint has no chat template; give the prompt as a text")
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            ids = views.token_ids(text, add_special_tokens=False)
+            ids = views.token_ids(chat_text(tokenizer, prompt, chat), add_special_tokens=False)
         else:
             raise TypeError(
                 f"the prompt at position {position} must be a text or a list of messages with 'role' and "
@@ -92,6 +148,73 @@ def _padded(views: UBMoETransformer, batch: list[str | Chat], device: torch.devi
     input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in rows], device=device)
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows], device=device)
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def chat_text(tokenizer: Any, chat: Chat, options: ChatOptions) -> str:
+    """A chat as the text to continue: a last turn of the assistant is left open, after any other turn a new one begins.
+
+    Args:
+        tokenizer: With a chat template.
+        chat: Messages with `role` and `content`: a text, or a list of parts `{"type": "text", "text": ...}`.
+        options: See `UBMoE.generate`.
+
+    Raises:
+        ValueError: If there is no template, a part is no text, or the template does not take the chat.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("this checkpoint has no chat template; give the prompt as a text")
+    further = dict(options.chat_template_kwargs or {})
+    taken = sorted(further.keys() & {"tools", "continue_final_message", "add_generation_prompt", "tokenize"})
+    if taken:
+        raise ValueError(f"chat_template_kwargs holds {taken[0]!r}, which is no variable of the template; see generate")
+    continued = options.continue_final_message
+    if continued is None:
+        continued = chat[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            _with_readable_parts(tokenizer, chat),
+            tokenize=False,
+            tools=None if options.tools is None else list(options.tools),
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            **further,
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template of this checkpoint does not take the chat: {error}") from error
+
+
+def _with_readable_parts(tokenizer: Any, chat: Chat) -> Chat:
+    """The chat as the template reads it: parts stay parts where it knows them, else their texts are joined."""
+    if all(isinstance(message["content"], str) or message["content"] is None for message in chat):
+        return chat
+    for position, message in enumerate(chat):
+        content = message["content"]
+        for part in content if isinstance(content, (list, tuple)) else []:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                raise ValueError(
+                    f"message {position} has a part of type {kind!r}: this model reads text alone; give parts as "
+                    "{'type': 'text', 'text': ...}"
+                )
+    if _reads_parts(tokenizer):
+        return chat
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"])}
+        if isinstance(message["content"], (list, tuple))
+        else message
+        for message in chat
+    ]
+
+
+def _reads_parts(tokenizer: Any) -> bool:
+    word = "probe"
+    probe = [{"role": "user", "content": [{"type": "text", "text": word}]}]
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    except (TemplateError, TypeError):
+        return False
+    # A template that knows texts alone may also print the list as it stands, with its keys.
+    return word in text and not any(f"{quote}type{quote}" in text for quote in "'\"")
 
 
 def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]:
@@ -133,5 +256,9 @@ def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]
                 raise failure[0]
         finally:
             stopped.set()
+            # Joined, so that nothing computes or draws random numbers after the stream is closed. Not by the thread
+            # itself, whose garbage collection may close it, nor at exit, where a daemon never ends.
+            if thread is not threading.current_thread() and not sys.is_finalizing():
+                thread.join()
 
     return pieces()

@@ -63,24 +63,45 @@ def uni_keys(lm: PreTrainedModel) -> dict[str, str]:
     return keys
 
 
-def uni_ffns(encoder: PreTrainedModel, uni: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+def uni_ffns(
+    encoder: PreTrainedModel, uni: Mapping[str, Tensor], lm: PreTrainedModel | None = None
+) -> dict[str, nn.Module]:
     """The original FFN of each layer.
+
+    They are the modules of the stock class, not copies of the encoder's: whatever a library did to those (quantised,
+    compiled, hooked), no part of the `bi` experts gets into the generator.
 
     Args:
         encoder: The encoder view. Low-rank experts already stand on the uni weights, which are shared then.
         uni: The original FFN tensors by backbone name; not read for low-rank experts.
+        lm: A stock causal LM without memory, whose FFNs are taken. None: one is made.
+
+    Raises:
+        ValueError: If a tensor is missing or of another shape.
     """
+    lm = lm if lm is not None else meta_causal_lm(causal_config(encoder.config))
     ffns = {}
-    for prefix, ffn in find_ffns(encoder).items():
-        if any(isinstance(module, LowRankLinear) for module in ffn.modules()):
-            ffns[prefix] = without_low_rank(ffn)
+    for prefix, stock in find_ffns(getattr(lm, lm.base_model_prefix)).items():
+        expert = encoder.get_submodule(prefix)
+        if any(isinstance(module, LowRankLinear) for module in expert.modules()):
+            ffns[prefix] = without_low_rank(expert)
             continue
-        memo: dict[int, object] = {
-            id(parameter): nn.Parameter(uni[f"{prefix}.{name}"], requires_grad=False)
-            for name, parameter in ffn.named_parameters()
-        }
-        ffns[prefix] = share_copy(ffn, memo)
+        for name, parameter in list(stock.named_parameters()):
+            tensor = uni.get(f"{prefix}.{name}")
+            if tensor is None or tensor.shape != parameter.shape:
+                found = "is missing" if tensor is None else f"has shape {tuple(tensor.shape)}"
+                raise ValueError(
+                    f"original FFN tensor {prefix}.{name} {found}, expected shape {tuple(parameter.shape)}"
+                )
+            _put(stock, name, tensor)
+        ffns[prefix] = stock
     return ffns
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a tensor a parameter with the flag that `from_pretrained` leaves: torch folds products by it."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
 
 
 def build_generator(
@@ -105,12 +126,13 @@ def build_generator(
     Raises:
         ValueError: If the head needs a tensor that nothing provides.
     """
+    encoder = getattr(encoder, "_orig_mod", encoder)  # of torch.compile
     lm = meta_causal_lm(causal_config(encoder.config))
     memo: dict[int, object] = {id(encoder.config): lm.config}
     if routing == "bi":
         memo |= {id(ffn): ffn for ffn in find_ffns(encoder).values()}
     else:
-        for prefix, ffn in uni_ffns(encoder, uni).items():
+        for prefix, ffn in uni_ffns(encoder, uni, lm).items():
             bi = encoder.get_submodule(prefix)
             memo[id(bi)] = _routed(encoder, prefix, ffn, bi, router, router_state) if routing == "router" else ffn
     setattr(lm, lm.base_model_prefix, share_copy(encoder, memo))
@@ -147,8 +169,7 @@ def _set_head(lm: PreTrainedModel, uni: Mapping[str, Tensor]) -> None:
         head.weight = lm.get_input_embeddings().weight
     for key, name in uni_keys(lm).items():
         if not is_ffn_key(key) and key in uni:
-            parent, _, leaf = name.rpartition(".")
-            setattr(lm.get_submodule(parent), leaf, nn.Parameter(uni[key], requires_grad=False))
+            _put(lm, name, uni[key])
 
 
 def router_state(lm: PreTrainedModel) -> dict[str, Tensor]:

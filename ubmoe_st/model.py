@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,8 +20,9 @@ from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.configuration import Routing, UBMoEConfig
 from ubmoe_st.experts import is_ffn_key
 from ubmoe_st.files import replacing_folder
-from ubmoe_st.generation import Chat
+from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import download, push
+from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.quantization import inner_tensors, quantize_base
 from ubmoe_st.transformer import UBMoETransformer
 
@@ -78,7 +79,7 @@ class UBMoE(SentenceTransformer):
         if len(self) and not isinstance(self[0], UBMoETransformer):
             raise ValueError(f"the first module must be a UBMoETransformer, got {type(self[0]).__name__}")
         if low_memory:
-            self._views.use_low_memory()
+            self._views.use_low_memory(check=False)
 
     @property
     def _views(self) -> UBMoETransformer:
@@ -111,26 +112,37 @@ class UBMoE(SentenceTransformer):
         prompts: str | Chat | Sequence[str | Chat],
         *,
         routing: Routing | None = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         stream: bool = False,
+        continue_final_message: bool | None = None,
+        tools: Sequence[Tool] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **generation_kwargs: Any,
     ) -> str | list[str] | Iterator[str]:
         """Continue texts, or answer chats.
 
         Args:
-            prompts: A text, a chat (list of messages with `role` and `content`), or a list of either.
+            prompts: A text, a chat (list of messages with `role` and `content`; a content is a text or a list of
+                `{"type": "text", "text": ...}`), or a list of either.
             routing: `uni`: exactly the base model. `bi`, `router`: see `generator_for`. None: the checkpoint's
                 own choice, which is `uni` unless it says otherwise.
-            max_new_tokens: At most so many tokens are generated for each prompt.
-            stream: Return an iterator over pieces of text; for one prompt.
-            **generation_kwargs: As for `transformers` `generate`, e.g. `do_sample`, `temperature`, `num_beams`.
+            max_new_tokens: At most so many tokens are generated for each prompt. None: `max_length` of this call, else
+                the limit of `generation_config`, else that of `generator.generation_config`, else 256.
+            stream: Return an iterator over pieces of text; for one prompt. Closing it ends the generation.
+            continue_final_message: Whether the last message of a chat is continued, instead of answered. None: it is if
+                it is the assistant's.
+            tools: Functions, or their JSON schemas, that the chat template is told of.
+            chat_template_kwargs: Further variables of the chat template, e.g. `enable_thinking`.
+            **generation_kwargs: As for `transformers` `generate`, e.g. `do_sample`, `temperature`, `num_beams`,
+                `stop_strings`, `generation_config`.
 
         Returns:
             The new text; a list of texts for a list of prompts; an iterator if `stream`.
 
         Raises:
             TypeError: If a prompt is neither a text nor a chat.
-            ValueError: If a keyword argument is not known, or several prompts are to be streamed.
+            ValueError: If a keyword argument is not known, several prompts are to be streamed, or the chat template
+                does not take a chat.
         """
         return generation.generate(
             self._views,
@@ -138,6 +150,7 @@ class UBMoE(SentenceTransformer):
             routing=routing,
             max_new_tokens=max_new_tokens,
             stream=stream,
+            chat=ChatOptions(continue_final_message, tools, chat_template_kwargs),
             **generation_kwargs,
         )
 
@@ -196,6 +209,26 @@ class UBMoE(SentenceTransformer):
         """
         quantize_base(self._views, config)
 
+    def check_lossless(self, base: str | os.PathLike[str] | None = None) -> LosslessReport:
+        """Whether the generator is the base, to the last bit: logits, tokens and weights of both are compared.
+
+        Also whether attention is causal in the generator and full in the encoder, by what they compute.
+
+        Args:
+            base: Folder, `.gguf` file, Hub id or short name of the base. None: what the checkpoint names.
+
+        Returns:
+            The report: `ok`, and by name of each check what differs.
+
+        Raises:
+            ValueError: If no base is given, and that of the checkpoint is not named or not found.
+
+        Example:
+            >>> report = UBMoE("models/ubmoe-135m").check_lossless("smollm2-135m")
+            >>> report.ok or report.checks
+        """
+        return check_lossless(self._views, base)
+
     # --- saving ----------------------------------------------------------------------------------------------
 
     def save(
@@ -214,22 +247,33 @@ class UBMoE(SentenceTransformer):
             create_model_card: Whether to write README.md.
             train_datasets: For the model card.
             safe_serialization: Must be True.
+
+        Raises:
+            CheckpointError: If what was written would not open, as of a compiled or quantised model; an old checkpoint
+                stays as it was.
         """
         checkpoint.refuse_foreign_weights(path)
         with replacing_folder(path, keep=checkpoint.is_of_others) as temporary:
-            super().save(
-                str(temporary),
-                model_name=model_name,
-                create_model_card=False,
-                train_datasets=train_datasets,
-                safe_serialization=safe_serialization,
-            )
+            before = self.ubmoe_config
+            try:
+                super().save(
+                    str(temporary),
+                    model_name=model_name,
+                    create_model_card=False,
+                    train_datasets=train_datasets,
+                    safe_serialization=safe_serialization,
+                )
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"nothing was written to {path}, because it would not open again: {error}. Save a model before it "
+                    "is compiled or quantised"
+                ) from error
+            config = before if self._views.has_adapter else checkpoint.read_config(temporary)
             checkpoint.name_first_module(temporary, _STOCK_TRANSFORMER)
             if create_model_card:
                 name = model_name or Path(path).resolve().name
-                (temporary / "README.md").write_text(
-                    self._model_card_text or model_card(self.ubmoe_config, name), encoding="utf-8"
-                )
+                kept = self._model_card_text if _same_claims(before, config) else None
+                (temporary / "README.md").write_text(kept or model_card(config, name), encoding="utf-8")
             if not self._views.has_adapter:
                 checkpoint.write_sums(temporary)
 
@@ -295,6 +339,13 @@ class UBMoE(SentenceTransformer):
 
     def _get_model_config(self) -> dict[str, Any]:
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
+
+
+def _same_claims(before: UBMoEConfig | None, after: UBMoEConfig | None) -> bool:
+    """Whether a card that was right before saving is right for what was saved."""
+    if before is None or after is None:
+        return before is after
+    return (before.base_model, before.expert_rank) == (after.base_model, after.expert_rank)
 
 
 def _check_texts(inputs: object) -> None:

@@ -61,6 +61,12 @@ class Spec:
         """Bytes of the numbers."""
         return self.count * _BYTES[self.dtype]
 
+    def blank(self) -> Tensor:
+        """A tensor of this shape and type without numbers, on the meta device."""
+        import torch
+
+        return torch.empty(self.shape, dtype=getattr(torch, _NAMES[self.dtype]), device="meta")
+
 
 def spec_of(shape: tuple[int, ...], dtype: torch.dtype) -> Spec:
     """Shape and type as safetensors names them.
@@ -120,29 +126,14 @@ def pick(tensors: Mapping[str, Tensor], wanted: Callable[[str], bool]) -> Mappin
     return {name: tensors[name] for name in names}
 
 
-def refuse_quantised(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors in memory that stand for others, as those of torchao do.
-
-    Raises:
-        ValueError: If there is one; names it.
-    """
-    quantised = next((name for name, tensor in tensors.items() if hasattr(tensor, "__tensor_flatten__")), None)
-    if quantised is not None:
-        raise ValueError(
-            f"{quantised} is quantised ({type(tensors[quantised]).__name__}), and checkpoints hold the weights of the "
-            "base as they are; save the model before it is quantised"
-        )
-
-
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     """Shapes and types by name; reads no tensor that is not in memory.
 
     Raises:
-        ValueError: If a tensor is quantised, or of a type that is not written.
+        ValueError: If a tensor is of a type that is not written.
     """
     if isinstance(tensors, Described):
         return {name: tensors.spec(name) for name in tensors}
-    refuse_quantised(tensors)
     return {name: spec_of(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing_extensions import Self
 
 from ubmoe_st import checkpoint, shards
 from ubmoe_st.bases import Base
-from ubmoe_st.configuration import RouterKind, Routing
+from ubmoe_st.configuration import RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merge_low_rank
 from ubmoe_st.generator import causal_config, meta_causal_lm, uni_keys
 from ubmoe_st.model import UBMoE
@@ -159,13 +160,15 @@ class StreamedTransformer(UBMoETransformer):
         if self.ubmoe_config is not None:
             self.ubmoe_config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values())
 
-    def set_dense_experts(self, ffn: Mapping[str, Tensor]) -> None:  # noqa: D102 - as of the class above
+    def set_dense_experts(  # noqa: D102 - as of the class above
+        self, ffn: Mapping[str, Tensor], low_rank: LowRank | None = None
+    ) -> None:
         own = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items() if is_ffn_key(key)}
         found = {key: spec.shape for key, spec in shards.specs_of(ffn).items()}
         odd = next((key for key in sorted({*own, *found}) if own.get(key) != found.get(key)), None)
         if odd is not None:
             raise ValueError(f"{odd}: expected shape {own.get(odd)}, got {found.get(odd)} in the dense experts")
-        self._dense, self.low_rank = ffn, None
+        self._dense, self.low_rank = ffn, low_rank
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:  # noqa: D102 - as of the class above
         if self.ubmoe_config is None:
@@ -183,6 +186,17 @@ class StreamedTransformer(UBMoETransformer):
             raise ValueError(f"routers: expected {odd} of shape {wanted.get(odd)}, got {found.get(odd)}")
         self._routers = {key: tensor.to(self.model.dtype) for key, tensor in state.items()}
         self.ubmoe_config.router = kind
+
+    def _current_low_rank(self, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]) -> LowRank | None:
+        # Nothing in memory can have been changed since it was set.
+        return self._load_low_rank()
+
+    def _honest_config(
+        self, config: UBMoEConfig, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]
+    ) -> UBMoEConfig:
+        if not config.base_sha256 and self.base is not None:
+            config.base_sha256 = self.base.sha256
+        return replace(config)
 
     # --- tensors -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
-from ubmoe_st import checkpoint, shards
+from ubmoe_st import checkpoint
 from ubmoe_st.bases import Base, resolve_base, save_tokenizer
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -24,12 +26,14 @@ from ubmoe_st.experts import (
     check_low_rank,
     find_ffns,
     is_ffn_key,
+    low_rank_mismatch,
     merge_low_rank,
     replace_module,
     share_copy,
     with_low_rank,
 )
 from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns
+from ubmoe_st.source import Source
 
 _TEXT_ONLY: dict[str, Any] = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
@@ -89,19 +93,22 @@ class UBMoETransformer(Transformer):
     """What one more pass of the encoder costs on a CPU, in tokens: it reads all weights again."""
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
+        source = Source(folder=Path(model_name_or_path) if checkpoint.is_checkpoint(model_name_or_path) else None)
         super().__init__(str(model_name_or_path), **{**_TEXT_ONLY, **kwargs})
         # Read at every call by the stock mask functions; `is_causal` as a call argument is not thread-safe.
         self.model.config.is_causal = False
-        self.source = checkpoint.Source()
+        self.source = source
         self.base: Base | None = None
         self.low_rank: LowRank | None = None
         self.ubmoe_config: UBMoEConfig | None = None
+        self.notices: dict[str, bytes] = {}
         self._uni: dict[str, Tensor] | None = None
         self._routers: dict[str, Tensor] | None = None
         self._generators: dict[str, PreTrainedModel] = {}
-        if checkpoint.is_checkpoint(model_name_or_path):
-            self.source = checkpoint.Source(folder=Path(model_name_or_path))
-            self.ubmoe_config = checkpoint.read_config(model_name_or_path)
+        if source.folder is not None:
+            self.ubmoe_config = checkpoint.read_config(source.folder)
+            self.notices = checkpoint.notices_in(source.folder)
+            source.check_unchanged()
 
     @classmethod
     def from_base(
@@ -138,7 +145,7 @@ class UBMoETransformer(Transformer):
         find_ffns(module.model)
         _check_bidirectional(module.probe())
         module.base = found
-        module.source = checkpoint.Source(base=found.path)
+        module.source = Source(base=found.path, dtype=module.model.dtype)
         module.ubmoe_config = UBMoEConfig(
             base_model=found.name,
             base_architecture=type(meta_causal_lm(causal_config(module.model.config))).__name__,
@@ -274,11 +281,12 @@ class UBMoETransformer(Transformer):
         if self.ubmoe_config is not None:
             self.ubmoe_config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values())
 
-    def set_dense_experts(self, ffn: Mapping[str, Tensor]) -> None:
+    def set_dense_experts(self, ffn: Mapping[str, Tensor], low_rank: LowRank | None = None) -> None:
         """Take dense `bi` experts.
 
         Args:
             ffn: Every FFN tensor of the backbone by name.
+            low_rank: The same in low-rank form, where they have one.
 
         Raises:
             ValueError: If one is missing, unknown, or of another shape.
@@ -292,7 +300,7 @@ class UBMoETransformer(Transformer):
                 raise ValueError(f"{key}: expected shape {tuple(tensor.shape)}, got {tuple(ffn[key].shape)}")
             with torch.no_grad():
                 tensor.copy_(ffn[key])
-        self.low_rank = None
+        self.low_rank = low_rank
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
         """Take trained token routers, as given by `router_state`.
@@ -308,21 +316,27 @@ class UBMoETransformer(Transformer):
         self.ubmoe_config.router = kind
         self._generators.pop("router", None)
 
-    def use_low_memory(self) -> None:
+    def use_low_memory(self, *, check: bool = True) -> None:
         """Hold the `bi` experts as low-rank deltas on the `uni` weights, instead of merged.
+
+        Args:
+            check: Whether to find out first if the experts were changed since they were read; needs all weights.
 
         Raises:
             ValueError: If the experts are dense.
         """
         low_rank = self._load_low_rank()
+        if check and low_rank is not None:
+            low_rank = self._current_low_rank(self.encoder_state(), self.uni_tensors())
         if low_rank is None:
             raise ValueError(
                 "low_memory=True needs low-rank experts, but the bi experts of this checkpoint are dense; "
                 "load it with low_memory=False"
             )
         uni = self.uni_tensors()
-        for prefix, ffn in uni_ffns(self.model, uni).items():
-            replace_module(self.model, prefix, with_low_rank(ffn, prefix, low_rank))
+        with torch.inference_mode(False):
+            for prefix, ffn in uni_ffns(self.model, uni).items():
+                replace_module(self.model, prefix, with_low_rank(ffn, prefix, low_rank))
         self._uni = {key: tensor for key, tensor in uni.items() if not is_ffn_key(key)}
         self._generators = {}
         self.model.eval()
@@ -331,6 +345,33 @@ class UBMoETransformer(Transformer):
         if self.low_rank is None:
             self.low_rank = self.source.low_rank()
         return self.low_rank
+
+    def _current_low_rank(self, encoder: dict[str, Tensor], uni: dict[str, Tensor]) -> LowRank | None:
+        """The low-rank form of the experts as they are now, None where they are dense.
+
+        Args:
+            encoder: What `encoder_state` gives.
+            uni: What `uni_tensors` gives.
+        """
+        stored = self._load_low_rank()
+        if self.is_low_memory:
+            held = {n: (m.lora_A, m.lora_B) for n, m in self.model.named_modules() if isinstance(m, LowRankLinear)}
+            return stored if stored is not None and _same_low_rank(held, stored) else held
+        if stored is None:
+            return None
+        bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
+        original = {key: tensor for key, tensor in uni.items() if is_ffn_key(key)}
+        if stored is self.source.low_rank() and not (self.source.changed(bi, bi=True) or self.source.changed(original)):
+            return stored
+        key = low_rank_mismatch(stored, uni, bi)
+        if key is None:
+            return stored
+        warnings.warn(
+            f"{key} is not its original plus the low-rank experts any more: it was trained, merged into or replaced. "
+            "The bi experts are dense now, and low_memory is not possible",
+            stacklevel=3,
+        )
+        return None
 
     def _load_routers(self) -> dict[str, Tensor] | None:
         if self._routers is None:
@@ -350,8 +391,8 @@ class UBMoETransformer(Transformer):
         with _BUILD_LOCK:
             if self._uni is None:
                 dtype, device = self.model.dtype, self.model.device
-                stored = self.source.uni(dtype)
-                self._uni = {key: tensor.to(device, dtype) for key, tensor in stored.items()}
+                with torch.inference_mode(False):
+                    self._uni = {key: tensor.to(device, dtype) for key, tensor in self.source.uni().items()}
         tensors = dict(self._uni)
         for prefix, ffn in find_ffns(self.model).items():
             for name, module in ffn.named_modules():
@@ -373,7 +414,9 @@ class UBMoETransformer(Transformer):
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
         with _BUILD_LOCK:
             if routing not in self._generators:
-                self._generators[routing] = self._build(routing)
+                # Tensors made in inference mode would be refused by autograd for ever.
+                with torch.inference_mode(False):
+                    self._generators[routing] = self._build(routing)
             return self._generators[routing]
 
     def _build(self, routing: Routing) -> PreTrainedModel:
@@ -390,8 +433,8 @@ class UBMoETransformer(Transformer):
 
     def _build_routed(self, uni: dict[str, Tensor], kind: RouterKind | None) -> PreTrainedModel:
         encoder = self.model
-        low_rank = self._load_low_rank()
-        if low_rank is not None and not self.is_low_memory:
+        low_rank = None if self.is_low_memory else self._current_low_rank(self.encoder_state(), uni)
+        if low_rank is not None:
             ffns = uni_ffns(encoder, uni)
             encoder = _with_ffns(encoder, {p: with_low_rank(ffn, p, low_rank) for p, ffn in ffns.items()})
         return build_generator(
@@ -410,10 +453,14 @@ class UBMoETransformer(Transformer):
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
         # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.
+        places = [parameter.data_ptr() for parameter in self.parameters()]
         if self._uni is not None:
             self._uni = {key: fn(tensor) for key, tensor in self._uni.items()}
-        self._generators = {}
-        return super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)
+        # Stock `encode` moves the model to the device where it is.
+        if places != [parameter.data_ptr() for parameter in self.parameters()]:
+            self._generators = {}
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_generators": {}}
@@ -454,8 +501,8 @@ class UBMoETransformer(Transformer):
             **kwargs: Not used.
 
         Raises:
-            ValueError: If `safe_serialization` is False, there is no base model to take the generator from, or the
-                base is quantised.
+            CheckpointError: If the base is quantised, or what was written would not open again.
+            ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
         """
         if not safe_serialization:
             raise ValueError("UBMoE checkpoints are safetensors only; leave safe_serialization=True")
@@ -464,21 +511,40 @@ class UBMoETransformer(Transformer):
             return
         if self.ubmoe_config is None:
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
-        shards.refuse_quantised(dict(self.model.named_parameters()))
-        if not self.ubmoe_config.base_sha256 and self.base is not None:
-            self.ubmoe_config.base_sha256 = self.base.sha256
+        checkpoint.plain_dtypes(self.model.state_dict())  # first: what others put into layers compares with nothing
+        encoder, uni = self.encoder_state(), self.uni_tensors()
         checkpoint.write(
             Path(output_path),
-            self.ubmoe_config,
+            self._honest_config(self.ubmoe_config, encoder, uni),
             self.model,
-            encoder=self.encoder_state(),
-            uni=self.uni_tensors(),
-            low_rank=self._load_low_rank(),
+            encoder=encoder,
+            uni=uni,
+            low_rank=self._current_low_rank(encoder, uni),
             routers=self._load_routers() if self.ubmoe_config.router else None,
-            source=self.source,
+            generation_config=self.generation_config,
+            alignment=self.source.alignment(),
         )
+        checkpoint.check_checkpoint(output_path)
+        for name, content in self.notices.items():
+            (Path(output_path) / name).write_bytes(content)
         save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
+
+    def _honest_config(self, config: UBMoEConfig, encoder: dict[str, Tensor], uni: dict[str, Tensor]) -> UBMoEConfig:
+        """The config to write: without the base where the generator is no longer that base."""
+        changed = self.source.changed({key: t for key, t in encoder.items() if not is_ffn_key(key)} | uni)
+        if changed is None:
+            if not config.base_sha256 and self.base is not None:
+                config.base_sha256 = self.base.sha256
+            return replace(config)
+        if config.base_model:
+            warnings.warn(
+                f"{changed}, which the generator uses, was changed by training or by a merged adapter: the model no "
+                f"longer generates exactly like {config.base_model}, so it is saved without that name and hash. To "
+                "keep generation as it was, train the FFN layers of the encoder only",
+                stacklevel=3,
+            )
+        return replace(config, base_model="", base_sha256={})
 
 
 def _check_decoder(base: Base) -> None:
@@ -515,6 +581,15 @@ def _check_bidirectional(encoder: PreTrainedModel) -> None:
             f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
             "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
         )
+
+
+def _same_low_rank(held: LowRank, stored: LowRank) -> bool:
+    """Whether the experts that a model holds are the stored ones, in its dtype."""
+    return set(held) == set(stored) and all(
+        torch.equal(half.detach().cpu(), other.to(half.dtype))
+        for name in held
+        for half, other in zip(held[name], stored[name], strict=True)
+    )
 
 
 def _with_ffns(encoder: PreTrainedModel, ffns: dict[str, nn.Module]) -> PreTrainedModel:

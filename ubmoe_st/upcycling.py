@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import checkpoint
+from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.configuration import RouterKind
-from ubmoe_st.experts import LowRank, is_ffn_key, load_low_rank, load_routers, save_low_rank
+from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
@@ -49,7 +50,8 @@ def upcycle(
     Args:
         base: A local folder, a `.gguf` file, a Hub id, or the short name `smollm2-135m`.
         bi_experts: One of: a folder or file of low-rank experts (`save_low_rank`); a PEFT LoRA adapter on the FFN
-            projections; a folder of the same base with a fine-tuned FFN and nothing else changed; or None, for
+            projections, trained on the base or on a checkpoint of it, whose experts it then goes on from; a checkpoint
+            of the same base; a folder of the same base with a fine-tuned FFN and nothing else changed; or None, for
             copies of the originals, the starting point of training.
         out: Folder to write, all or nothing.
         dtype: Of all weights. None: as the base has them.
@@ -83,6 +85,8 @@ def upcycle(
     recipe: dict[str, Any] = {}
     if bi_experts is not None:
         recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
+        if Path(bi_experts).is_dir():
+            module.notices = checkpoint.notices_in(Path(bi_experts))
     if module.ubmoe_config is not None:
         module.ubmoe_config.training = recipe.get("training")
     length = recipe.get("max_seq_length") if max_seq_length is None else max_seq_length
@@ -93,9 +97,10 @@ def upcycle(
     if routers is not None:
         state, kind = load_routers(Path(routers))
         module.set_routers(state, router_kind or kind)
-    behind = list(modules) if modules is not None else _default_modules(module, recipe)
+    if modules is None:
+        modules = recipe.get("modules") or _default_modules(module, recipe)
     model = UBMoE(
-        modules=[module, *behind],
+        modules=[module, *modules],
         prompts=dict(prompts if prompts is not None else recipe.get("prompts") or {}),
         default_prompt_name=default_prompt_name or recipe.get("default_prompt_name"),
         device="cpu",
@@ -136,58 +141,40 @@ def export_experts(
     return Path(out)
 
 
-def adapter_experts(module: UBMoETransformer) -> LowRank:
-    """The LoRA adapter of a module in training as low-rank experts, with its scaling folded into B.
-
-    Raises:
-        ValueError: If the adapter does more than add low-rank deltas to the FFN.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    low_rank: LowRank = {}
-    for name, layer in module.model.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        if not is_ffn_key(f"{name}."):
-            raise ValueError(f"the adapter changes {name}, which is shared with the generator; only FFN layers may")
-        halves: Any = layer
-        for adapter in layer.lora_A:
-            if layer.use_dora.get(adapter) or (layer.lora_bias or {}).get(adapter):
-                raise ValueError(f"the adapter on {name} uses DoRA or a bias; expected plain LoRA")
-            if name in low_rank:
-                raise ValueError(f"{name} carries more than one adapter; merge them into one first")
-            scaled = halves.lora_B[adapter].weight.detach().float() * layer.scaling[adapter]
-            low_rank[name] = (halves.lora_A[adapter].weight.detach().float(), scaled)
-    if not low_rank:
-        raise ValueError("the adapter has no LoRA layers on the FFN (gate_proj, up_proj, down_proj, ...)")
-    return low_rank
-
-
 def _can_stream_experts(path: Path) -> bool:
     """Whether experts need no loaded model: PEFT merges an adapter on one, dense ones may need renaming."""
-    if (path / "adapter_config.json").is_file():
+    if is_adapter(path):
         return False
-    dense = path.is_dir() and not checkpoint.is_checkpoint(path) and (path / "config.json").is_file()
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.check_checkpoint(path).expert_rank is not None
+    dense = (path / "config.json").is_file()
     return not dense or can_stream(path)
 
 
 def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatch: bool) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"bi experts {path} do not exist; expected a folder or a .safetensors file")
-    if path.is_dir() and (path / "adapter_config.json").is_file():
-        module.set_low_rank_experts(_read_adapter(base, path))
-        return {}
+    if is_adapter(path):
+        found = read_adapter(module, base, path, allow_mismatch=allow_mismatch)
+        module.set_dense_experts(found.ffn, found.low_rank)
+        return _recipe_of(found.trained_on) if found.trained_on is not None else {}
     delta_name = Path(checkpoint.DELTA_FILE).name
     file = path if path.is_file() else path / delta_name
-    if not file.is_file() and checkpoint.is_checkpoint(path):
+    whole = checkpoint.is_checkpoint(path)
+    if whole and checkpoint.check_checkpoint(path).expert_rank is not None:
         file = path / checkpoint.DELTA_FILE
     if file.is_file():
         low_rank, metadata = load_low_rank(file)
         _check_base(base, metadata.get("base_sha256"), file.name, allow_mismatch)
         module.set_low_rank_experts(low_rank)
+        if whole:
+            return _recipe_of(path)
         recipe_file = file.with_name("recipe.json")
         recipe = json.loads(recipe_file.read_text(encoding="utf-8")) if recipe_file.is_file() else {}
         return {**recipe, "folder": file.parent}
+    if whole:
+        module.set_dense_experts(_read_checkpoint(base, path, module))
+        return _recipe_of(path)
     if (path / "config.json").is_file():
         streamed = isinstance(module, StreamedTransformer)
         read = dense_experts(base, path, module.model) if streamed else _read_dense(base, path, module)
@@ -197,6 +184,19 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
         f"{path} holds no bi experts: expected {delta_name}, a PEFT adapter (adapter_config.json) or a model folder "
         "(config.json)"
     )
+
+
+def _recipe_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint has beside its experts: modules behind the encoder, prompts, length."""
+    model = UBMoE(str(path), device="cpu")
+    config = model.ubmoe_config
+    return {
+        "modules": list(model)[1:],
+        "prompts": model.prompts,
+        "default_prompt_name": model.default_prompt_name,
+        "max_seq_length": model.max_seq_length,
+        "training": config.training if config else None,
+    }
 
 
 def _check_base(base: Base, recorded: object, file: str, allow_mismatch: bool) -> None:
@@ -210,29 +210,13 @@ def _check_base(base: Base, recorded: object, file: str, allow_mismatch: bool) -
         )
 
 
-def _read_adapter(base: Base, path: Path) -> LowRank:
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise ImportError("reading a PEFT adapter needs peft: pip install 'ubmoe-st[train]'") from error
-    scratch = UBMoETransformer.from_base(base)
-    # A causal LM adapter names its layers `model.layers...`, an encoder adapter `layers...`.
-    keys = load_file(path / "adapter_model.safetensors")
-    prefix = f"{scratch.model.base_model_prefix}."
-    short = {key.replace("base_model.model.", "", 1).removeprefix(prefix): tensor for key, tensor in keys.items()}
-    outside = sorted(key for key in short if not is_ffn_key(key))
-    if outside:
-        raise ValueError(f"the adapter changes {outside[0]}, which is shared with the generator; only FFN layers may")
-    scratch.model.load_adapter(peft_config=_peft_config(path), adapter_state_dict=short)
-    return adapter_experts(scratch)
-
-
-def _peft_config(path: Path) -> Any:
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(str(path))
-    config.inference_mode = True
-    return config
+def _read_checkpoint(base: Base, path: Path, module: UBMoETransformer) -> dict[str, Tensor]:
+    views = UBMoETransformer(str(path), model_kwargs={"dtype": module.model.dtype})
+    state = views.encoder_state()
+    changed = module.source.changed({k: t for k, t in state.items() if not is_ffn_key(k)} | views.uni_tensors())
+    if changed is not None:
+        raise ValueError(f"{path} is not a checkpoint of {base.name}: {changed} differs")
+    return {key: tensor for key, tensor in state.items() if is_ffn_key(key)}
 
 
 def _read_dense(base: Base, path: Path, module: UBMoETransformer) -> Mapping[str, Tensor]:

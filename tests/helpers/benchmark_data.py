@@ -104,6 +104,16 @@ def make_data(folder: Path, rows: int = 24) -> Path:
     write_jsonl(retrieval / "queries.jsonl", [*queries, {"_id": "unjudged", "text": "nothing"}])
     judged = [f"q{i}\td{i}\t2\nq{i}\td{i + 1}\t1\nq{i}\td{i + 2}\t0" for i in range(6)]
     (retrieval / "qrels.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged, "unjudged\td1\t0"]) + "\n")
+    instructions = [
+        {
+            "instruction": f"Which {word} is it?",
+            "input": f"{word} {sentence(rng, 5 if i == 0 else 40)}",
+            "output": "this one",
+            "category": ("closed_qa", "information_extraction", "brainstorming")[i % 3],
+        }
+        for i, word in enumerate(WORDS)
+    ]
+    write_jsonl(folder / local.DOLLY_FILE, [*instructions, instructions[1] | {"instruction": "Asked again?"}])
     labelled = [
         {"text": sentence(rng), "label": "ab"[i % 2], "split": "train" if i < 20 else "test"} for i in range(40)
     ]

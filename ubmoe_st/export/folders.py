@@ -147,10 +147,7 @@ def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:
 def write_safetensors(model: UBMoE, folder: Path, view: str) -> None:
     """The tensors of a view as `model.safetensors`, aligned like those of the checkpoint."""
     views: Any = model[0]
-    alignment = 0
-    if views.folder is not None:
-        alignment = checkpoint.data_start(views.folder / checkpoint.SHARED_FILE) % checkpoint.CACHE_LINE
-    checkpoint.save_tensors(tensors_of(model, view), folder / "model.safetensors", alignment)
+    checkpoint.save_tensors(tensors_of(model, view), folder / "model.safetensors", views.source.alignment())
 
 
 def _write_json(file: Path, content: object) -> None:

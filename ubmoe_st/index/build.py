@@ -26,10 +26,10 @@ from .embedder import Embedder, TokenCounter, check_probes, weights_fingerprint
 from .kinds import Request, write_faiss
 from .manifest import (
     FaissRecord,
+    FileRecord,
     Journal,
     Manifest,
     ModelRecord,
-    Probes,
     RunConfig,
     SourceRecord,
     library_versions,
@@ -387,7 +387,7 @@ class Build:
             truncate_dim=embedder.truncate_dim,
             max_tokens=embedder.max_tokens,
             prompts=embedder.prompts(),
-            probes=Probes(probes, **write_npy(self._folder / probes, self._probes)),
+            probes=FileRecord(probes, **write_npy(self._folder / probes, self._probes)),
         )
         model.locate(self._folder)
         manifest = Manifest(

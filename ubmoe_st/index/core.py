@@ -15,7 +15,7 @@ from . import changes
 from .budget import MemoryBudget, search_mebibytes
 from .build import SEGMENT_ROWS, build_index
 from .corpus import Corpus, CorpusFields
-from .embedder import Embedder, check_probes, normalized
+from .embedder import Embedder, check_probes, query_vectors
 from .export import export_parquet
 from .filters import Filter
 from .kinds import FEWEST_ROWS, Request, choose
@@ -278,6 +278,14 @@ class EmbeddingIndex:
         """The stored vectors of the probe texts, (2, P, D)."""
         return np.array(map_npy(self.path / self._snapshot.manifest.model.probes.file))
 
+    def find_model(self) -> str:
+        """The folder or Hub id of the model this index was built with; also after both were moved together.
+
+        Raises:
+            ValueError: If the model is gone, or was never known.
+        """
+        return self._snapshot.manifest.model.find(self.path)
+
     def check_same_model(self, other: EmbeddingIndex) -> None:
         """Refuse when `other` was built with another model, prompt or number of dimensions.
 
@@ -289,7 +297,7 @@ class EmbeddingIndex:
     def _model(self) -> Embedder:
         with self._lock:
             if self._embedder is None:
-                self.use_model(self._snapshot.manifest.model.find(self.path))
+                self.use_model(self.find_model())
             if self._embedder is None:
                 raise ValueError("no model: open the index with model=...")
             return self._embedder
@@ -311,34 +319,7 @@ class EmbeddingIndex:
             TypeError: If it is something else, naming the position.
             ValueError: If the dimension is not the index's, or a vector is zero or not finite.
         """
-        if isinstance(queries, str):
-            queries = [queries]
-        if isinstance(queries, (list, tuple)) and queries and any(isinstance(query, str) for query in queries):
-            for position, query in enumerate(queries):
-                if not isinstance(query, str):
-                    raise TypeError(f"query {position} is a {type(query).__name__}, expected a string")
-            vectors = self._model().queries(queries)
-        else:
-            if hasattr(queries, "detach"):
-                queries = queries.detach().float().cpu().numpy()
-            try:
-                array = np.asarray(queries, dtype=np.float32)
-            except (TypeError, ValueError) as error:
-                raise TypeError(f"queries are texts or vectors, got {type(queries).__name__}") from error
-            if array.size == 0:
-                return np.zeros((0, self.dimension), np.float32)
-            array = array[None] if array.ndim == 1 else array
-            if array.ndim != 2:
-                raise ValueError(f"query vectors have shape (Q, D), got {array.shape}")
-            if array.shape[1] != self.dimension:
-                raise ValueError(
-                    f"the query has {array.shape[1]} dimensions, the index {self.dimension}: "
-                    "embed it with the model of the index"
-                )
-            vectors = normalized(array)
-        for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
-            raise ValueError(f"query {position} has a vector that is zero, NaN or infinite: it has no cosine")
-        return vectors  # (Q, D)
+        return query_vectors(queries, self.dimension, self._model)
 
     def search(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -188,6 +188,44 @@ def check_probes(mine: np.ndarray, stored: np.ndarray, smallest_cosine: float = 
             f"this is not the model (or not the prompts) the index was built with: a probe text gives a vector at "
             f"cosine {worst:.6f} to the stored one, expected at least {smallest_cosine}"
         )
+
+
+def query_vectors(queries: Any, dimension: int, embedder: Callable[[], Embedder]) -> np.ndarray:
+    """Texts or vectors as `EmbeddingIndex.query_vectors` takes them, as unit vectors, float32, (Q, D).
+
+    Args:
+        queries: A text, a list of texts, or vectors of shape (D,) or (Q, D).
+        dimension: D.
+        embedder: Gives the model, asked for with texts only.
+    """
+    if isinstance(queries, str):
+        queries = [queries]
+    if isinstance(queries, (list, tuple)) and queries and any(isinstance(query, str) for query in queries):
+        for position, query in enumerate(queries):
+            if not isinstance(query, str):
+                raise TypeError(f"query {position} is a {type(query).__name__}, expected a string")
+        vectors = embedder().queries(queries)
+    else:
+        if hasattr(queries, "detach"):
+            queries = queries.detach().float().cpu().numpy()
+        try:
+            array = np.asarray(queries, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"queries are texts or vectors, got {type(queries).__name__}") from error
+        if array.size == 0:
+            return np.zeros((0, dimension), np.float32)
+        array = array[None] if array.ndim == 1 else array
+        if array.ndim != 2:
+            raise ValueError(f"query vectors have shape (Q, D), got {array.shape}")
+        if array.shape[1] != dimension:
+            raise ValueError(
+                f"the query has {array.shape[1]} dimensions, the index {dimension}: "
+                "embed it with the model of the index"
+            )
+        vectors = normalized(array)
+    for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
+        raise ValueError(f"query {position} has a vector that is zero, NaN or infinite: it has no cosine")
+    return vectors  # (Q, D)
 
 
 class TokenCounter:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import replacing_by_name
 from .store import Snapshot
 
 EXPORT_ROWS = 4096
@@ -27,25 +27,20 @@ def export_parquet(snapshot: Snapshot, path: Path) -> int:
     strings, whole = pa.string(), pa.int64()
     names = ["id", "document_id", "chunk", "start", "end", "title", "text", "metadata", "vector"]
     types = [strings, strings, pa.int32(), whole, whole, strings, strings, strings, vector_type]
-    temporary = path.with_name(path.name + ".tmp")
+    schema = pa.schema(list(zip(names, types)))
     rows = 0
-    try:
-        with pq.ParquetWriter(temporary, pa.schema(list(zip(names, types)))) as writer:
-            for batch, vectors in _live(snapshot):
-                flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
-                parents = [
-                    name if parent is None else parent
-                    for name, parent in zip(batch.column("id").to_pylist(), batch.column("parent").to_pylist())
-                ]
-                columns = [batch.column("id"), pa.array(parents, strings)]
-                columns += [batch.column(name) for name in names[2:-1]]
-                columns.append(pa.FixedSizeListArray.from_arrays(flat, snapshot.dimension))
-                writer.write_table(pa.table(columns, schema=writer.schema))
-                rows += batch.num_rows
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing_by_name(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for batch, vectors in _live(snapshot):
+            flat = pa.array(np.ascontiguousarray(vectors, np.float32).ravel())
+            parents = [
+                name if parent is None else parent
+                for name, parent in zip(batch.column("id").to_pylist(), batch.column("parent").to_pylist())
+            ]
+            columns = [batch.column("id"), pa.array(parents, strings)]
+            columns += [batch.column(name) for name in names[2:-1]]
+            columns.append(pa.FixedSizeListArray.from_arrays(flat, snapshot.dimension))
+            writer.write_table(pa.table(columns, schema=schema))
+            rows += batch.num_rows
     return rows
 
 

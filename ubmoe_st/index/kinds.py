@@ -17,7 +17,7 @@ import numpy as np
 
 from ..files import record_of, replacing, replacing_by_name
 from .budget import MemoryBudget, physical_memory
-from .manifest import FaissFile, FaissRecord, Record
+from .manifest import FaissRecord, FileRecord, Record
 from .store import Snapshot
 from .workplace import Workplace
 
@@ -169,10 +169,11 @@ def write_faiss(snapshot: Snapshot, request: Request, workplace: Workplace, vers
     """
     rows = snapshot.stored_rows
     choice = choose(request.kind, rows, snapshot.dimension, request.memory_mb, request.budget)
-    files: list[FaissFile] = []
+    files: list[FileRecord] = []
     if choice.kind != "flat" or (rows <= request.flat_rows if request.faiss_file is None else request.faiss_file):
         files = write_files(choice, snapshot, request.budget, workplace, version)
     return FaissRecord(
+        file=files[0].file if files else None,
         files=files,
         kind=choice.kind,
         requested=request.kind,
@@ -216,7 +217,7 @@ def train(choice: Choice, snapshot: Snapshot, most: int) -> Any:
 
 def write_files(
     choice: Choice, snapshot: Snapshot, budget: MemoryBudget, workplace: Workplace, version: int
-) -> list[FaissFile]:
+) -> list[FileRecord]:
     """Make the faiss index of all rows and write it, in several files where one would not fit in the budget.
 
     All files share one training; together they find what one would.
@@ -227,7 +228,7 @@ def write_files(
     name = first_name = workplace.next_name("index", version)
     if choice.kind == "flat":
         record = write_flat(workplace.folder / name, dimension, rows, snapshot.read_blocks(0, rows))
-        return [FaissFile(name, 0, rows, **record)]
+        return [FileRecord(name, 0, rows, **record)]
     index = train(choice, snapshot, budget.training_rows(dimension))
     row_bytes = KINDS[choice.kind].bytes_per_row(dimension) if choice.kind in KINDS else index.sa_code_size() + 300
     count = math.ceil(rows / min(rows, budget.shard_rows(row_bytes)))
@@ -240,7 +241,7 @@ def write_files(
             name = workplace.next_shard(first_name, number)
         for block in snapshot.read_blocks(first, last):
             index.add(np.ascontiguousarray(block, np.float32))
-        files.append(FaissFile(name, first, last - first, **write_index(workplace.folder / name, index)))
+        files.append(FileRecord(name, first, last - first, **write_index(workplace.folder / name, index)))
         del index
     return files
 

@@ -27,12 +27,15 @@ FORMAT_VERSION = 1
 Record = dict[str, Any]
 """Size and SHA-256 of a file: {"bytes", "sha256"}."""
 T = TypeVar("T")
+OPTIONAL = ("folder", "relative_folder", "first_row", "rows")
+"""Fields that are not written where there is nothing to say."""
 
 PARTS = {"dead": ".npy", "probes": ".npy", "bad_rows": ".txt", "index": ".faiss", "bm25": ""}
 """Parts that lie beside the manifest, by the beginning of their names, and what the names end with."""
 OWN_NAMES = re.compile(
-    r"""segments/[0-9]{6,}(\.tmp)?
-    | ((dead|probes)(-[0-9]{6,}b*)?\.npy | bad_rows(-[0-9]{6,}b*)?\.txt | bm25-[0-9]{6,}b*
+    r"""segments/[0-9]{6,}(\.tmp | /(vectors\.npy|entries\.arrow|keys\.npy))?
+    | bm25-[0-9]{6,}b*(\.tmp | /[A-Za-z0-9_][^/]*)?
+    | ((dead|probes)(-[0-9]{6,}b*)?\.npy | bad_rows(-[0-9]{6,}b*)?\.txt
        | index(-[0-9]{6,}b*)?(\.[0-9]+b*)?\.faiss)(\.tmp)?
     | build/((journal|names)\.json | probes\.npy | dead\.bin | bad_rows\.txt | seen
              | part-[0-9]{8,}(-[0-9a-f]{8})?\.(npy|arrow))(\.tmp)?""",
@@ -69,46 +72,24 @@ def _made(kind: type[T], values: Mapping[str, Any], **parts: Any) -> T:
     return kind(**{name: value for name, value in values.items() if name in known} | parts)
 
 
-class OneFile:
-    """What the records of single files have in common."""
+def _json(record: Any) -> dict[str, Any]:
+    """The JSON form of a dataclass."""
+    return asdict(record, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None or k not in OPTIONAL})
+
+
+@dataclass
+class FileRecord:
+    """One file beside the manifest: probe vectors, dead rows, or the faiss index of the rows from `first_row` on."""
 
     file: str
-    bytes: int
-    sha256: str
+    first_row: int | None = None
+    rows: int | None = None
+    bytes: int = 0
+    sha256: str = ""
 
     def record(self) -> Record:
         """Size and SHA-256."""
         return {"bytes": self.bytes, "sha256": self.sha256}
-
-
-@dataclass
-class Probes(OneFile):
-    """The file of the probe vectors."""
-
-    file: str
-    bytes: int
-    sha256: str
-
-
-@dataclass
-class DeadRows(OneFile):
-    """The file of the rows that are no longer found."""
-
-    file: str
-    rows: int
-    bytes: int
-    sha256: str
-
-
-@dataclass
-class FaissFile(OneFile):
-    """One faiss file: the rows from `first_row` on."""
-
-    file: str
-    first_row: int
-    rows: int
-    bytes: int
-    sha256: str
 
 
 @dataclass
@@ -119,23 +100,27 @@ class FolderRecord:
     rows: int
     files: dict[str, Record]
 
+    def names(self) -> set[str]:
+        """The folder and the files in it, relative to the index folder."""
+        return {self.folder, *(f"{self.folder}/{name}" for name in self.files)}
 
-@dataclass
+
+@dataclass(kw_only=True)
 class ModelRecord:
     """The model of an index: where it was, what it was."""
 
     id: str | None
     """Folder or Hub id."""
+    folder: str | None = None
+    """Where `id` was, when it is a folder."""
+    relative_folder: str | None = None
+    """The same, seen from the index folder."""
     weights: str | None
     """Fingerprint, from `embedder.weights_fingerprint`."""
     truncate_dim: int | None
     max_tokens: int | None
     prompts: dict[str, str]
-    probes: Probes
-    folder: str | None = None
-    """Where `id` was, when it is a folder."""
-    relative_folder: str | None = None
-    """The same, seen from the index folder."""
+    probes: FileRecord
 
     def locate(self, out: Path) -> None:
         """Note where the model is, seen from the index folder `out`, when `id` is a folder."""
@@ -160,18 +145,14 @@ class ModelRecord:
             raise ValueError("this index does not know where its model came from: open it with model=...")
         return self.id
 
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        place = {name: getattr(self, name) for name in ("id", "folder", "relative_folder")}
-        known = {name: value for name, value in place.items() if value is not None or name == "id"}
-        return known | {name: value for name, value in asdict(self).items() if name not in place}
-
 
 @dataclass
 class FaissRecord:
     """The faiss part of an index, and what was asked for when it was made."""
 
-    files: list[FaissFile] = field(default_factory=list)
+    file: str | None = None
+    """The first of `files`."""
+    files: list[FileRecord] = field(default_factory=list)
     kind: str = "flat"
     requested: str = "flat"
     memory_mb: int | None = None
@@ -189,16 +170,9 @@ class FaissRecord:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> FaissRecord:
-        """From the JSON form; the first builds wrote one file, always, as `file` and `sha256`."""
-        files = values.get("files")
-        if files is None:
-            only = {name: values[name] for name in ("file", "sha256", "rows", "bytes")}
-            files = [{**only, "first_row": 0}]
-        return _made(cls, values, files=[_made(FaissFile, file) for file in files])
-
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON form; `file` is the first of the files."""
-        return {"file": self.files[0].file if self.files else None, **asdict(self)}
+        """From the JSON form; the first builds wrote one file, always, and no list."""
+        files = values.get("files", [{"first_row": 0, **values}])
+        return _made(cls, values, files=[_made(FileRecord, file) for file in files])
 
 
 @dataclass
@@ -279,7 +253,7 @@ class Manifest:
     """See `PipelineOptions`."""
     segment_rows: int
     segments: list[FolderRecord]
-    dead: DeadRows | None
+    dead: FileRecord | None
     index: FaissRecord
     bm25: FolderRecord | None
     sources: list[SourceRecord]
@@ -324,9 +298,9 @@ class Manifest:
         return _made(
             cls,
             values,
-            model=_made(ModelRecord, model, probes=_made(Probes, model["probes"])),
+            model=_made(ModelRecord, model, probes=_made(FileRecord, model["probes"])),
             segments=[_made(FolderRecord, segment) for segment in values["segments"]],
-            dead=None if dead is None else _made(DeadRows, dead),
+            dead=None if dead is None else _made(FileRecord, dead),
             index=FaissRecord.of(values["index"]),
             bm25=None if bm25 is None else _made(FolderRecord, bm25),
             sources=[SourceRecord.of(source) for source in values["sources"]],
@@ -339,8 +313,7 @@ class Manifest:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        own = {"model": self.model.as_dict(), "index": self.index.as_dict()}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **(asdict(self) | own)}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **_json(self)}
 
     def next_version(self) -> Manifest:
         """A copy to change and publish."""
@@ -348,21 +321,21 @@ class Manifest:
         changed.version += 1
         return changed
 
+    def _folders(self) -> list[FolderRecord]:
+        return [*self.segments, *([] if self.bm25 is None else [self.bm25])]
+
     def files(self) -> Iterator[tuple[str, Record]]:
         """Every file on record: relative name, and size and SHA-256."""
-        for folder in [*self.segments, *([self.bm25] if self.bm25 is not None else [])]:
+        for folder in self._folders():
             for name, record in folder.files.items():
                 yield f"{folder.folder}/{name}", record
-        for part in (self.dead, *self.index.files, self.model.probes):
-            if part is not None:
-                yield part.file, part.record()
+        for file in [*([] if self.dead is None else [self.dead]), *self.index.files, self.model.probes]:
+            yield file.file, file.record()
 
     def names(self) -> set[str]:
         """The files and folders this version needs beside the manifest itself."""
-        folders = [*self.segments, *([self.bm25] if self.bm25 is not None else [])]
-        names = {folder.folder for folder in folders}
-        names |= {part.file for part in (self.dead, *self.index.files, self.model.probes) if part is not None}
-        return names | {source.bad_rows_file for source in self.sources if source.bad_rows_file}
+        reports = {source.bad_rows_file for source in self.sources if source.bad_rows_file}
+        return reports.union({name for name, _ in self.files()}, *(folder.names() for folder in self._folders()))
 
 
 @dataclass(frozen=True)

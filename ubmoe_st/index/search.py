@@ -15,7 +15,7 @@ from .exact import SLACK, TopK, exact_search, pair_scores
 from .filters import Filter, FilterEngine
 from .hybrid import KeywordSearch, fuse
 from .kinds import can_select, candidates, read_index
-from .manifest import FaissFile, Manifest
+from .manifest import FileRecord, Manifest
 from .store import BLOCK_BYTES, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -94,10 +94,10 @@ class Searcher:
                 self._shards = self._opened(record.files)
             return self._shards
 
-    def _opened(self, files: list[FaissFile]) -> list[tuple[int, Any]]:
+    def _opened(self, files: list[FileRecord]) -> list[tuple[int, Any]]:
         folder = self.snapshot.folder
         try:
-            return [(file.first_row, read_index(folder / file.file)) for file in files]
+            return [(file.first_row or 0, read_index(folder / file.file)) for file in files]
         except FileNotFoundError:
             if Manifest.read(folder).version == self.snapshot.manifest.version:
                 raise
@@ -229,17 +229,10 @@ class Searcher:
     def hit_at(self, row: int, score: float) -> Hit:
         """A row as a search result with this score."""
         entry = self.snapshot.entry_at(row)
+        metadata = json.loads(entry.metadata) if entry.metadata else {}
+        span = (entry.start, entry.end)
         return Hit(
-            id=entry.id,
-            score=score,
-            text=entry.text,
-            title=entry.title,
-            parent=entry.parent,
-            start=entry.start,
-            end=entry.end,
-            metadata=json.loads(entry.metadata) if entry.metadata else {},
-            row=row,
-            index=str(self.snapshot.folder),
+            entry.id, score, entry.text, entry.title, entry.parent, *span, metadata, row, str(self.snapshot.folder)
         )
 
 

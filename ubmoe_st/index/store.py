@@ -21,7 +21,7 @@ import numpy as np
 
 from ..files import replacing, replacing_by_name
 from .corpus import key_of
-from .manifest import DeadRows, FolderRecord, Manifest
+from .manifest import FileRecord, FolderRecord, Manifest
 from .storage import check_size, map_file, map_npy, npy_header, write_npy
 from .workplace import Workplace
 
@@ -430,12 +430,12 @@ def rows_union(parts: Iterable[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate(arrays)) if arrays else np.zeros(0, np.int64)
 
 
-def write_dead(workplace: Workplace, rows: np.ndarray, version: int) -> DeadRows | None:
+def write_dead(workplace: Workplace, rows: np.ndarray, version: int) -> FileRecord | None:
     """The file of rows that are no longer found, (n,) sorted; None for no rows."""
     if not len(rows):
         return None
     name = workplace.next_name("dead", version)
-    return DeadRows(name, len(rows), **write_npy(workplace.folder / name, rows.astype(np.int64)))
+    return FileRecord(name, rows=len(rows), **write_npy(workplace.folder / name, rows.astype(np.int64)))
 
 
 def open_snapshot(folder: Path) -> Snapshot:

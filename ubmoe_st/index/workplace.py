@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Workplace:
     whatever it is called.
 
     At most one writer is in an index folder: entering takes its lock, which the system releases when the process ends,
-    killed or not. On a file system without such locks filelock keeps the name of the process in `.lock` instead.
+    killed or not.
 
     Args:
         folder: The index folder; made if it is not there.
@@ -49,18 +50,21 @@ class Workplace:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._lock.acquire(timeout=0)
+            with warnings.catch_warnings():
+                # Where flock is not there filelock warns and takes a marker file, which before its 4.1 let in two.
+                warnings.simplefilter("error", UserWarning)
+                self._lock.acquire(timeout=0)
         except Timeout as error:
             raise RuntimeError(
                 f"another writer is at work in {self.folder}: an index has one writer at a time (readers are free); "
-                f"wait for it to end, or stop it (a writer on another machine whose end left {LOCK_FILE}: delete that)"
+                "wait for it to end, or stop it"
             ) from error
-        except (OSError, NotImplementedError) as error:
+        except (OSError, NotImplementedError, UserWarning) as error:
             if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
                 raise
             raise OSError(
-                f"the file system of {self.folder} has no locks ({error}), so two writers could not be told apart: "
-                "build the index on a local disk and copy it"
+                f"the file system of {self.folder} has no locks ({error}), so two writers would not notice each other: "
+                "write the index on another one, and copy it"
             ) from error
         try:
             self._take_up()
@@ -88,7 +92,7 @@ class Workplace:
         needed = Manifest.read(self.folder).names() if Manifest.exists(self.folder) else set()
         if self.unfinished():
             with contextlib.suppress(ValueError):  # who resumes it is told that it is damaged
-                needed |= {segment.folder for segment in Journal.read(self.folder).segments}
+                needed.update(*(segment.names() for segment in Journal.read(self.folder).segments))
         return needed
 
     def unfinished(self) -> bool:
@@ -133,7 +137,7 @@ class Workplace:
 
     def next_segment(self) -> str:
         """A free `segments/NNNNNN` behind those in use."""
-        numbers = [int(name.removeprefix("segments/")) for name in self._needed() if name.startswith("segments/")]
+        numbers = [int(name.split("/")[1]) for name in self._needed() if name.startswith("segments/")]
         return self._taken(f"segments/{number:06d}" for number in itertools.count(max(numbers, default=-1) + 1))
 
     def _taken(self, candidates: Iterator[str]) -> str:
@@ -156,7 +160,7 @@ class Workplace:
         Readers that opened an older version keep their maps of removed files.
         """
         manifest.stored_rows = sum(segment.rows for segment in manifest.segments)
-        manifest.rows = manifest.stored_rows - (0 if manifest.dead is None else manifest.dead.rows)
+        manifest.rows = manifest.stored_rows - ((manifest.dead and manifest.dead.rows) or 0)
         manifest.updated = now()
         if self._names - manifest.names() and not self._record.is_file():
             self._write_record()
@@ -166,8 +170,13 @@ class Workplace:
     def tidy(self) -> None:
         """Remove what an earlier run left and neither the current version nor unfinished work needs."""
         needed = self._needed()
-        for name in filter(owns, sorted(self._names - needed)):
-            remove(self.folder / name)
+        folders = {name.rpartition("/")[0] for name in self._names}
+        for name in filter(owns, sorted(self._names - needed, reverse=True)):
+            if name in folders:  # emptied before, as far as it was ours
+                with contextlib.suppress(OSError):
+                    (self.folder / name).rmdir()
+            else:
+                remove(self.folder / name)
         self._names &= needed
 
     def clear(self) -> bool:

@@ -1,0 +1,255 @@
+"""What `save` writes is what the model is: its claims, its low-rank form, its dtype; and it opens."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import TEXTS, random_experts
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ubmoe_st import UBMoE, UBMoETransformer
+from ubmoe_st import checkpoint as layout
+from ubmoe_st.checkpoint import CheckpointError
+
+IDS = torch.arange(4, 12)[None]
+
+
+def step(model, pick=lambda name: True):
+    """One step of an optimizer, as a stock trainer makes it, over the parameters that `pick` takes."""
+    trained = [parameter for name, parameter in model.named_parameters() if pick(name) and parameter.requires_grad]
+    assert trained
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    features = model.preprocess(TEXTS)
+    (model(features)["sentence_embedding"] ** 3).sum().backward()
+    optimizer.step()
+
+
+def merge_into(lm, layer):
+    """A random PEFT adapter merged into a model."""
+    config = LoraConfig(r=2, target_modules=[layer], init_lora_weights=False)
+    get_peft_model(lm, config).merge_and_unload()
+
+
+def change_all(model):
+    step(model)
+
+
+def change_attention_of_the_encoder(model):
+    merge_into(model[0].model, "q_proj")
+
+
+def change_attention_of_the_generator(model):
+    before = model.encode(TEXTS)
+    merge_into(model.generator, "q_proj")
+    assert not np.array_equal(model.encode(TEXTS), before)
+
+
+def change_the_original_experts(model):
+    merge_into(model.generator, "up_proj")
+
+
+def lose_digits(model):
+    model.half().float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_all,
+        change_attention_of_the_encoder,
+        change_attention_of_the_generator,
+        change_the_original_experts,
+        lose_digits,
+    ],
+)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_changed_generator_claims_no_base(checkpoint, tmp_path, change, low_memory):
+    if low_memory and change is change_all:
+        pytest.skip("the same as without, as far as shared weights go")
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    assert "exactly like its base" in (folder / "README.md").read_text()
+    model = UBMoE(str(folder), low_memory=low_memory)
+    change(model)
+    with pytest.warns(UserWarning, match="no longer generates exactly like base"):
+        model.save(str(folder))
+    section = json.loads((folder / layout.GENERATOR_CONFIG).read_text())["ubmoe"]
+    assert section["base_model"] == ""
+    assert section["base_sha256"] == {}
+    card = (folder / "README.md").read_text()
+    assert "exactly like" not in card
+    assert "changed" in card
+    again = UBMoE(str(folder), verify=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.save(str(tmp_path / "again"))
+    assert UBMoE(str(tmp_path / "again")).ubmoe_config.base_model == ""
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_an_untouched_generator_keeps_its_base(base, checkpoint, tmp_path, low_memory):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = UBMoE(str(checkpoint), low_memory=low_memory).to(dtype)
+        if not low_memory:
+            with torch.no_grad():
+                model[0].model.layers[1].mlp.up_proj.weight.add_(0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if low_memory else "ignore")
+            model.save(str(tmp_path / str(dtype)))
+        again = UBMoE(str(tmp_path / str(dtype)))
+        assert again.ubmoe_config.base_model == "base"
+        assert again.ubmoe_config.base_sha256 == UBMoE(str(checkpoint)).ubmoe_config.base_sha256
+        reference = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        assert torch.equal(again.generator(IDS).logits, reference(IDS).logits)
+
+
+@pytest.mark.parametrize("how", ["train", "merge", "replace"])
+def test_changed_experts_are_saved_as_dense_ones(checkpoint, tmp_path, how):
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    model = UBMoE(str(folder))
+    if how == "train":
+        step(model, lambda name: ".mlp." in name)
+    elif how == "merge":
+        merge_into(model[0].model, "down_proj")
+    else:
+        ffn = {k: t * 1.01 for k, t in model[0].model.state_dict().items() if ".mlp." in k}
+        model[0].set_dense_experts(ffn)
+    vectors = model.encode(TEXTS)
+    with pytest.warns(UserWarning, match="are dense now"):
+        model.save(str(folder))
+    again = UBMoE(str(folder), verify=True)
+    assert np.array_equal(again.encode(TEXTS), vectors)
+    assert again.ubmoe_config.expert_rank is None
+    assert again.ubmoe_config.base_model == "base"
+    assert not (folder / layout.DELTA_FILE).exists()
+    assert "dense" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="dense"):
+        UBMoE(str(folder), low_memory=True)
+    with pytest.warns(UserWarning, match="dense now"), pytest.raises(ValueError, match="dense"):
+        model[0].use_low_memory()
+
+
+def test_low_rank_experts_that_were_trained_in_low_rank_form_are_saved(checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint), low_memory=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    step(model)
+    vectors = model.encode(TEXTS)
+    assert np.abs(vectors - UBMoE(str(checkpoint)).encode(TEXTS)).max() > 1e-3
+    model.save(str(tmp_path / "m"))
+    for low_memory in (False, True):
+        assert np.abs(UBMoE(str(tmp_path / "m"), low_memory=low_memory).encode(TEXTS) - vectors).max() < 1e-5
+    assert UBMoE(str(tmp_path / "m")).ubmoe_config.base_model == "base"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unchanged_low_rank_experts_stay_low_rank(checkpoint, tmp_path, dtype):
+    model = UBMoE(str(checkpoint)).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save(str(tmp_path / "m"))
+    assert UBMoE(str(tmp_path / "m"), low_memory=True).ubmoe_config.expert_rank == 2
+
+
+def compiled(model):
+    model[0].model = torch.compile(model[0].model, backend="eager")
+    return model
+
+
+def one_compiled_layer(model):
+    layer = model[0].model.layers[1]
+    layer.mlp = torch.compile(layer.mlp, backend="eager")
+    return model
+
+
+def quantised(model):
+    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+
+
+class Packed(torch.Tensor):
+    """As torchao's: a tensor that few operators take."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.equal:
+            raise NotImplementedError("a packed tensor equals nothing")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def tensors_of_another_class(model):
+    linear = model[0].model.layers[0].self_attn.q_proj
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Packed))
+    return model
+
+
+def integers(model):
+    """As bitsandbytes with 8 bits."""
+    linear = model[0].model.layers[0].self_attn.q_proj
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+    return model
+
+
+def one_view_in_half(model):
+    model.generator.half()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change", [compiled, one_compiled_layer, quantised, tensors_of_another_class, integers, one_view_in_half]
+)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_what_would_not_open_replaces_nothing(checkpoint, tmp_path, change, low_memory):
+    if low_memory and change is one_view_in_half:
+        pytest.skip("without weights of its own, the generator takes the encoder along")
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    model = change(UBMoE(str(folder), low_memory=low_memory))
+    with pytest.raises(CheckpointError, match=r"nothing was written.*Save a model before"):
+        model.save(str(folder))
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_missing_head_is_named(checkpoint_of, tmp_path):
+    folder = shutil.copytree(checkpoint_of("llama-untied"), tmp_path / "m")
+    tensors = load_file(folder / layout.UNI_FILE)
+    layout.save_tensors({k: t for k, t in tensors.items() if k != "lm_head.weight"}, folder / layout.UNI_FILE)
+    with pytest.raises(CheckpointError, match=r"model-uni\.safetensors: lm_head\.weight is missing"):
+        UBMoE(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_config_names_the_dtype_of_the_weights(checkpoint, tmp_path, dtype):
+    UBMoE(str(checkpoint)).to(dtype).save(str(tmp_path / "m"))
+    for file in ("config.json", layout.GENERATOR_CONFIG):
+        assert json.loads((tmp_path / "m" / file).read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert SentenceTransformer(str(tmp_path / "m"))[0].model.dtype == dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m" / "generator").dtype == dtype
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask on Windows")
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_have_the_mode_that_the_umask_leaves(base, tmp_path, mask, mode):
+    module = UBMoETransformer.from_base(base)
+    module.set_low_rank_experts(random_experts(module))
+    modules = [module, Pooling(32), Normalize()]
+    old = os.umask(mask)
+    try:
+        UBMoE(modules=modules, device="cpu").save(str(tmp_path / "ours"))
+        SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "stock"))
+    finally:
+        os.umask(old)
+    files = [p for p in tmp_path.rglob("*.safetensors")]
+    assert len(files) == 8
+    assert {p.stat().st_mode & 0o777 for p in files} == {mode}

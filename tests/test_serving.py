@@ -1,0 +1,527 @@
+"""One HTTP app over one model: what its clients get is what the model gives."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from helpers.models import TEXTS, WORDS
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
+import uvicorn
+from transformers import AutoModelForCausalLM
+
+from ubmoe_st import UBMoE
+from ubmoe_st.serving import Settings, create_app
+from ubmoe_st.serving.batching import choose
+from ubmoe_st.serving.engine import Sampler, TorchEngine
+from ubmoe_st.serving.text import TextStream
+
+KEY = "a-key-for-tests"
+# One for all requests: making a client reads the certificates, which takes longer than most tests.
+client = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
+
+
+@contextmanager
+def running(app, **options):
+    """The app behind uvicorn on a free port of the loopback."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **options))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    loaded = UBMoE(str(checkpoint), low_memory=True, device="cpu")
+    loaded.prompts = {"query": "the red ", "document": ""}
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return TorchEngine(model, "tiny")
+
+
+@pytest.fixture(scope="module")
+def url(engine):
+    with running(create_app(engine, local=True)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def lm(base):
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+def post(url, path, status=200, **body):
+    answer = client.post(f"{url}/v1/{path}", json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def vectors_of(found):
+    return np.array([entry["embedding"] for entry in found["data"]], np.float32)
+
+
+def greedy(lm, model, prompt, count, **options):
+    ids = torch.tensor([model.token_ids(prompt)])
+    new = lm.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0, **options)[0, ids.shape[1] :]
+    return new.tolist()
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_those_of_encode(url, model):
+    found = post(url, "embeddings", input=TEXTS)
+    expected = model.encode(TEXTS)
+    assert np.abs(expected[0] - expected[1]).max() > 0.01
+    np.testing.assert_allclose(vectors_of(found), expected, atol=1e-5)
+    assert [entry["index"] for entry in found["data"]] == [0, 1, 2, 3]
+    assert found["model"] == "tiny"
+    assert found["usage"]["prompt_tokens"] == sum(len(model.token_ids(text)) for text in TEXTS)
+
+
+def test_base64_and_lists_of_floats_are_the_same_vectors(url):
+    plain = vectors_of(post(url, "embeddings", input=TEXTS[0]))
+    packed = post(url, "embeddings", input=TEXTS[0], encoding_format="base64")["data"][0]["embedding"]
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(packed), "<f4"), plain[0])
+
+
+def test_fewer_dimensions_are_the_first_ones_of_unit_length(url, model):
+    found = vectors_of(post(url, "embeddings", input=TEXTS, dimensions=8))
+    expected = model.encode(TEXTS)[:, :8]
+    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_prompts_are_those_of_the_checkpoint(url, model):
+    query = vectors_of(post(url, "embeddings", input=TEXTS[:2], input_type="query"))
+    np.testing.assert_allclose(query, model.encode_query(TEXTS[:2]), atol=1e-5)
+    document = vectors_of(post(url, "embeddings", input=TEXTS[:2], input_type="document"))
+    np.testing.assert_allclose(document, model.encode_document(TEXTS[:2]), atol=1e-5)
+    assert np.abs(query - document).max() > 0.01
+    named = vectors_of(post(url, "embeddings", input=TEXTS[:2], prompt_name="query"))
+    np.testing.assert_allclose(named, query, atol=1e-6)
+
+
+def test_token_ids_are_taken_as_they_are(url, model):
+    rows = [model.token_ids(text) for text in TEXTS]
+    found = vectors_of(post(url, "embeddings", input=rows))
+    np.testing.assert_allclose(found, model.encode(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(vectors_of(post(url, "embeddings", input=rows[1])), found[1:2], atol=1e-5)
+
+
+def test_a_text_without_tokens_has_a_vector(url, model):
+    np.testing.assert_allclose(vectors_of(post(url, "embeddings", input="")), model.encode([""]), atol=1e-5)
+
+
+def test_a_long_text_is_refused_or_cut_as_asked(url, model):
+    text = "the cat " * 100
+    error = post(url, "embeddings", 400, input=["train", text])["error"]
+    assert "position 1" in error["message"]
+    assert "truncate" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+    cut = vectors_of(post(url, "embeddings", input=text, truncate=True))
+    np.testing.assert_allclose(cut, model.encode([text]), atol=1e-5)
+    ids = model.token_ids(text)
+    assert len(ids) > model.max_seq_length
+    assert "position 0" in post(url, "embeddings", 400, input=ids)["error"]["message"]
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+
+def test_a_completion_is_the_base_models(url, lm, model):
+    for prompt in ("the cat", "a red bird sleeps in"):
+        found = post(url, "completions", prompt=prompt, max_tokens=12)
+        tokens = greedy(lm, model, prompt, 12)
+        assert found["choices"][0]["text"].strip() == model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert found["usage"]["completion_tokens"] == len(tokens)
+        assert found["usage"]["prompt_tokens"] == len(model.token_ids(prompt))
+        assert found["choices"][0]["finish_reason"] == ("stop" if tokens[-1] == 2 else "length")
+
+
+def test_a_chat_goes_through_the_template(url, model):
+    chat = [{"role": "user", "content": "the cat"}]
+    found = post(url, "chat/completions", messages=chat, max_tokens=6)
+    message = found["choices"][0]["message"]
+    assert message["role"] == "assistant"
+    assert message["content"].strip() == model.generate(chat, max_new_tokens=6).strip()
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+    same = post(url, "chat/completions", messages=parts, max_completion_tokens=6)
+    assert same["choices"][0] == found["choices"][0]
+
+
+def test_a_seed_gives_the_same_text_whatever_else_runs(url):
+    def draw(seed):
+        body = {"prompt": "the cat", "max_tokens": 10, "temperature": 1.5, "top_p": 0.9, "seed": seed}
+        return post(url, "completions", **body)["choices"][0]["text"]
+
+    alone = [draw(seed) for seed in range(4)]
+    assert len(set(alone)) > 1
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(draw, [seed % 4 for seed in range(12)]))
+    assert together == alone * 3
+
+
+def test_tokens_are_drawn_as_transformers_draws_them():
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    random = np.random.default_rng(0)
+    for temperature, top_p, top_k in ((0.7, 0.9, 0), (1.3, 1.0, 5), (1.0, 0.5, 10), (2.0, 0.01, 0)):
+        logits = random.normal(size=50).astype(np.float32) * 3
+        scores = TemperatureLogitsWarper(temperature)(None, torch.tensor(logits[None]))
+        if top_k:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        if top_p < 1:
+            scores = TopPLogitsWarper(top_p)(None, scores)
+        expected = scores.softmax(-1)[0].numpy()
+        drawn = Sampler(temperature, top_p, top_k, seed=0)
+        np.testing.assert_allclose(drawn.probabilities(logits), expected, atol=1e-6)
+    counts = np.bincount([Sampler(1.0, seed=seed)(logits) for seed in range(4000)], minlength=50) / 4000
+    expected = torch.tensor(logits).softmax(-1).numpy()
+    assert np.abs(counts - expected).max() < 0.03
+
+
+def test_streamed_pieces_make_the_whole_text(url):
+    body = {"prompt": "a red bird", "max_tokens": 12}
+    whole = post(url, "completions", **body)
+    pieces = list(events(url, "completions", **body, stream=True, stream_options={"include_usage": True}))
+    assert pieces[-1]["usage"] == whole["usage"]
+    assert pieces[-1]["choices"] == []
+    texts = [piece["choices"][0] for piece in pieces[:-1]]
+    assert len(texts) > 3
+    assert "".join(choice["text"] for choice in texts) == whole["choices"][0]["text"]
+    assert [choice["finish_reason"] for choice in texts][-1] == whole["choices"][0]["finish_reason"]
+    assert {choice["finish_reason"] for choice in texts[:-1]} == {None}
+
+
+def events(url, path, **body):
+    with client.stream("POST", f"{url}/v1/{path}", json=body) as answer:
+        assert answer.status_code == 200, answer.read()
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    yield from map(json.loads, lines)
+
+
+def test_a_stop_text_ends_the_answer_before_it(url):
+    whole = post(url, "completions", prompt="the cat", max_tokens=16)["choices"][0]["text"]
+    words = whole.split()
+    stop = f"{words[3]} {words[4]}"
+    expected = whole[: whole.index(stop)]
+    found = post(url, "completions", prompt="the cat", max_tokens=16, stop=["never there", stop])
+    assert found["choices"][0]["text"] == expected
+    assert found["choices"][0]["finish_reason"] == "stop"
+    assert found["usage"]["completion_tokens"] < 16
+    pieces = events(url, "completions", prompt="the cat", max_tokens=16, stop=stop, stream=True)
+    assert "".join(piece["choices"][0]["text"] for piece in pieces) == expected
+
+
+class Bytes:
+    """Tokens are bytes; 0 is the end."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+    def is_end(self, token):
+        return token == 0
+
+
+@pytest.mark.parametrize("stops", [[], ["zz"], ["né", "x"], ["ende."]])
+def test_pieces_of_text_are_whole_characters_and_hold_nothing_of_a_stop(stops):
+    text = "Ein schöner Tag – 日本語 né 🎈 ende"
+    place = min([text.find(stop) for stop in stops if stop in text], default=len(text))
+    stream = TextStream(Bytes(), stops)
+    pieces = []
+    for token in [*text.encode(), 0]:
+        pieces.append(stream.push(token))
+        assert "\N{REPLACEMENT CHARACTER}" not in pieces[-1]
+        if stream.finished:
+            break
+    pieces.append(stream.rest())
+    assert "".join(pieces) == text[:place]
+    assert sum(map(bool, pieces)) > 5
+
+
+def test_several_prompts_are_answered_in_order(url):
+    found = post(url, "completions", prompt=["the cat", "a red bird"], max_tokens=4)
+    alone = [post(url, "completions", prompt=p, max_tokens=4)["choices"][0]["text"] for p in ("the cat", "a red bird")]
+    assert [choice["text"] for choice in found["choices"]] == alone
+    assert [choice["index"] for choice in found["choices"]] == [0, 1]
+
+
+# --- together --------------------------------------------------------------------------------------------------------
+
+
+def test_choose_keeps_the_padded_batch_in_the_budget_and_the_order():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        waiting = list(enumerate(random.integers(1, 60, 40).tolist()))
+        taken = []
+        while waiting:
+            chosen = choose([length for _, length in waiting], 100)
+            assert chosen[0] == 0
+            rows = [waiting[position][1] for position in chosen]
+            assert len(rows) == 1 or len(rows) * max(rows) <= 100
+            taken += [waiting[position][0] for position in chosen]
+            waiting = [entry for position, entry in enumerate(waiting) if position not in chosen]
+        assert sorted(taken) == list(range(40))
+
+
+class Counted:
+    """An engine that notes its batches."""
+
+    def __init__(self, engine):
+        self._engine, self.batches = engine, []
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def embed(self, batch):
+        self.batches.append(len(batch))
+        time.sleep(0.02)
+        return self._engine.embed(batch)
+
+
+def test_concurrent_requests_share_batches_and_get_their_own_vectors(engine, model):
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice(WORDS, size=random.integers(1, 12))) for _ in range(60)]
+    expected = model.encode(texts)
+    counted = Counted(engine)
+    with running(create_app(counted)) as url, ThreadPoolExecutor(32) as pool:
+        talk = pool.submit(lambda: post(url, "completions", prompt="the cat", max_tokens=30)["choices"][0]["text"])
+        found = list(pool.map(lambda text: vectors_of(post(url, "embeddings", input=text))[0], texts))
+        said = talk.result()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert sum(counted.batches) == 60
+    assert len(counted.batches) < 30
+    assert said.strip() == model.generate("the cat", max_new_tokens=30).strip()
+
+
+class Slow:
+    """An engine that generates one token after another until it is told to stop."""
+
+    def __init__(self, engine, pause=0.01):
+        self._engine, self._pause = engine, pause
+        self.tokens, self.running, self.ended = 0, threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def generate_tokens(self, ids, sampling, on_token):
+        self.running.set()
+        for _ in range(sampling.max_tokens):
+            time.sleep(self._pause)
+            self.tokens += 1
+            if not on_token(5):
+                break
+        self.ended.set()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_stops_its_generation(engine, stream):
+    slow = Slow(engine)
+    slow.context = 10**6
+    with running(create_app(slow, settings=Settings(generations=1))) as url:
+        body = {"prompt": "the cat", "max_tokens": 10_000, "stream": stream}
+
+        async def leave():
+            async with (
+                httpx.AsyncClient(timeout=60) as client,
+                client.stream("POST", f"{url}/v1/completions", json=body),
+            ):
+                await asyncio.sleep(0.2)
+
+        if stream:
+            asyncio.run(leave())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post(f"{url}/v1/completions", json=body, timeout=0.3)
+        assert slow.running.wait(10)
+        assert slow.ended.wait(10)
+        assert 1 < slow.tokens < 5000
+        # The only place is free again.
+        assert post(url, "completions", prompt="the cat", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_a_full_queue_is_answered_with_429(engine):
+    slow = Slow(engine)
+    with (
+        running(create_app(slow, settings=Settings(generations=1, max_waiting=1))) as url,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        ask = {"prompt": "the cat", "max_tokens": 40}
+        answers = list(
+            pool.map(
+                lambda stream: client.post(f"{url}/v1/completions", json={**ask, "stream": stream}), [False, True] * 3
+            )
+        )
+    codes = [answer.status_code for answer in answers]
+    assert codes.count(200) >= 2
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(refused) + codes.count(200) == 6
+    assert refused
+    assert refused[0].headers["retry-after"] == "1"
+    assert refused[0].json()["error"]["type"] == "rate_limit_error"
+
+
+def test_too_many_waiting_texts_are_answered_with_429(engine):
+    entered, go = threading.Event(), threading.Event()
+
+    class Held(Counted):
+        def embed(self, batch):
+            entered.set()
+            assert go.wait(30)
+            return self._engine.embed(batch)
+
+    settings = Settings(max_queue=3, batch_tokens=8)
+    with running(create_app(Held(engine), settings=settings)) as url, ThreadPoolExecutor(4) as pool:
+        first = pool.submit(post, url, "embeddings", input="the cat")
+        assert entered.wait(10)
+        second = pool.submit(post, url, "embeddings", input=["a dog", "the tree", "a house"])
+        while "ubmoe_waiting_texts 3.0" not in client.get(f"{url}/metrics").text:
+            time.sleep(0.01)
+        error = post(url, "embeddings", 429, input="train")["error"]
+        assert "3 texts wait" in error["message"]
+        go.set()
+        assert len(first.result()["data"]) == 1
+        assert len(second.result()["data"]) == 3
+
+
+def test_a_request_that_takes_too_long_is_answered_with_504(engine):
+    slow = Slow(engine)
+    with running(create_app(slow, settings=Settings(timeout_s=0.2))) as url:
+        assert post(url, "completions", 504, prompt="the cat", max_tokens=60)["error"]["code"] == "timeout"
+        assert slow.ended.wait(10)
+        assert slow.tokens < 60
+        with client.stream(
+            "POST", f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 60, "stream": True}
+        ) as answer:
+            lines = [line for line in answer.iter_lines() if line]
+        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+def test_an_error_of_the_model_reaches_only_the_requests_of_its_batch(engine):
+    class Broken(Counted):
+        def embed(self, batch):
+            if len(batch) == 2:
+                raise RuntimeError("a secret of the machine")
+            return self._engine.embed(batch)
+
+    with running(create_app(Broken(engine))) as url:
+        error = post(url, "embeddings", 500, input=["the cat", "a dog"])["error"]
+        assert error["type"] == "server_error"
+        assert "secret" not in error["message"]
+        assert len(post(url, "embeddings", input="the cat")["data"]) == 1
+
+
+# --- the door --------------------------------------------------------------------------------------------------------
+
+
+def test_with_a_key_nobody_is_answered_without_it(engine):
+    with running(create_app(engine, api_key=KEY)) as url:
+        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": KEY}):
+            for path in ("/v1/models", "/metrics", "/nothing"):
+                answer = client.get(url + path, headers=headers)
+                assert answer.status_code == 401
+                assert answer.json()["error"]["type"] == "authentication_error"
+        right = {"Authorization": f"Bearer {KEY}"}
+        assert client.get(f"{url}/v1/models", headers=right).json()["data"][0]["id"] == "tiny"
+        assert client.get(f"{url}/health").json() == {"status": "ok"}
+
+
+def test_a_local_server_answers_to_loopback_names_only(url):
+    assert client.get(f"{url}/health").status_code == 200
+    assert client.get(f"{url}/v1/models", headers={"Host": "pages.example"}).status_code == 400
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_request_that_is_too_long_is_refused(engine, chunked):
+    with running(create_app(engine, settings=Settings(max_body_bytes=2000))) as url:
+        body = json.dumps({"input": "the cat " * 1000}).encode()
+        content = (body[i : i + 500] for i in range(0, len(body), 500)) if chunked else body
+        answer = client.post(f"{url}/v1/embeddings", content=content, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 413
+        assert "2,000 bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("embeddings", {}, "input"),
+        ("embeddings", {"input": []}, "1 to 2048"),
+        ("embeddings", {"input": [1.5]}, "input"),
+        ("embeddings", {"input": ["a", None]}, "input"),
+        ("embeddings", {"input": [999]}, "tokenizer of tiny"),
+        ("embeddings", {"input": "a", "dimensions": 33}, "1 to 32"),
+        ("embeddings", {"input": "a", "prompt_name": "odd"}, "'query'"),
+        ("embeddings", {"input": [1, 2], "input_type": "query"}, "not before token ids"),
+        ("embeddings", {"input": "a", "inputtype": "query"}, "inputtype"),
+        ("completions", {"prompt": ""}, "empty"),
+        ("completions", {"prompt": []}, "1 to 64"),
+        ("completions", {"prompt": "the cat", "max_tokens": 0}, "max_tokens"),
+        ("completions", {"prompt": "the cat", "max_tokens": 10**6}, "holds 128 tokens"),
+        ("completions", {"prompt": "the cat " * 70}, "holds 128 tokens"),
+        ("completions", {"prompt": "the cat", "n": 2}, "n is not supported"),
+        ("completions", {"prompt": "the cat", "stream_options": {"include_usage": True}}, "stream: true"),
+        ("chat/completions", {"messages": []}, "messages"),
+        ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "f"}]}, "tools"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_p": 0}, "top_p"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_a_reason(url, path, body, said):
+    error = post(url, path, 400, **body)["error"]
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def test_another_model_is_refused_and_neutral_fields_are_taken(url):
+    assert "only 'tiny'" in post(url, "embeddings", 404, input="a", model="other")["error"]["message"]
+    neutral = {"n": 1, "user": "me", "logprobs": None, "presence_penalty": 0.0, "tools": None, "logit_bias": {}}
+    assert post(url, "completions", prompt="the cat", max_tokens=2, model="tiny", **neutral)["choices"]
+
+
+def test_health_models_and_metrics(url, engine):
+    post(url, "embeddings", input=TEXTS)
+    post(url, "completions", prompt="the cat", max_tokens=3)
+    client.get(f"{url}/nothing/here")
+    assert client.get(f"{url}/v1/models/tiny").json()["dimension"] == engine.dimension
+    assert client.get(f"{url}/v1/models/other").status_code == 404
+    page = client.get(f"{url}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
+    assert float(values['ubmoe_requests_total{route="/v1/embeddings",status="200"}']) >= 1
+    assert float(values['ubmoe_requests_total{route="other",status="404"}']) >= 1
+    assert float(values["ubmoe_generated_tokens_total"]) >= 3
+    assert float(values["ubmoe_embedded_tokens_total"]) >= 20
+    assert float(values["ubmoe_running_generations"]) == 0
+    paths = client.get(f"{url}/openapi.json").json()["paths"]
+    assert {"/v1/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= set(paths)
+    assert client.get(f"{url}/docs").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["batch_tokens", "generations", "timeout_s", "max_queue"])
+def test_settings_refuse_what_makes_no_sense(name):
+    with pytest.raises(ValueError, match=name):
+        Settings(**{name: 0})

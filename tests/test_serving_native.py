@@ -1,0 +1,188 @@
+"""llama.cpp over one base GGUF: vectors as of `UBMoE`, tokens as of plain llama.cpp, both at the same time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from helpers.engines import cosine, in_process
+from helpers.gguf import GGUF_TEXTS
+from helpers.models import TEXTS
+
+from ubmoe_st import UBMoE
+from ubmoe_st.export import export
+from ubmoe_st.serving.engine import Sampling
+from ubmoe_st.serving.native import NativeUBMoE
+
+missing = [name for name in ("xllamacpp", "llama_cpp_py_sync", "gguf") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(missing), reason="needs the extra llama-cpp")
+
+PROMPTS = ["the cat", "a red bird sleeps in", "In 1984 the cat's"]
+PLAIN = """
+import json, sys
+from urllib.request import Request, urlopen
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.verbosity = sys.argv[1], 128, 1, 0
+params.cpuparams.n_threads, params.warmup = 1, False
+server = xllamacpp.Server(params)
+tokens = []
+for prompt in json.loads(sys.argv[2]):
+    greedy = {"temperature": 0, "top_k": 1, "repeat_penalty": 1}
+    request = {"prompt": prompt, "n_predict": 24, "return_tokens": True, **greedy}
+    body = Request(server.listening_address + "/completion", json.dumps(request).encode())
+    tokens.append(json.load(urlopen(body, timeout=60))["tokens"])
+print(json.dumps(tokens))
+"""
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def files(request, gguf_checkpoint_of, tmp_path_factory):
+    """A checkpoint and the GGUF of its base in fp32."""
+    _, checkpoint = gguf_checkpoint_of(request.param)
+    base = tmp_path_factory.mktemp("native") / "base.gguf"
+    export(checkpoint, base, view="generator", format="gguf")
+    return checkpoint, base
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def native(files, tmp_path):
+    checkpoint, base = files
+    model = NativeUBMoE.from_checkpoint(checkpoint, gguf=base, name="tiny", context=128, longest_text=64, threads=1)
+    yield model
+    model.close()
+
+
+def tokens_of(model, prompt, count=24, **options):
+    found = []
+    model.generate_tokens(model.continuation_ids(prompt), Sampling(count, **options), lambda t: found.append(t) or True)
+    return found
+
+
+def test_vectors_are_those_of_the_torch_encoder(native, files):
+    model = UBMoE(str(files[0]), device="cpu")
+    expected = model.encode(GGUF_TEXTS)
+    assert [tokens.ids for tokens in native.tokenize(GGUF_TEXTS, None)] == model.tokenizer(GGUF_TEXTS)["input_ids"]
+    found = native.encode(GGUF_TEXTS)
+    assert cosine(found, expected).min() > 0.9999
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    # Neighbours in a pass change nothing, nor does what was embedded before.
+    alone = np.stack([native.encode(text) for text in reversed(GGUF_TEXTS)])[::-1]
+    np.testing.assert_allclose(found, alone, atol=2e-4)
+    base = model[0].generator("uni").model(**model.tokenizer(TEXTS[:1], return_tensors="pt")).last_hidden_state.mean(1)
+    assert cosine(base.detach().numpy(), expected[:1])[0] < 0.99, "the base gives these vectors, too"
+
+
+def test_tokens_are_those_of_plain_llama_cpp(native, files):
+    expected = in_process(PLAIN, files[1], json.dumps(PROMPTS))
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        found = tokens_of(native, prompt)
+        assert len(tokens) > 10 or native.is_end(found[-1])
+        assert found[: len(tokens)] == tokens
+
+
+def test_threads_that_embed_and_generate_get_the_serial_results(native):
+    vectors, tokens = native.encode(GGUF_TEXTS), tokens_of(native, "the cat")
+    with ThreadPoolExecutor(4) as pool:
+        embed = [pool.submit(native.encode, GGUF_TEXTS) for _ in range(8)]
+        talk = [pool.submit(tokens_of, native, "the cat") for _ in range(8)]
+    assert all(np.array_equal(future.result(), vectors) for future in embed)
+    assert all(future.result() == tokens for future in talk)
+
+
+def test_seeds_chats_streams_and_stops(native):
+    drawn = [native.generate("the cat", max_new_tokens=10, temperature=2.0, seed=seed) for seed in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+    chat = [{"role": "user", "content": "the cat"}]
+    whole = native.generate(chat, max_new_tokens=12)
+    pieces = list(native.generate(chat, max_new_tokens=12, stream=True))
+    assert "".join(pieces) == whole
+    assert whole == native.decode([t for t in tokens_of(native, chat, 12) if not native.is_end(t)])
+    stop = whole[3:5]
+    assert native.generate(chat, max_new_tokens=12, stop=[stop]) == whole[: whole.index(stop)]
+
+
+def test_the_same_app_serves_it(native, files):
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from ubmoe_st.serving import create_app
+
+    with TestClient(create_app(native)) as client:
+        answer = client.post("/v1/embeddings", json={"input": GGUF_TEXTS, "input_type": "query"}).json()
+        found = [entry["embedding"] for entry in answer["data"]]
+        assert cosine(found, UBMoE(str(files[0]), device="cpu").encode_query(GGUF_TEXTS)).min() > 0.9999
+        body = {"prompt": "the cat", "max_tokens": 8}
+        text = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        assert text == native.generate("the cat", max_new_tokens=8)
+        long = client.post("/v1/embeddings", json={"input": "the cat " * 100})
+        assert "64 tokens" in long.json()["error"]["message"]
+
+
+def test_an_index_can_be_searched_with_it(native, files, tmp_path):
+    from ubmoe_st import EmbeddingIndex
+
+    rows = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
+    EmbeddingIndex.build(UBMoE(str(files[0]), device="cpu"), rows, tmp_path / "index")
+    index = EmbeddingIndex.open(tmp_path / "index", model=native)
+    assert index.search_entries(TEXTS[2], 1)[0][0].id == "2"
+
+
+def test_no_torch_is_loaded(files, tmp_path):
+    script = (
+        "import sys; from ubmoe_st.serving import NativeUBMoE\n"
+        "model = NativeUBMoE.from_checkpoint(sys.argv[1], gguf=sys.argv[2], threads=1)\n"
+        "assert model.encode(['a', 'b']).shape == (2, 32) and model.generate('the cat', max_new_tokens=4)\n"
+        "print([name for name in ('torch', 'transformers', 'sentence_transformers') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script, *map(str, files)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[]"
+
+
+def test_without_an_installed_gguf_the_base_is_written_once(files, tmp_path):
+    model = NativeUBMoE.from_checkpoint(files[0], threads=1)
+    written = model.parts.gguf
+    assert written.is_relative_to(tmp_path / "cache")
+    assert cosine(model.encode(TEXTS), UBMoE(str(files[0]), device="cpu").encode(TEXTS)).min() > 0.999
+    model.close()
+    before = written.stat().st_mtime_ns
+    NativeUBMoE.from_checkpoint(files[0], threads=1).close()
+    assert written.stat().st_mtime_ns == before
+
+
+def test_what_llama_cpp_cannot_do_is_refused(files, tmp_path):
+    checkpoint, base = files
+    with pytest.raises(ValueError, match="not a UBMoE checkpoint"):
+        NativeUBMoE.from_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected a GGUF file"):
+        NativeUBMoE.from_checkpoint(checkpoint, gguf=tmp_path / "none.gguf")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF and nothing else")
+    with pytest.raises(ValueError, match="could not read"):
+        NativeUBMoE.from_checkpoint(checkpoint, gguf=broken)
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    config = json.loads((other / "generator" / "config.json").read_text())
+    config["ubmoe"]["expert_rank"] = None
+    (other / "generator" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="dense"):
+        NativeUBMoE.from_checkpoint(other, gguf=base)
+    prompted = tmp_path / "prompted"
+    shutil.copytree(checkpoint, prompted)
+    (prompted / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "include_prompt": false}')
+    (prompted / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find: "}}')
+    with pytest.raises(ValueError, match="engine torch"):
+        NativeUBMoE.from_checkpoint(prompted, gguf=base)

@@ -1,0 +1,255 @@
+"""Concurrent requests share the model: texts to embed form batches, texts to generate take turns."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .engine import Engine, Sampling, Tokens
+from .settings import Settings
+from .text import TextStream
+
+
+class Busy(Exception):
+    """The queue is full: the client has to come again later."""
+
+
+@dataclass
+class _Waiting:
+    tokens: Tokens
+    done: asyncio.Future[np.ndarray]
+
+
+def choose(lengths: Sequence[int], budget: int) -> list[int]:
+    """Which of the waiting texts are embedded next.
+
+    The first always is; of the others, in order, those with which all rows, padded to the longest, stay in the budget.
+
+    Args:
+        lengths: Tokens of each waiting text, at least one text.
+        budget: Tokens of a batch, padding included.
+
+    Returns:
+        Positions, rising.
+    """
+    chosen, longest = [0], lengths[0]
+    for position in range(1, len(lengths)):
+        together = max(longest, lengths[position])
+        if (len(chosen) + 1) * together <= budget:
+            chosen.append(position)
+            longest = together
+    return chosen
+
+
+class Batcher:
+    """Embeds the texts of all requests together, in one thread.
+
+    Args:
+        engine: The model.
+        settings: Limits.
+        on_batch: Told the texts and tokens of each batch.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, on_batch: Callable[[int, int], None] | None = None) -> None:
+        self._engine, self._settings, self._on_batch = engine, settings, on_batch
+        self._waiting: list[_Waiting] = []
+        self._more = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embed")
+        self._task: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    async def embed(self, texts: Sequence[Tokens]) -> np.ndarray:
+        """Unit vectors, (N, D). A caller that is cancelled takes its waiting texts out of the queue.
+
+        Args:
+            texts: N texts, at least one.
+
+        Raises:
+            Busy: If too many texts wait already. A request alone is always taken.
+        """
+        if self._waiting and len(self._waiting) + len(texts) > self._settings.max_queue:
+            raise Busy(f"{len(self._waiting)} texts wait to be embedded, and {self._settings.max_queue} may")
+        loop = asyncio.get_running_loop()
+        if self._task is None or self._task.done():
+            self._task = loop.create_task(self._work())
+        entries = [_Waiting(tokens, loop.create_future()) for tokens in texts]
+        self._waiting += entries
+        self._more.set()
+        try:
+            return np.stack(await asyncio.gather(*(entry.done for entry in entries)))
+        finally:
+            # Nothing is left here of a request that came to its end.
+            for entry in entries:
+                entry.done.cancel()
+            self._waiting = [entry for entry in self._waiting if not entry.done.done()]
+
+    async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._more.wait()
+            await asyncio.sleep(self._settings.batch_wait_ms / 1000)
+            self._more.clear()
+            while self._waiting:
+                chosen = choose([len(entry.tokens.ids) for entry in self._waiting], self._settings.batch_tokens)
+                batch = [self._waiting[position] for position in chosen]
+                kept = set(range(len(self._waiting))) - set(chosen)
+                self._waiting = [self._waiting[position] for position in sorted(kept)]
+                inputs = [entry.tokens for entry in batch]
+                try:
+                    vectors = await loop.run_in_executor(self._thread, self._engine.embed, inputs)
+                except Exception as error:
+                    for entry in batch:
+                        if not entry.done.done():
+                            entry.done.set_exception(error)
+                    continue
+                if self._on_batch is not None:
+                    self._on_batch(len(batch), sum(len(tokens.ids) for tokens in inputs))
+                for entry, vector in zip(batch, vectors):
+                    if not entry.done.done():
+                        entry.done.set_result(vector)
+
+    async def close(self) -> None:
+        """End the worker; what still waits is cancelled."""
+        if self._task is not None:
+            self._task.cancel()
+        for entry in self._waiting:
+            entry.done.cancel()
+        self._thread.shutdown(wait=True)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of generated text.
+
+    Attributes:
+        text: New text, possibly none.
+        tokens: New tokens so far.
+        finish_reason: `stop` or `length` with the last piece, else None.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: str | None = None
+
+
+class Generations:
+    """Generates texts, so many at a time, each in a thread of its own.
+
+    Args:
+        engine: The model.
+        settings: Limits.
+        on_end: Told how many tokens each text has when it ends, for whatever reason.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, on_end: Callable[[int], None] | None = None) -> None:
+        self._engine, self._settings, self._on_end = engine, settings, on_end
+        self._threads = ThreadPoolExecutor(settings.generations, thread_name_prefix="generate")
+        self._slots = asyncio.Semaphore(settings.generations)
+        self._cancelled: set[threading.Event] = set()
+        self.waiting = 0
+        self.running = 0
+
+    def check_room(self) -> None:
+        """Refuse when as many requests wait as may.
+
+        Raises:
+            Busy: Then.
+        """
+        if self._slots.locked() and self.waiting >= self._settings.max_waiting:
+            raise Busy(f"{self.waiting} requests wait to generate, and {self._settings.max_waiting} may")
+
+    async def run(self, ids: list[int], sampling: Sampling, stops: Sequence[str] = ()) -> AsyncIterator[Delta]:
+        """Pieces of the new text. Closing the iterator, or cancelling who reads it, stops the generation.
+
+        Args:
+            ids: The prompt.
+            sampling: How to choose.
+            stops: Texts before which the new text ends.
+
+        Raises:
+            Busy: If too many requests wait already.
+            TimeoutError: If it takes longer than the settings allow, waiting included.
+        """
+        self.check_room()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.timeout_s
+        self.waiting += 1
+        try:
+            await asyncio.wait_for(self._slots.acquire(), self._settings.timeout_s)
+        finally:
+            self.waiting -= 1
+        pieces: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
+        stopped = threading.Event()
+        self._cancelled.add(stopped)
+        self.running += 1
+        work = loop.run_in_executor(
+            self._threads,
+            lambda: self._generate(
+                ids, sampling, stops, stopped, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            ),
+        )
+
+        def over(_: Any) -> None:
+            self.running -= 1
+            self._cancelled.discard(stopped)
+            self._slots.release()
+
+        # The slot is free when the thread is, not when the client is gone.
+        work.add_done_callback(over)
+        try:
+            while True:
+                piece = await asyncio.wait_for(pieces.get(), max(deadline - loop.time(), 0.001))
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+                if piece.finish_reason is not None:
+                    return
+        finally:
+            stopped.set()
+
+    def _generate(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        stops: Sequence[str],
+        stopped: threading.Event,
+        send: Callable[[Delta | BaseException], Any],
+    ) -> None:
+        stream = TextStream(self._engine, stops)
+
+        def on_token(token: int) -> bool:
+            text = stream.push(token)
+            if text and not stream.finished:
+                send(Delta(text, stream.tokens))
+            elif stream.finished:
+                send(Delta(text, stream.tokens, "stop"))
+            return not stream.finished and not stopped.is_set()
+
+        try:
+            if not stopped.is_set():
+                self._engine.generate_tokens(ids, sampling, on_token)
+            if not stream.finished:
+                send(Delta(stream.rest(), stream.tokens, "length"))
+        except Exception as error:
+            send(error)
+        finally:
+            if self._on_end is not None:
+                self._on_end(stream.tokens)
+
+    async def close(self) -> None:
+        """Stop whatever is being generated and wait for it."""
+        for stopped in self._cancelled:
+            stopped.set()
+        began = time.monotonic()
+        while self.running and time.monotonic() - began < 10:
+            await asyncio.sleep(0.01)
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,83 @@
+"""Errors as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from .batching import Busy
+
+logger = logging.getLogger("ubmoe_st.serving")
+
+_RETRY_AFTER_S = 1
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An error with its HTTP status.
+
+    Args:
+        status: The status.
+        message: What was expected, what was got, what to do.
+        code: OpenAI's short name of it.
+        param: The field it speaks of.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+def body_of(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """Status and JSON body for whatever a handler raised.
+
+    Args:
+        error: The exception; one that is not foreseen becomes a 500 that gives nothing away, and is logged.
+    """
+    status, code, param, message = 500, None, None, "internal error; the server's log says more"
+    if isinstance(error, ApiError):
+        status, code, param, message = error.status, error.code, error.param, str(error)
+    elif isinstance(error, Busy):
+        status, code, message = 429, "server_busy", f"{error}; try again in a while"
+    elif isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+        status, code, message = 504, "timeout", "the request took longer than this server allows; ask for less at once"
+    elif isinstance(error, HTTPException):
+        status, message = error.status_code, str(error.detail)
+    elif isinstance(error, RequestValidationError):
+        status, code = 400, "invalid_request"
+        param, message = _first_problem(error)
+    else:
+        logger.error("unforeseen error", exc_info=error)
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
+    found = error.errors()[0]
+    # Behind the first name come the alternatives of a union, which say nothing to a client.
+    param = next((str(part) for part in found["loc"] if part != "body"), None)
+    message = str(found["msg"]).removeprefix("Value error, ")
+    return param, f"{param}: {message}" if param else message
+
+
+def response_of(error: BaseException) -> JSONResponse:
+    """The answer for whatever a handler raised."""
+    status, body = body_of(error)
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 429 else None
+    return JSONResponse(body, status, headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every error of an app in one form."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return response_of(error)
+
+    for kind in (ApiError, Busy, TimeoutError, asyncio.TimeoutError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer)

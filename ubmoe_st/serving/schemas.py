@@ -1,0 +1,148 @@
+"""What requests hold, field by field. A field nobody here knows is refused, not passed over."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Text = Annotated[str, Field(strict=True)]
+TokenList = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+InputType = Literal["query", "document"]
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+}
+"""Fields of the protocol for what this server does not do, with the values that ask for nothing."""
+_PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+"""Fields that say something of the client and change no answer."""
+
+
+class Request(BaseModel):
+    """A request; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: str | None = Field(None, description="Not needed: there is one model. Another name than its own is refused.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in _PASSED_OVER and name not in cls.model_fields:
+                continue
+            if name in _NEUTRAL and name not in cls.model_fields:
+                if value is not None and value not in _NEUTRAL[name]:
+                    raise ValueError(f"{name} is not supported here: leave it out, got {value!r}")
+                continue
+            kept[name] = value
+        return kept
+
+
+class EmbeddingRequest(Request):
+    """`POST /v1/embeddings`."""
+
+    input: Text | list[Text] | TokenList | list[TokenList] = Field(
+        description="A text, texts, or token ids of this model's tokenizer (prompt and special tokens included)."
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="Keep the first dimensions; the vectors stay unit vectors.")
+    input_type: InputType | None = Field(None, description="Puts the checkpoint's prompt for it before each text.")
+    prompt_name: str | None = Field(None, description="Any prompt of the checkpoint by its name.")
+    truncate: bool = Field(False, description="Cut a text that is too long, instead of refusing it.")
+
+
+class StreamOptions(BaseModel):
+    """Of a streamed answer."""
+
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class GenerationRequest(Request):
+    """What chats and completions have in common."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(
+        None, ge=0, le=10, description="0: greedy. None: as the base model's config says."
+    )
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, description="0: all tokens.")
+    seed: int | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts before which the answer ends."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ContentPart(BaseModel):
+    """A part of a message; only text."""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """A message of a chat."""
+
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`."""
+
+    prompt: Text | list[Text] | TokenList | list[TokenList] = Field(description="Text or token ids, or a list of them.")
+
+
+class SearchRequest(Request):
+    """`POST /v1/search`."""
+
+    query: Text = Field(min_length=1)
+    k: int = Field(10, ge=1, le=1000)
+    filter: dict[str, Any] | None = Field(None, description='Of the metadata, e.g. {"year": {">=": 1990}}.')
+    mode: Literal["dense", "bm25", "hybrid"] = "dense"
+
+
+class AskRequest(GenerationRequest):
+    """`POST /v1/ask`."""
+
+    question: Text = Field(min_length=1)
+    k: int = Field(3, ge=1, le=20, description="Entries to answer from.")
+    filter: dict[str, Any] | None = None

@@ -1,0 +1,50 @@
+"""`/v1/search` and `/v1/ask`, over an index."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ubmoe_st.answers import answer_prompt, find
+
+from .completions import answer, chat_job
+from .errors import ApiError
+from .schemas import AskRequest, SearchRequest
+from .service import Service, unless_gone
+
+
+def router(service: Service) -> APIRouter:
+    """The routes over a service with an index."""
+    routes = APIRouter()
+    index, limit = service.index, service.settings.timeout_s
+
+    async def found(request: Request, query: str, k: int, **options: Any) -> list[Any]:
+        def look() -> list[Any]:
+            try:
+                return find(index, query, k, **options)
+            except (TypeError, ValueError) as error:
+                raise ApiError(400, str(error)) from error
+
+        return await unless_gone(request, asyncio.to_thread(look), limit)
+
+    @routes.post("/v1/search", summary="The nearest entries of the index")
+    async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
+        service.check_model(body.model)
+        mode = {} if body.mode == "dense" else {"mode": body.mode}
+        hits = await found(request, body.query, body.k, filter=body.filter, **mode)
+        return {"object": "list", "model": service.engine.name, "data": [hit.as_dict() for hit in hits]}
+
+    @routes.post("/v1/ask", summary="An answer from the entries of the index, as a chat completion with its `entries`")
+    async def ask(body: AskRequest, request: Request) -> Response:
+        service.check_model(body.model)
+        hits = await found(request, body.question, body.k, filter=body.filter)
+        if not hits:
+            raise ApiError(400, "no entry was found, so there is nothing to answer from", param="filter")
+        entries = [hit.as_dict() for hit in hits]
+        job = await chat_job(service, body, answer_prompt(body.question, hits), entries=entries)
+        return await answer(service, job, body, request)
+
+    return routes
