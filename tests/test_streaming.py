@@ -72,6 +72,26 @@ def test_shards_dense_experts_routers_and_copies_of_the_originals(base, tmp_path
         upcycle(sharded, tmp_path / "more", out=tmp_path / "out")
 
 
+def test_checkpoints_as_experts_and_terms_beside_experts(base, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    module = UBMoETransformer.from_base(base)
+    module.set_low_rank_experts(random_experts(module))
+    experts = export_experts(module, tmp_path / "experts", recipe={"prompts": {"query": "the "}})
+    (experts / "TERMS.md").write_text("terms of the base")
+    first = both_ways(monkeypatch, tmp_path / "first", base, experts)
+    assert (first / "TERMS.md").read_text() == "terms of the base"
+    again = both_ways(monkeypatch, tmp_path / "again", base, first)
+    assert (again / "SHA256SUMS").read_bytes() == (first / "SHA256SUMS").read_bytes()
+    dense = UBMoETransformer.from_base(base)
+    dense.set_dense_experts({key: t for key, t in module.encoder_state().items() if ".mlp." in key})
+    UBMoE(modules=[dense, *list(UBMoE(str(first)))[1:]], device="cpu").save(str(tmp_path / "dense"))
+    kinds = []
+    monkeypatch.setattr(upcycling, "_set_experts", lambda module, *rest: kinds.append(type(module)) or {})
+    for path in (first, tmp_path / "dense"):
+        upcycle(base, path, out=tmp_path / "kinds" / path.name)
+    assert kinds == [StreamedTransformer, UBMoETransformer]
+
+
 def test_a_base_whose_tensors_have_other_names_is_loaded(base, tmp_path):
     renamed = tmp_path / "renamed"
     renamed.mkdir()
@@ -124,6 +144,15 @@ def test_files_are_what_the_library_writes(tmp_path):
         [read[name] for name in read]
     with pytest.raises(ValueError, match="expected it once"):
         shards.TensorFiles([tmp_path / "ours.safetensors"] * 2)
+
+
+def test_a_file_is_replaced_by_tensors_that_are_mapped_from_it(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.arange(50_000.0), "b": torch.ones(3)}, path)
+    mapped = load_file(path)
+    shards.write_tensors(path, {"a": mapped["a"]})
+    assert torch.equal(load_file(path)["a"], torch.arange(50_000.0))
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 PEAK = """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import UBMoEConfig
-from ubmoe_st.files import give_usual_mode, sha256_of
+from ubmoe_st.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -219,7 +219,6 @@ def data_start(path: Path) -> int:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) -> None:
     """Write a safetensors file whose tensors start at a given offset modulo 64 bytes; see `shards.write_tensors`."""
     shards.write_tensors(path, tensors, alignment)
-    give_usual_mode(path)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

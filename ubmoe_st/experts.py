@@ -313,7 +313,6 @@ def save_low_rank(low_rank: LowRank, file: str | os.PathLike[str], metadata: Map
         tensors[f"{name}.lora_A"] = lora_a.detach().cpu().contiguous()
         tensors[f"{name}.lora_B"] = lora_b.detach().cpu().contiguous()
     shards.write_with_metadata(Path(file), tensors, low_rank_header(metadata))
-    give_usual_mode(Path(file))
 
 
 def low_rank_header(metadata: Mapping[str, object]) -> dict[str, str]:

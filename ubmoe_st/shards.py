@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ubmoe_st.files import replacing_by_name
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -278,7 +280,8 @@ def write_with_metadata(path: Path, tensors: Mapping[str, Tensor], metadata: Map
 def _write(path: Path, head: bytes, tensors: Mapping[str, Tensor], specs: Mapping[str, Spec]) -> None:
     import torch
 
-    with open(path, "wb") as file:
+    # Under another name first: the tensors may be mapped from the very file that is replaced.
+    with replacing_by_name(path) as temporary, open(temporary, "wb") as file:
         file.write(head)
         for name in in_file_order(specs):
             tensor = tensors[name].detach().cpu().contiguous()

@@ -23,7 +23,7 @@ from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_r
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
-from ubmoe_st.streaming import StreamedTransformer, can_stream, dense_experts
+from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
 
 _PROJECTION = "projection.safetensors"
 ROUTERS_FILE = "routers.safetensors"
@@ -188,7 +188,7 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
 
 def _recipe_of(path: Path) -> dict[str, Any]:
     """What a checkpoint has beside its experts: modules behind the encoder, prompts, length."""
-    model = UBMoE(str(path), device="cpu")
+    model = StreamedUBMoE(str(path), device="cpu")
     config = model.ubmoe_config
     return {
         "modules": list(model)[1:],
