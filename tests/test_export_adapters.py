@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.engines import cosine, in_process
+from helpers.gguf import GGUF_TEXTS, bpe_tokenizer
 from helpers.models import TEXTS, make_base, make_checkpoint, make_tokenizer, random_experts
 from peft import PeftModel
-from test_export_gguf import GGUF_TEXTS, bpe_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE, UBMoETransformer, upcycle
