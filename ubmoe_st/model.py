@@ -23,6 +23,7 @@ from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import download, push
 from ubmoe_st.lossless import LosslessReport, check_lossless
+from ubmoe_st.quantization import inner_tensors, quantize_base
 from ubmoe_st.ranking import Method
 from ubmoe_st.transformer import UBMoETransformer
 
@@ -213,9 +214,10 @@ class UBMoE(SentenceTransformer):
 
         def count(part: str, parameters: Iterator[tuple[str, nn.Parameter]], pick: Callable[[str], bool]) -> None:
             for name, parameter in parameters:
-                if pick(name) and parameter.data_ptr() not in seen:
-                    seen.add(parameter.data_ptr())
-                    parts[part] += parameter.numel() * parameter.element_size()
+                for tensor in inner_tensors(parameter) if pick(name) else ():
+                    if tensor.data_ptr() not in seen:
+                        seen.add(tensor.data_ptr())
+                        parts[part] += tensor.numel() * tensor.element_size()
 
         encoder = self._views.model
         count("shared", encoder.named_parameters(), lambda name: not is_ffn_key(name))
@@ -227,6 +229,20 @@ class UBMoE(SentenceTransformer):
         base = parts["shared"] + parts["uni"]
         total = sum(parts.values())
         return {**parts, "total": total, "base": base, "ratio": total / base}
+
+    def quantize_base(self, config: Any = None) -> None:
+        """Hold the base in few bits, by torchao, with the low-rank `bi` experts as they are beside it.
+
+        Both views then are those of the equally quantised base. For use, not for saving.
+
+        Args:
+            config: Of torchao, e.g. `Int4WeightOnlyConfig()`. None: 8-bit weights.
+
+        Raises:
+            ImportError: If torchao is absent.
+            ValueError: If the model was not loaded with `low_memory=True`.
+        """
+        quantize_base(self._views, config)
 
     def check_lossless(self, base: str | os.PathLike[str] | None = None) -> LosslessReport:
         """Whether the generator is the base, to the last bit: logits, tokens and weights of both are compared.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ class UBMoETransformer(Transformer):
         if max_seq_length is not None:
             module.max_seq_length = max_seq_length
         find_ffns(module.model)
-        _check_bidirectional(module.model)
+        _check_bidirectional(module.probe())
         module.base = found
         module.source = Source(base=found.path, dtype=module.model.dtype)
         module.ubmoe_config = UBMoEConfig(
@@ -153,6 +153,10 @@ class UBMoETransformer(Transformer):
             base_origin=found.origin,
         )
         return module
+
+    def probe(self) -> PreTrainedModel:
+        """The model that shows whether the architecture attends in full: the encoder itself."""
+        return self.model
 
     @property
     def folder(self) -> Path | None:
@@ -278,7 +282,7 @@ class UBMoETransformer(Transformer):
         if self.ubmoe_config is not None:
             self.ubmoe_config.expert_rank = max(lora_a.shape[0] for lora_a, _ in low_rank.values())
 
-    def set_dense_experts(self, ffn: dict[str, Tensor], low_rank: LowRank | None = None) -> None:
+    def set_dense_experts(self, ffn: Mapping[str, Tensor], low_rank: LowRank | None = None) -> None:
         """Take dense `bi` experts.
 
         Args:
@@ -462,6 +466,10 @@ class UBMoETransformer(Transformer):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_generators": {}}
 
+    def forget_generators(self) -> None:
+        """Build the generator view anew on its next use, after tensors of this module have been replaced."""
+        self._generators = {}
+
     # --- saving ----------------------------------------------------------------------------------------------
 
     def encoder_state(self) -> dict[str, Tensor]:
@@ -494,7 +502,7 @@ class UBMoETransformer(Transformer):
             **kwargs: Not used.
 
         Raises:
-            CheckpointError: If what was written would not open again.
+            CheckpointError: If the base is quantised, or what was written would not open again.
             ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
         """
         if not safe_serialization:
@@ -504,8 +512,8 @@ class UBMoETransformer(Transformer):
             return
         if self.ubmoe_config is None:
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
+        checkpoint.plain_dtypes(self.model.state_dict())  # first: what others put into layers compares with nothing
         encoder, uni = self.encoder_state(), self.uni_tensors()
-        checkpoint.plain_dtypes(encoder)  # first: what others put into their layers compares with nothing
         checkpoint.write(
             Path(output_path),
             self._honest_config(self.ubmoe_config, encoder, uni),

@@ -23,6 +23,7 @@ from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_r
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
+from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
 
 _PROJECTION = "projection.safetensors"
 ROUTERS_FILE = "routers.safetensors"
@@ -79,7 +80,8 @@ def upcycle(
         raise ValueError(f"max_seq_length must be at least 1 token, got {max_seq_length}")
     checkpoint.refuse_foreign_weights(target)
     found = base if isinstance(base, Base) else resolve_base(base)
-    module = UBMoETransformer.from_base(found, dtype=dtype)
+    streamed = can_stream(found.path) and (bi_experts is None or _can_stream_experts(Path(bi_experts)))
+    module = (StreamedTransformer if streamed else UBMoETransformer).from_base(found, dtype=dtype)
     recipe: dict[str, Any] = {}
     if bi_experts is not None:
         recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
@@ -139,6 +141,16 @@ def export_experts(
     return Path(out)
 
 
+def _can_stream_experts(path: Path) -> bool:
+    """Whether experts need no loaded model: PEFT merges an adapter on one, dense ones may need renaming."""
+    if is_adapter(path):
+        return False
+    if checkpoint.is_checkpoint(path):
+        return checkpoint.check_checkpoint(path).expert_rank is not None
+    dense = (path / "config.json").is_file()
+    return not dense or can_stream(path)
+
+
 def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatch: bool) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"bi experts {path} do not exist; expected a folder or a .safetensors file")
@@ -164,7 +176,9 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
         module.set_dense_experts(_read_checkpoint(base, path, module))
         return _recipe_of(path)
     if (path / "config.json").is_file():
-        module.set_dense_experts(_read_dense(base, path, module))
+        streamed = isinstance(module, StreamedTransformer)
+        read = dense_experts(base, path, module.model) if streamed else _read_dense(base, path, module)
+        module.set_dense_experts(read)
         return {}
     raise ValueError(
         f"{path} holds no bi experts: expected {delta_name}, a PEFT adapter (adapter_config.json) or a model folder "
@@ -174,7 +188,7 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
 
 def _recipe_of(path: Path) -> dict[str, Any]:
     """What a checkpoint has beside its experts: modules behind the encoder, prompts, length."""
-    model = UBMoE(str(path), device="cpu")
+    model = StreamedUBMoE(str(path), device="cpu")
     config = model.ubmoe_config
     return {
         "modules": list(model)[1:],
@@ -205,7 +219,7 @@ def _read_checkpoint(base: Base, path: Path, module: UBMoETransformer) -> dict[s
     return {key: tensor for key, tensor in state.items() if is_ffn_key(key)}
 
 
-def _read_dense(base: Base, path: Path, module: UBMoETransformer) -> dict[str, Tensor]:
+def _read_dense(base: Base, path: Path, module: UBMoETransformer) -> Mapping[str, Tensor]:
     tuned = AutoModelForCausalLM.from_pretrained(path, dtype=module.model.dtype)
     original = AutoModelForCausalLM.from_pretrained(base.path, dtype=module.model.dtype)
     keys = uni_keys(tuned)

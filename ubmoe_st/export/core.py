@@ -17,6 +17,7 @@ import torch
 
 from ubmoe_st.cards import export_card
 from ubmoe_st.checkpoint import is_checkpoint
+from ubmoe_st.export.adapters import write_gguf_lora, write_peft
 from ubmoe_st.export.folders import (
     write_cross_encoder_files,
     write_encoder_files,
@@ -27,9 +28,10 @@ from ubmoe_st.export.gguf import write_gguf
 from ubmoe_st.export.graphs import PEAK_LIMIT, write_graph
 from ubmoe_st.files import replacing_by_name, replacing_folder
 from ubmoe_st.model import UBMoE
+from ubmoe_st.streaming import StreamedUBMoE
 
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino"]
+Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 Quantization = Literal["f16", "int8"]
 
 _NEEDS = {
@@ -38,17 +40,24 @@ _NEEDS = {
     "gguf": ("gguf",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
+    "peft": (),
+    "gguf-lora": ("gguf",),
 }
+_ADAPTERS = ("peft", "gguf-lora")
+_FILES = ("gguf", "gguf-lora")
+"""Formats of one file."""
 _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "hf": (),
     "cross-encoder": (),
     "gguf": ("f16", "int8"),
     "onnx": ("int8",),
     "openvino": ("int8",),
+    "peft": (),
+    "gguf-lora": (),
 }
 _PARTS = re.compile(
-    r"onnx|openvino|\d+_(Pooling|Dense|Normalize|LogitScore)|.+\.safetensors|model\.safetensors\.index\.json"
-    r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json|chat_template\.jinja"
+    r"onnx|openvino|adapter_config\.json|\d+_(Pooling|Dense|Normalize|LogitScore)|.+\.safetensors"
+    r"|model\.safetensors\.index\.json|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json|chat_template\.jinja"
 )
 
 
@@ -67,13 +76,14 @@ def export(
 
     Args:
         checkpoint: A checkpoint folder or the Hub id of one.
-        out: Folder to write; for `gguf` a file that ends in `.gguf`.
+        out: Folder to write; for `gguf` and `gguf-lora` a file that ends in `.gguf`.
         view: `encoder` (full attention, `bi` experts) or `generator` (the base model).
         format: `hf`: safetensors for transformers and sentence-transformers, in the dtype of the checkpoint.
             `cross-encoder`: the generator for `CrossEncoder` of sentence-transformers, with the scores of `UBMoE.rank`
             by `yes_no`; whatever the `view`. `onnx`,
             `openvino`: a graph in fp32 with dynamic batch and length; of the generator without KV cache. `gguf`: one
-            file for llama.cpp, in fp32.
+            file for llama.cpp, in fp32. `peft`, `gguf-lora`: the low-rank experts alone, as an adapter on the base for
+            PEFT, and for llama.cpp beside the base's own GGUF.
         quantize: `int8`: 8-bit weights (and activations, for `onnx` and `openvino`, of the encoder only). `f16`:
             16-bit weights, for `gguf`. None: no quantisation.
         calibration: Texts to measure activations with, for `int8` of `onnx` and `openvino`. None: those of
@@ -94,15 +104,25 @@ def export(
     _check_arguments(target, view, format, quantize, overwrite)
     if format == "cross-encoder":
         view = "generator"
-    plain = format in ("hf", "cross-encoder")
-    dtype: dict[str, Any] = {} if plain else {"model_kwargs": {"dtype": torch.float32}}
-    model = UBMoE(checkpoint, device="cpu", **dtype)
+    # Of a graph or a cross-encoder the weights are run; the other formats copy them, one tensor at a time.
+    if format in ("onnx", "openvino", "cross-encoder"):
+        dtype: dict[str, Any] = {} if format == "cross-encoder" else {"model_kwargs": {"dtype": torch.float32}}
+        model = UBMoE(checkpoint, device="cpu", **dtype)
+    else:
+        model = StreamedUBMoE(checkpoint)
     kept: list[str] = []
-    if format == "gguf":
+    if format in _FILES:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_by_name(target, unique=True) as temporary:
-            write_gguf(model, temporary, view, quantize)
+            if format == "gguf":
+                write_gguf(model, temporary, view, quantize)
+            else:
+                write_gguf_lora(model, temporary)
         size = target.stat().st_size
+    elif format == "peft":
+        with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
+            write_peft(model, folder)
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     else:
         with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
             if format == "cross-encoder":
@@ -111,7 +131,7 @@ def export(
                 write_encoder_files(model, folder, baked=format != "hf")
             else:
                 write_generator_files(model, folder)
-            if plain:
+            if format in ("hf", "cross-encoder"):
                 write_safetensors(model, folder, view)
             else:
                 kept = write_graph(model, folder, view, format, quantize, calibration, peak_limit)
@@ -137,19 +157,22 @@ def _check_arguments(target: Path, view: str, format: str, quantize: str | None,
             f"formats with {quantize}: {', '.join(known)}" if known else f"known: {', '.join(get_args(Quantization))}"
         )
         raise ValueError(f"format {format} cannot be written as {quantize}; {hint}")
+    if format in _ADAPTERS and view == "generator":
+        raise ValueError(f"format {format} holds the bi experts; the generator is the base itself, without any adapter")
     if quantize == "int8" and view == "generator" and format in ("onnx", "openvino"):
         raise ValueError(f"int8 of the generator is not written as {format}; take format='gguf' with quantize='int8'")
     needed = (*_NEEDS[format], *(("nncf",) if format == "openvino" and quantize else ()))
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"format {format} needs {', '.join(missing)}: pip install 'ubmoe-st[{format}]'")
-    if format == "gguf" and target.suffix != ".gguf":
-        raise ValueError(f"format gguf writes one file: expected a name that ends in .gguf, got {target}")
+        extra = "gguf" if format in _FILES else format
+        raise ImportError(f"format {format} needs {', '.join(missing)}: pip install 'ubmoe-st[{extra}]'")
+    if format in _FILES and target.suffix != ".gguf":
+        raise ValueError(f"format {format} writes one file: expected a name that ends in .gguf, got {target}")
     inside = next((f for f in (target, *target.resolve().parents) if is_checkpoint(f)), None)
     if inside is not None:
         raise FileExistsError(f"{inside} is a checkpoint, which an export does not change; choose another folder")
-    taken = target.exists() if format == "gguf" else target.is_file() or (target.is_dir() and any(target.iterdir()))
+    taken = target.exists() if format in _FILES else target.is_file() or (target.is_dir() and any(target.iterdir()))
     if taken and not overwrite:
         raise FileExistsError(f"{target} exists; choose another name, or pass overwrite=True")
-    if target.is_dir() and format == "gguf":
+    if target.is_dir() and format in _FILES:
         raise FileExistsError(f"{target} is a folder; expected the name of a file to write")

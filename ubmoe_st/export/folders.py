@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ubmoe_st import checkpoint
 from ubmoe_st.bases import save_tokenizer
 from ubmoe_st.model import REQUIREMENTS, UBMoE
 from ubmoe_st.ranking import answer_tokens, pair_template
+from ubmoe_st.streaming import StreamedTransformer
 
 # The names that every reader of sentence-transformers folders knows.
 _MODULE_NAMES = {Pooling: "Pooling", Dense: "Dense", Normalize: "Normalize"}
@@ -183,15 +185,20 @@ def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:
 def write_safetensors(model: UBMoE, folder: Path, view: str) -> None:
     """The tensors of a view as `model.safetensors`, aligned like those of the checkpoint."""
     views: Any = model[0]
-    state = views.encoder_state() if view == "encoder" else generator_state(model.generator)
-    checkpoint.save_tensors(state, folder / "model.safetensors", views.source.alignment())
+    checkpoint.save_tensors(tensors_of(model, view), folder / "model.safetensors", views.source.alignment())
 
 
 def _write_json(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def generator_state(lm: Any) -> dict[str, Tensor]:
-    """Tensors of a causal LM under their stock names, each once."""
+def tensors_of(model: UBMoE, view: str) -> Mapping[str, Tensor]:
+    """Tensors of a view under their stock names, each once."""
+    views: Any = model[0]
+    if view == "encoder":
+        return views.encoder_state()
+    if isinstance(views, StreamedTransformer):
+        return views.generator_state()
+    lm: Any = model.generator
     tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
     return {key: tensor for key, tensor in lm.state_dict().items() if key not in tied}

@@ -7,7 +7,7 @@ Written for the Llama, Mistral, Qwen2 and Qwen3 architectures with byte-level BP
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import Tensor
 
-from ubmoe_st.export.folders import generator_state
+from ubmoe_st.export.folders import tensors_of
 from ubmoe_st.model import UBMoE
 
 # llama.cpp's names of the ways to cut a text before byte pairs are merged, by how many digits stay together.
@@ -49,10 +49,11 @@ def write_gguf(model: UBMoE, file: Path, view: str, quantize: str | None) -> Non
     network: Any = views.model if view == "encoder" else model.generator
     config = network.config
     architecture = _gguf_architecture(network)
-    state = views.encoder_state() if view == "encoder" else generator_state(network)
+    state = tensors_of(model, view)
     tokens = _gguf_tokens(model, config.vocab_size)
     arch = getattr(gguf.MODEL_ARCH, architecture)
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch])
+    # Tensors wait in a temporary file: a 7B would not fit into memory twice.
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
     settings = model.ubmoe_config
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{settings.base_model if settings else architecture} ({view} of UBMoE)")
@@ -110,7 +111,9 @@ def _gguf_architecture(network: Any) -> str:
 
 
 def _rotary(network: Any) -> Any:
-    return getattr(network, network.base_model_prefix, network).rotary_emb
+    """The rotary embedding of a model, made anew: one on the meta device has no frequencies."""
+    kind = type(getattr(network, network.base_model_prefix, network).rotary_emb)
+    return kind(config=network.config)
 
 
 def _gguf_pooling(model: UBMoE) -> Any:
@@ -198,7 +201,7 @@ def _add_gguf_tokenizer(writer: Any, tokens: dict[str, Any]) -> None:
 
 
 def _gguf_tensors(
-    network: Any, state: dict[str, Tensor], arch: Any, heads: int, kv_heads: int
+    network: Any, state: Mapping[str, Tensor], arch: Any, heads: int, kv_heads: int
 ) -> Iterator[tuple[str, Tensor]]:
     import gguf
 

@@ -1,0 +1,109 @@
+"""The experts as an adapter, in the loaders of PEFT and llama.cpp, embed as the checkpoint does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.engines import cosine, in_process
+from helpers.gguf import GGUF_TEXTS, bpe_tokenizer
+from helpers.models import TEXTS, make_base, make_checkpoint, make_tokenizer, random_experts
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from ubmoe_st import UBMoE, UBMoETransformer, upcycle
+from ubmoe_st.export import export
+from ubmoe_st.upcycling import export_experts
+
+LLAMA_SCRIPT = """
+import json, sys
+from urllib.request import Request, urlopen
+import xllamacpp
+path, adapter, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+params = xllamacpp.CommonParams()
+params.model.path, params.embedding, params.n_ctx = path, True, 128
+params.n_parallel, params.cpuparams.n_threads, params.warmup, params.verbosity = 1, 1, False, 0
+params.attention_type = xllamacpp.llama_attention_type.LLAMA_ATTENTION_TYPE_NON_CAUSAL
+params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+if adapter:
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+server = xllamacpp.Server(params)
+body = Request(server.listening_address + "/v1/embeddings", json.dumps({"input": texts}).encode())
+print(json.dumps([entry["embedding"] for entry in json.load(urlopen(body, timeout=60))["data"]]))
+"""
+needs_llama = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the extra serve")
+
+
+def vectors_by_peft(base, adapter):
+    """Reference: PEFT on the stock causal LM with full attention, mean pooling, normalisation."""
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    lm.config.is_causal = False
+    lm = PeftModel.from_pretrained(lm, str(adapter)) if adapter else lm
+    backbone = (lm.get_base_model() if adapter else lm).get_decoder()
+    rows = []
+    for text in TEXTS:
+        ids = make_tokenizer()(text, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            rows.append(torch.nn.functional.normalize(backbone(ids).last_hidden_state[0].mean(0), dim=0).numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3-fused"])
+@pytest.mark.filterwarnings("error:Found missing adapter keys")
+def test_peft_loads_the_adapter_on_the_base(base_of, checkpoint_of, tmp_path, architecture):
+    base, checkpoint = base_of(architecture), checkpoint_of(architecture)
+    facts = export(checkpoint, tmp_path / "adapter", format="peft")
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert facts["bytes"] < sum(file.stat().st_size for file in checkpoint.rglob("*.safetensors")) / 2
+    found = vectors_by_peft(base, tmp_path / "adapter")
+    expected = UBMoE(str(checkpoint)).encode(TEXTS)
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.abs(found - vectors_by_peft(base, None)).max() > 1e-2
+    again = UBMoE(str(upcycle(base, tmp_path / "adapter", out=tmp_path / "again"))).encode(TEXTS)
+    assert np.abs(again - expected).max() < 1e-4
+
+
+def test_layers_of_other_ranks_and_layers_without_experts(base, tmp_path):
+    module = UBMoETransformer.from_base(base)
+    low_rank = random_experts(module, rank=4)
+    del low_rank["layers.1.mlp.up_proj"]
+    low_rank["layers.0.mlp.gate_proj"] = tuple(random_experts(module, rank=2)["layers.0.mlp.gate_proj"])
+    module.set_low_rank_experts(low_rank)
+    experts = export_experts(module, tmp_path / "experts", dtype=torch.float32)
+    checkpoint = upcycle(base, experts, out=tmp_path / "checkpoint")
+    export(checkpoint, tmp_path / "adapter", format="peft")
+    expected = UBMoE(str(checkpoint)).encode(TEXTS)
+    assert np.abs(vectors_by_peft(base, tmp_path / "adapter") - expected).max() < 1e-4
+
+
+@needs_llama
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_llama_cpp_loads_the_adapter_beside_the_gguf_of_the_base(tmp_path, architecture):
+    base = make_base(tmp_path / "base", architecture, vocab_size=320)
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    bpe_tokenizer(digits=True).save_pretrained(base)
+    checkpoint = make_checkpoint(base, tmp_path / "checkpoint")
+    export(checkpoint, tmp_path / "base.gguf", view="generator", format="gguf")
+    export(checkpoint, tmp_path / "adapter.gguf", format="gguf-lora")
+    expected = UBMoE(str(checkpoint)).encode(GGUF_TEXTS)
+    found = in_process(LLAMA_SCRIPT, tmp_path / "base.gguf", tmp_path / "adapter.gguf", json.dumps(GGUF_TEXTS))
+    assert cosine(found, expected).min() > 0.999
+    plain = in_process(LLAMA_SCRIPT, tmp_path / "base.gguf", "", json.dumps(GGUF_TEXTS))
+    assert cosine(plain, expected).min() < 0.95
+
+
+def test_what_no_adapter_can_hold_is_refused(base, checkpoint, tmp_path):
+    dense = upcycle(base, out=tmp_path / "dense")
+    for format, out in (("peft", "adapter"), ("gguf-lora", "adapter.gguf")):
+        with pytest.raises(ValueError, match="experts of this checkpoint are dense"):
+            export(dense, tmp_path / out, format=format)
+        with pytest.raises(ValueError, match="the generator is the base itself"):
+            export(checkpoint, tmp_path / out, view="generator", format=format)
+        assert not (tmp_path / out).exists()
+    with pytest.raises(ValueError, match=r"ends in \.gguf"):
+        export(checkpoint, tmp_path / "adapter", format="gguf-lora")

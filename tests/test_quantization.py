@@ -1,0 +1,58 @@
+"""Over a quantised base, generation is that of the equally quantised base, and the experts go on working."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import TEXTS
+from transformers import AutoModelForCausalLM
+
+from ubmoe_st import UBMoE
+
+quantization = pytest.importorskip("torchao.quantization", reason="needs the extra quantize")
+IDS = torch.arange(4, 14)[None]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-untied", "phi3-fused", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generation_is_that_of_the_equally_quantised_base(base_of, checkpoint_of, architecture, dtype):
+    reference = AutoModelForCausalLM.from_pretrained(base_of(architecture), dtype=dtype).eval()
+    plain = reference(IDS).logits
+    # The head stays as it is: with tied embeddings it is the embedding.
+    quantization.quantize_(reference.get_decoder(), quantization.Int8WeightOnlyConfig())
+    model = UBMoE(str(checkpoint_of(architecture)), low_memory=True, model_kwargs={"dtype": dtype})
+    model.generator  # noqa: B018 - a generator that was built before must not be used any more
+    vectors, report = model.encode(TEXTS), model.memory_report()
+    model.quantize_base()
+    with torch.inference_mode():
+        expected = reference(IDS).logits
+        assert torch.equal(model.generator(IDS).logits, expected)
+    assert not torch.equal(expected, plain), "nothing was quantised"
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generator.generate(IDS, **options), reference.generate(IDS, **options))
+    moved = np.abs(model.encode(TEXTS) - vectors).max()
+    assert 0 < moved < 0.1
+    quantised = model.memory_report()
+    real = sum(
+        part.nbytes
+        for parameter in reference.parameters()
+        for part in (
+            [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+            if hasattr(parameter, "__tensor_flatten__")
+            else [parameter]
+        )
+    )
+    assert quantised["base"] == real
+    assert quantised["bi"] == report["bi"]
+    assert quantised["uni"] < report["uni"]
+
+
+def test_merged_experts_and_saving_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="low_memory=True"):
+        UBMoE(str(checkpoint)).quantize_base()
+    model = UBMoE(str(checkpoint), low_memory=True)
+    model.quantize_base()
+    with pytest.raises(ValueError, match="save before quantising"):
+        model.save(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
