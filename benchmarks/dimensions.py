@@ -169,7 +169,7 @@ def run(
             say(f"{encoder.row} {name}: kept")
             continue
         scores = []
-        options = {"seed": seed, "resamples": resamples}
+        options: dict[str, Any] = {"seed": seed, "resamples": resamples}
         if name == STS_DEV:
             pairs = local.sts_pairs(folder, STS_DEV, "validation")
             vectors = encoded(model.encode, [t for both in zip(pairs["sentence1"], pairs["sentence2"]) for t in both])

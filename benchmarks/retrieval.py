@@ -177,7 +177,7 @@ class Row:
 def row_of(system: Encoder | str, indexes: str | Path) -> Row:
     """The row of BM25 or of an opened encoder, whose indexes are kept under `indexes`."""
     if isinstance(system, str):
-        facts = {"dtype": "none", "prompt": "none", "pooling": "none", "fingerprint": "bm25s"}
+        facts: dict[str, Any] = {"dtype": "none", "prompt": "none", "pooling": "none", "fingerprint": "bm25s"}
         return Row(system, "BM25", "none", rank_bm25, facts)
     name = f"{system.row}-{system.fingerprint}".replace("/", "-")
     facts = {
@@ -287,7 +287,7 @@ def run_hybrid(
         mark = "/".join([row.facts["fingerprint"], "bm25s", name, *map(str, facts.values())])
         label = f"{row.label} + BM25, {label}"
         fused = Row(f"{row.name}-{name}", label, row.supervision, rank, {**row.facts, "fingerprint": mark})
-        options = {"out": out, "seed": seed, "resamples": resamples, "command": command, "say": say}
+        options: dict[str, Any] = {"out": out, "seed": seed, "resamples": resamples, "command": command, "say": say}
         paths.append(_measure_row(fused, collections, facts={"fusion": name, **facts}, **options))
     return paths
 

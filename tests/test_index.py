@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from datetime import date
+from decimal import Decimal
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from helpers.encoders import HashEncoder
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex
 from ubmoe_st.index.embedder import Embedder
+from ubmoe_st.index.kinds import check_factory
 from ubmoe_st.index.search import SearchSettings
 from ubmoe_st.index.store import Snapshot
 
@@ -509,3 +513,57 @@ def test_ids_seen_are_remembered_like_a_dictionary_would(tmp_path):
             expected[name] = row
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 64 << 10, "all in the cache: vacuous"
     seen.close()
+
+
+@pytest.mark.parametrize("factory", ["IVF4096,Nonsense", "PQ7", "IDMap,Flat,Flat", "PCA500,Flat"])
+def test_a_faiss_factory_is_tried_before_anything_is_embedded(tmp_path, factory):
+    encoder = HashEncoder(24)
+    with pytest.raises(ValueError, match=f"faiss cannot use '{factory}' for vectors of 24 dimensions"):
+        EmbeddingIndex.build(encoder, rows(5), tmp_path / "i", kind=f"faiss:{factory}")
+    assert encoder.batches == [4, 4], "only the probe texts may be read before"
+    assert {path.name for path in (tmp_path / "i").iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    "factory", ["IVF4096,Flat", "OPQ6,IVF4096,PQ6x4fs", "IVF9000_HNSW16,PQ6", "PQ6x12", "LSHrt", "SQ4"]
+)
+def test_a_faiss_factory_that_works_is_not_refused(factory):
+    check_factory(f"faiss:{factory}", 24)
+
+
+def test_more_cells_than_rows_can_be_mended_without_embedding_again(tmp_path):
+    encoder = HashEncoder(24)
+    with pytest.raises(ValueError, match="512 cells and needs at least as many rows to train, there are 100"):
+        EmbeddingIndex.build(encoder, rows(100), tmp_path / "i", kind="faiss:IVF512,Flat")
+    again = HashEncoder(24)
+    assert len(EmbeddingIndex.build(again, rows(100), tmp_path / "i", kind="faiss:IVF2,Flat")) == 100
+    assert again.batches == [4, 4]
+
+
+def test_a_csv_header_that_is_none_is_refused(tmp_path, encoder):
+    (tmp_path / "c.csv").write_text('id,"te"xt\n1,a\n')
+    with pytest.raises(CorpusError, match=r"c\.csv line 1: the header is not a csv row"):
+        EmbeddingIndex.build(encoder, tmp_path / "c.csv", tmp_path / "i")
+
+
+def test_metadata_are_json_whatever_the_table_holds(tmp_path, encoder):
+    nan = float("nan")
+    given = {
+        "price": Decimal("12.50"), "count": Decimal("3"), "gone": nan, "none": Decimal("NaN"), "inner": [1.0, nan],
+        "deep": {"x": nan, "y": 2}, "small": np.float32(0.5), "array": np.array([1, 2]), "lost": np.float32("nan"),
+        "key": UUID(int=5), "day": date(2020, 1, 2),
+    }  # fmt: skip
+    index = EmbeddingIndex.build(encoder, [{"id": 1, "text": "a", **given}], tmp_path / "i")
+    text = index.entries(1)[0].metadata
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert json.loads(text, parse_constant=refuse) == {
+        "price": 12.5, "count": 3, "inner": [1.0, None], "deep": {"x": None, "y": 2}, "small": 0.5, "array": [1, 2],
+        "key": str(UUID(int=5)), "day": "2020-01-02",
+    }  # fmt: skip
+    assert index.search("a", 3, filter={"price": {">": 12}, "gone": {"exists": False}})[1] == [["1"]]
+    for bad in (float("inf"), Decimal("Infinity"), b"bytes"):
+        with pytest.raises(CorpusError, match="metadata that JSON cannot hold"):
+            EmbeddingIndex.build(encoder, [{"id": 1, "text": "a", "x": bad}], tmp_path / "b")

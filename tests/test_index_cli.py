@@ -8,6 +8,7 @@ import pytest
 from helpers.models import TEXTS
 from typer.testing import CliRunner
 
+from ubmoe_st import UBMoE
 from ubmoe_st.cli import app
 
 ROWS = [{"id": f"t{n}", "text": text} for n, text in enumerate([*TEXTS, "a blue house", "the old bird"])]
@@ -40,6 +41,18 @@ def test_several_folders_are_searched_as_one(made):
     assert {hit["id"] for hit in parts} & {"t3", "t4", "t5"}
     answer = json.loads(run("ask", made / "one", made / "two", "the cat", "--max-new-tokens", 3, "--json").stdout)
     assert [hit["id"] for hit in answer["entries"]] == [hit["id"] for hit in whole[:3]]
+
+
+def test_reranking_on_the_command_line(made, checkpoint):
+    query = "the cat"
+    plain = json.loads(run("search", made / "whole", query, "-k", 6, "--json").stdout)
+    found = json.loads(run("search", made / "whole", query, "-k", 3, "--rerank", 6, "--json").stdout)
+    ranked = UBMoE(str(checkpoint), device="cpu").rank(query, [hit["text"] for hit in plain], top_k=3)
+    assert found == [plain[result["corpus_id"]] for result in ranked] != plain[:3]
+    asked = run("ask", made / "whole", query, "--rerank", 6, "--max-new-tokens", 3, "--json").stdout
+    assert [hit["id"] for hit in json.loads(asked)["entries"]] == [hit["id"] for hit in found]
+    refused = run("search", made / "one", made / "two", query, "--rerank", 6, code=1)
+    assert "--rerank reads the results of one index, got 2" in refused.output
 
 
 def test_a_filter_of_the_command_line(checkpoint, tmp_path):

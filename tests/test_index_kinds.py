@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from datetime import date, datetime, timedelta, timezone
+from decimal import Decimal
 
 import numpy as np
 import pytest
+from helpers.encoders import HashEncoder
 
 from ubmoe_st.index import EmbeddingIndex
 from ubmoe_st.index.budget import MemoryBudget, parse_size, token_bytes
@@ -373,3 +376,68 @@ def test_hybrid_is_reciprocal_rank_fusion_of_bm25_and_cosines(encoder, tmp_path)
     index.delete(index.search(query, 1, mode="bm25")[1][0])
     assert index.search(query, 1, mode="bm25")[1][0][0] != keywords[0]
     assert index.verify() == []
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory):
+    """Rows of a CSV, whose values are all text, and the same with their own types."""
+    folder = tmp_path_factory.mktemp("typed")
+    lines = [f"c{n},text {n},{1990 + n},2020-01-{n + 1:02},{str(n % 2 == 0).lower()}" for n in range(20)]
+    (folder / "c.csv").write_text("\n".join(["id,text,year,day,even", *lines]))
+    own = [
+        {"id": f"c{n}", "text": f"text {n}", "year": 1990 + n, "day": date(2020, 1, n + 1), "even": n % 2 == 0}
+        | {"time": datetime(2020, 1, n + 1, 12, tzinfo=timezone(timedelta(hours=2)))}
+        for n in range(20)
+    ]
+    return (
+        EmbeddingIndex.build(HashEncoder(8), folder / "c.csv", folder / "csv"),
+        EmbeddingIndex.build(HashEncoder(8), own, folder / "own"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "keep"),
+    [
+        ({"year": 1995}, [5]),
+        ({"year": {">=": 1990 + 15.5}}, range(16, 20)),
+        ({"year": [1991, np.int64(1993)]}, [1, 3]),
+        ({"year": {"!=": 1995}}, [n for n in range(20) if n != 5]),
+        ({"year": Decimal("1995")}, [5]),
+        ({"even": False}, range(1, 20, 2)),
+        ({"day": date(2020, 1, 3)}, [2]),
+        ({"day": {"<": date(2020, 1, 3)}}, [0, 1]),
+        ({"day": {"in": [date(2020, 1, 3), date(2020, 1, 4)]}}, [2, 3]),
+        ({"day": {">=": datetime(2020, 1, 19)}}, [18, 19]),
+        ({"day": {">": "2020-01-18"}}, [18, 19]),
+    ],
+)
+def test_values_compare_across_types(typed, spec, keep, caplog):
+    for index in typed:
+        found = index.search("a query", 20, filter=spec)[1][0]
+        assert sorted(found) == sorted(f"c{n}" for n in keep)
+    assert not caplog.text
+
+
+def test_times_compare_across_zones(typed):
+    index = typed[1]
+    noon = datetime(2020, 1, 5, 10, tzinfo=timezone.utc)  # 12:00 two hours east
+    assert index.search("a query", 20, filter={"time": noon})[1] == [["c4"]]
+    assert index.search("a query", 20, filter={"time": {">": noon.replace(tzinfo=None), "<": date(2020, 1, 7)}})[1] == [
+        ["c5"]
+    ]
+
+
+def test_a_type_that_never_occurs_is_said(typed, caplog):
+    for index, spec, found in (
+        (typed[1], {"year": {">": "1995"}}, 0),
+        (typed[1], {"year": {"!=": "1995"}}, 20),
+        (typed[0], {"id": {"!=": "c1"}, "day": {"not in": [1, 2]}}, 19),
+        (typed[1], {"year": date(1995, 1, 1)}, 0),
+    ):
+        caplog.clear()
+        assert len(index.search("a query", 20, filter=spec)[1][0]) == found
+        assert caplog.text.count("compares with") == 1, spec
+    caplog.clear()
+    assert typed[1].search("a query", 20, filter={"year": "1995", "even": True})[1] == [[]]
+    assert "no value of 'year'" in caplog.text
+    assert "they are like 2009, a int" in caplog.text

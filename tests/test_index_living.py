@@ -275,3 +275,112 @@ def test_a_kill_during_any_change_leaves_the_old_or_the_new_version(tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "a", "text": "b"}))
     assert int(drive(body, str(tmp_path / "c.jsonl"), str(tmp_path))) > 18
     assert signal.SIGKILL
+
+
+def test_automatic_ids_go_on_where_they_ended(tmp_path):
+    encoder = HashEncoder(12)
+    index = EmbeddingIndex.build(encoder, ["first", "second"], tmp_path / "i")
+    assert index.add(["third"]) == 1
+    assert index.upsert(["fourth", "fifth"]) == 2
+    check(index, dict(zip("01234", ("first", "second", "third", "fourth", "fifth"))), encoder)
+    assert index.add(["fourth", "fifth"], on_duplicate="upsert") == 2  # the last thing added, again: nothing is done
+    assert len(index) == 5
+    index.delete(["3", 4])
+    index.compact()
+    assert index.add(iter([{"text": "sixth", "id": 5}])) == 1
+    assert list(index) == ["0", "1", "2", "5"]
+    numbered = EmbeddingIndex.build(encoder, [{"text": "a"}, {"text": "b"}], tmp_path / "n", id_field=None)
+    numbered.add([{"text": "c"}])
+    check(numbered, {"0": "a", "1": "b", "2": "c"}, encoder)
+
+
+def test_an_addition_without_ids_is_resumed_under_the_same_ids(tmp_path):
+    def texts():
+        return [f"text {n}" for n in range(60)]
+
+    EmbeddingIndex.build(HashEncoder(16, batch_noise=1e-3), ["zero"], tmp_path / "i", **CUT)
+    with pytest.raises(KeyboardInterrupt):
+        EmbeddingIndex.open(tmp_path / "i", model=Stops(4)).add(texts())
+    assert (tmp_path / "i" / "build" / "journal.json").is_file()
+    index = EmbeddingIndex.open(tmp_path / "i", model=HashEncoder(16, batch_noise=1e-3))
+    assert index.add(texts()) == 60
+    assert list(index) == [str(number) for number in range(61)]
+    assert index.texts(60) == ["text 59"]
+
+
+def test_a_document_may_be_called_like_a_chunk_of_another(tmp_path):
+    rows = [{"id": "page", "text": "a b c d"}, {"id": "page#0", "text": "e f g h"}]
+    index = EmbeddingIndex.build(HashEncoder(12), rows, tmp_path / "i", chunk_tokens=2)
+    assert list(index) == ["page#0", "page#1", "page#0#0", "page#0#1"]
+    assert "page#0" in index
+    for ambiguous in (index.texts, index.vectors, index.delete):
+        with pytest.raises(ValueError, match="a document and also a chunk"):
+            ambiguous("page#0")
+    assert index.texts("page#0", namespace="chunk") == ["a b"]
+    assert index.texts("page#0", namespace="document") == ["e f", "g h"]
+    assert index.vectors(list(index), namespace="chunk").shape == (4, 12)
+    assert index.delete("page#0", namespace="document") == 2
+    assert index.delete("page#0", namespace="document", missing_ok=True) == 0
+    assert list(index) == ["page#0", "page#1"]
+    with pytest.raises(ValueError, match="namespace is document, chunk or None"):
+        index.texts("page", namespace="row")
+
+
+def test_whole_numbers_are_ids_in_every_method(tmp_path):
+    rows = [{"id": np.int64(n), "text": f"row {n} and on", "title": f"T{n}"} for n in range(5)]
+    index = EmbeddingIndex.build(HashEncoder(12), rows, tmp_path / "i", chunk_tokens=2)
+    assert 3 in index
+    assert np.int32(3) in index
+    assert "3" in index
+    assert 9 not in index
+    assert None not in index
+    assert index.texts(np.int64(3)) == index.texts("3")
+    assert index.vectors([np.int64(3), 4]).shape == (4, 12)
+    assert index.delete(np.int64(3)) == 2
+
+
+def test_filters_see_id_title_and_parent(tmp_path):
+    encoder = HashEncoder(12)
+    rows = [{"id": n, "text": f"row {n} and on", "title": f"T{n}" if n else None, "n": n} for n in range(5)]
+    index = EmbeddingIndex.build(encoder, rows, tmp_path / "i", chunk_tokens=2)
+
+    def found(spec, index=index):
+        return sorted(index.search("a query", 20, filter=spec)[1][0])
+
+    assert found({"parent": 3}) == found({"parent": "3"}) == found({"title": "T3"}) == ["3#0", "3#1"]
+    assert found({"id": ["1#0", "4#1"]}) == ["1#0", "4#1"]
+    assert found({"title": {"exists": False}}) == ["0#0", "0#1"]
+    assert found(lambda fields: fields["parent"] == "2" and fields["n"] == 2) == ["2#0", "2#1"]
+    plain = EmbeddingIndex.build(
+        encoder, [{"key": f"k{n}", "id": n, "text": f"r {n}"} for n in range(12)], tmp_path / "p", id_field="key"
+    )
+    assert found({"id": {">=": 10}}, plain) == ["k10", "k11"], "a row's own field comes first"
+    assert found({"id": ["7", 8]}, plain) == ["k7", "k8"]
+
+
+@pytest.mark.parametrize("change", ["compact", "rebuild", "bm25"])
+def test_an_open_reader_keeps_its_words_and_its_model(tmp_path, change):
+    """What a reader has not used yet is of its version, too, when a writer has replaced it."""
+    encoder = HashEncoder(12)
+    rows = [{"id": f"d{n}", "text": f"word{n % 7} word{n % 5} and text {n}"} for n in range(40)]
+    writer = EmbeddingIndex.build(encoder, rows, tmp_path / "i")
+    writer.build_bm25()
+    expected = {mode: writer.search("word3 text", 5, mode=mode) for mode in ("bm25", "hybrid")}
+    reader, other = EmbeddingIndex.open(tmp_path / "i"), EmbeddingIndex.open(tmp_path / "i")
+    before = tmp_path / "i" / reader.info["bm25"]["folder"]
+    probes = tmp_path / "i" / reader.info["model"]["probes"]["file"]
+    writer.delete([f"d{n}" for n in range(20)])
+    if change == "compact":
+        writer.compact()
+    elif change == "bm25":
+        writer.build_bm25()
+    else:
+        EmbeddingIndex.build(HashEncoder(12, salt="other"), rows[:9], tmp_path / "i", overwrite=True)
+        assert not probes.exists(), "the probes are still there, so this test would be vacuous"
+    assert not before.exists(), "the BM25 part is still there, so this test would be vacuous"
+    reader.check_same_model(other)
+    reader.use_model(encoder)
+    for mode, (scores, ids) in expected.items():
+        found = reader.search("word3 text", 5, mode=mode)
+        assert found[1] == ids
+        np.testing.assert_array_equal(found[0], scores)

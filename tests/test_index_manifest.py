@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.encoders import HashEncoder
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from test_index_encoders import HashEncoder
 
 from ubmoe_st.files import write_json
 from ubmoe_st.index import EmbeddingIndex
@@ -145,6 +145,29 @@ def test_bm25_interrupted_before_its_commit_is_made_again(tmp_path, monkeypatch)
     assert index.search("number 11", 1, mode="bm25")[1] == [["d11"]]
     assert len(list(index.path.glob("bm25*"))) == 1
     assert index.verify() == []
+
+
+def test_a_name_that_a_stopped_change_gave_back_is_no_longer_its_own(tmp_path, monkeypatch):
+    index = EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i")
+    real = os.replace
+
+    def stop(source, target):
+        if Path(target).name == "index_info.json":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index.delete("d1")
+    assert (index.path / "dead.npy").exists()
+    assert index.delete("absent", missing_ok=True) == 0
+    assert not (index.path / "dead.npy").exists()
+    held = put(index.path, ["dead.npy"])
+    index.delete("d2")
+    index.reindex("flat", faiss_file=False)
+    check(held)
+    assert index.files()[-2:] == ["dead-000002.npy", "probes.npy"]
 
 
 def test_verify_counts_the_files_it_has_checked(tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.encoders import HashEncoder
 
-from ubmoe_st.index import EmbeddingIndex
+from ubmoe_st.index import CorpusError, EmbeddingIndex
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,7 +189,7 @@ package.__path__ = [str(root / "ubmoe_st")]
 sys.modules["ubmoe_st"] = package
 os.fsync = lambda descriptor: None
 import numpy as np
-from ubmoe_st.index import EmbeddingIndex
+from ubmoe_st.index import CorpusError, EmbeddingIndex
 
 class Encoder:
     prompts = {}
@@ -233,3 +234,82 @@ def test_making_an_index_stays_within_the_budget(tmp_path):
     found = measure(20_000, tmp_path / "i", kind="ivf-flat", memory_budget="64MB")
     assert found["files"] == 3, "one file was enough, so this test would be vacuous"
     assert found["peak_kib"] < least["peak_kib"] + 64_000_000 / 1024, (least, found)
+
+
+class Words:
+    """A fast tokenizer whose tokens are words and punctuation marks, between two special tokens."""
+
+    is_fast = True
+
+    def __init__(self) -> None:
+        tokenizers = pytest.importorskip("tokenizers")
+        known = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}
+        self.backend_tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
+        self.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        self.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+
+    def __call__(self, texts, **options):
+        return {"input_ids": [encoding.ids for encoding in self.backend_tokenizer.encode_batch(list(texts))]}
+
+
+class ReadsLittle(HashEncoder):
+    """Reads 16 tokens; keeps the texts that it was given as the model sees them, prompt and all."""
+
+    max_seq_length = 16
+
+    def __init__(self, prompt: str = "") -> None:
+        super().__init__(12)
+        self.tokenizer, self.prompts, self.read = Words(), {"passage": prompt}, []
+
+    def encode_document(self, inputs, **options):
+        self.read += [self.prompts["passage"] + text for text in inputs]
+        return self.encode(inputs, **options)
+
+    def longest(self) -> int:
+        probes = 4  # the probe texts were read first
+        return max(map(len, self.tokenizer(self.read[probes:])["input_ids"]))
+
+
+def test_what_the_model_does_not_read_is_counted_and_said_once(tmp_path, caplog):
+    rows = [{"id": n, "text": "word " * length} for n, length in enumerate((14, 15, 3, 40))]
+    index = EmbeddingIndex.build(ReadsLittle(), rows, tmp_path / "i", window_tokens=5)
+    assert index.info["sources"][0]["entries_cut"] == 2
+    assert caplog.text.count("2 of 4 entries") == 1
+    assert index.add([{"id": 9, "text": "word " * 30}, {"id": 10, "text": "word"}]) == 2
+    assert [source["entries_cut"] for source in index.info["sources"]] == [2, 1]
+    prompted = EmbeddingIndex.build(ReadsLittle("a b "), rows, tmp_path / "p")
+    assert prompted.info["sources"][0]["entries_cut"] == 3
+    unknown = EmbeddingIndex.build(HashEncoder(12), [{"id": 1, "text": "word " * 9999}], tmp_path / "u")
+    assert "entries_cut" not in unknown.info["sources"][0], "a model without a tokenizer says nothing of what it reads"
+
+
+def test_chunks_are_read_whole_with_title_and_prompt(tmp_path):
+    text = " ".join(f"w{n}," for n in range(60))
+    rows = [{"id": n, "title": "T " * n, "text": text} for n in range(8)]
+    for prompt, chunk_tokens in (("", 14), ("a b ", 12), ("a b ", 5)):
+        model = ReadsLittle(prompt)
+        out = tmp_path / f"i{prompt.strip()}{chunk_tokens}"
+        index = EmbeddingIndex.build(model, rows, out, chunk_tokens=chunk_tokens, overlap_tokens=2)
+        assert model.longest() <= 16
+        assert "entries_cut" not in index.info["sources"][0]
+        for n in range(8):
+            covered = set()
+            for entry in index.entries(n):
+                covered |= set(range(entry.start, entry.end))
+            assert {i for i, letter in enumerate(text) if letter != " "} <= covered
+    assert ReadsLittle().tokenizer(["a"])["input_ids"] == [[1, 0, 2]], "else no token of the model's own is reserved"
+
+
+def test_chunks_that_cannot_be_read_whole_are_refused(tmp_path):
+    rows = [{"id": 1, "text": "word " * 40}]
+    for prompt, most in (("", 14), ("a b ", 12)):
+        with pytest.raises(ValueError, match=f"chunk_tokens=15 does not fit.*give at most {most}"):
+            EmbeddingIndex.build(ReadsLittle(prompt), rows, tmp_path / "i", chunk_tokens=15)
+    long_title = [{"id": 2, "title": "T " * 13, "text": "word " * 40}]
+    with pytest.raises(CorpusError, match="title that leaves 1 of the 16 tokens"):
+        EmbeddingIndex.build(ReadsLittle(), long_title, tmp_path / "t", chunk_tokens=10)
+    index = EmbeddingIndex.build(ReadsLittle(), rows + long_title, tmp_path / "s", chunk_tokens=10, on_bad_row="skip")
+    assert index.info["sources"][0]["bad_rows"] == 1
+    EmbeddingIndex.build(ReadsLittle(), long_title, tmp_path / "w", chunk_tokens=10, with_title=False)

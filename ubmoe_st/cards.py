@@ -75,7 +75,7 @@ def export_card(
         config: What the checkpoint says of itself.
         prompts: Of the checkpoint, by name.
         view: `encoder` or `generator`.
-        format: `hf`, `onnx` or `openvino`.
+        format: `hf`, `cross-encoder`, `onnx` or `openvino`.
         quantize: None or `int8`.
     """
     base = (config.base_model if config else "unknown") or "a changed base"
@@ -161,6 +161,11 @@ def _snippet(view: str, format: str) -> str:
         return """from sentence_transformers import SentenceTransformer
 
 print(SentenceTransformer(".").encode(["a text", "another text"]).shape)"""
+    if format == "cross-encoder":
+        return """from sentence_transformers import CrossEncoder
+
+model = CrossEncoder(".")
+print(model.rank("Where is the cat?", ["It sleeps in the house.", "Trains run on time."]))"""
     if format == "hf":
         return """from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -60,7 +60,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Duplicate = Literal["raise", "skip", "upsert"]
 Mode = Literal["dense", "bm25", "hybrid"]
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
+Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
+RerankOption = Annotated[
+    int | None, typer.Option(min=1, help="Put so many first results in the order of the base model's own reading.")
+]
 NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
 TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
@@ -278,11 +281,13 @@ def index(
     )
     if bm25 and built.info["bm25"] is None:
         built.build_bm25()
-    facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind}
+    cut = sum(source.get("entries_cut", 0) for source in built.info["sources"])
+    facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind, "cut": cut}
     if as_json:
         say_json(facts)
     else:
-        say(f"{len(built):,} entries, {built.dimension} dimensions, {built.kind} -> {out_dir}")
+        end = f"; of {cut:,} the model reads only the beginning: cut them with --chunk-tokens" if cut else ""
+        say(f"{len(built):,} entries, {built.dimension} dimensions, {built.kind} -> {out_dir}{end}")
 
 
 @app.command()
@@ -293,6 +298,7 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results.")] = 10,
     mode: Annotated[Mode, typer.Option(help="Way to search; bm25 and hybrid need a BM25 index.")] = "dense",
     where: FilterOption = None,
+    rerank: RerankOption = None,
     model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -302,7 +308,9 @@ def search(
         raise ValueError(
             f"--mode {mode} searches one index, got {len(folders)}: search them one by one, or --mode dense"
         )
-    options: dict[str, Any] = {"filter": _filter(where)} | ({"mode": mode} if mode != "dense" else {})
+    options: dict[str, Any] = {"filter": _filter(where), **_reranking(rerank, folders)}
+    if mode != "dense":
+        options["mode"] = mode
     opened = _open_index(folders, model)
     if mode != "dense" and opened.info["bm25"] is None:
         raise ValueError(
@@ -326,6 +334,7 @@ def ask(
     k: Annotated[int, typer.Option("-k", min=1, help="Number of entries to answer from.")] = 3,
     max_new_tokens: NewTokens = 160,
     where: FilterOption = None,
+    rerank: RerankOption = None,
     routing: RoutingOption = "uni",
     model: MovedModel = None,
     as_json: JsonFlag = False,
@@ -334,8 +343,9 @@ def ask(
     folders = _index_folders(paths, question, "QUESTION")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "routing": routing}
     spec = _filter(where)
+    order = _reranking(rerank, folders)
     opened = _open_index(folders, model)
-    hits = find(opened, question, k, filter=spec)
+    hits = find(opened, question, k, filter=spec, **order)
     if spec is not None and not hits:
         raise ValueError(f"no entry passes --filter {where}, so there is nothing to answer from")
     if as_json:
@@ -539,6 +549,14 @@ def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     together: Any = first if len(paths) == 1 else IndexGroup([first, *map(EmbeddingIndex.open, paths[1:])])
     together.use_model(_load(model or first.find_model()))
     return together
+
+
+def _reranking(rerank: int | None, folders: Sequence[Path]) -> dict[str, Any]:
+    if rerank is None:
+        return {}
+    if len(folders) > 1:
+        raise ValueError(f"--rerank reads the results of one index, got {len(folders)}: search them one by one")
+    return {"rerank": rerank}
 
 
 def _hit_facts(hit: Hit) -> dict[str, Any]:

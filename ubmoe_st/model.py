@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ubmoe_st import checkpoint, generation
+from ubmoe_st import checkpoint, generation, ranking
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.configuration import Routing, UBMoEConfig
@@ -24,6 +24,7 @@ from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import download, push
 from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.quantization import inner_tensors, quantize_base
+from ubmoe_st.ranking import Method
 from ubmoe_st.transformer import UBMoETransformer
 
 __all__ = ["REQUIREMENTS", "UBMoE", "UBMoETransformer"]
@@ -152,6 +153,40 @@ class UBMoE(SentenceTransformer):
             stream=stream,
             chat=ChatOptions(continue_final_message, tools, chat_template_kwargs),
             **generation_kwargs,
+        )
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        method: Method = "likelihood",
+        batch_size: int = 32,
+    ) -> list[dict[str, Any]]:
+        """Order documents by their relevance for a query, by the base model: as `CrossEncoder.rank`.
+
+        Args:
+            query: One text.
+            documents: At least one. What does not fit into the model with the query is cut at its end; one warning
+                counts them.
+            top_k: How many to return. None: all.
+            return_documents: Also return the `text` of each.
+            method: `likelihood`: mean log-probability of a token of the query after the document. `yes_no`: the base
+                model is asked in its chat template whether the document answers the query; logit of yes minus no.
+            batch_size: Documents computed together; scores do not depend on it, up to float rounding.
+
+        Returns:
+            `corpus_id` (position in `documents`) and `score` of each, best first.
+
+        Raises:
+            TypeError: If query or documents are no texts.
+            ValueError: If one of them is empty, the query leaves no room for a document, or `yes_no` meets a base
+                without chat template.
+        """
+        return ranking.rank(
+            self._views, query, documents, top_k, return_documents, method=method, batch_size=batch_size
         )
 
     def token_ids(self, text: str) -> list[int]:

@@ -32,6 +32,7 @@ from ubmoe_st.experts import (
     share_copy,
     with_low_rank,
 )
+from ubmoe_st.forking import held_over_fork
 from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns
 from ubmoe_st.source import Source
 
@@ -40,10 +41,10 @@ _TEXT_ONLY: dict[str, Any] = {
     "module_output_name": "token_embeddings",
 }
 # One lock for all models: a lock on the object could not be pickled for multi-process encoding.
-_BUILD_LOCK = threading.RLock()
+_BUILD_LOCK = held_over_fork(threading.RLock())
 # A fast tokenizer keeps padding and truncation as state: each call sets what it needs, then tokenises. Between the two
 # another thread that needs something else must not come in. Of the module for the same reason.
-_TOKENIZER_LOCK = threading.RLock()
+_TOKENIZER_LOCK = held_over_fork(threading.RLock())
 
 
 def _without_surrogates(text: str) -> str:
@@ -390,9 +391,8 @@ class UBMoETransformer(Transformer):
         """
         with _BUILD_LOCK:
             if self._uni is None:
-                dtype, device = self.model.dtype, self.model.device
                 with torch.inference_mode(False):
-                    self._uni = {key: tensor.to(device, dtype) for key, tensor in self.source.uni().items()}
+                    self._uni = {key: t.to(self.model.device, self.model.dtype) for key, t in self.source.uni().items()}
         tensors = dict(self._uni)
         for prefix, ffn in find_ffns(self.model).items():
             for name, module in ffn.named_modules():

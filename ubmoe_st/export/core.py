@@ -18,7 +18,12 @@ import torch
 from ubmoe_st.cards import export_card
 from ubmoe_st.checkpoint import is_checkpoint
 from ubmoe_st.export.adapters import write_gguf_lora, write_peft
-from ubmoe_st.export.folders import write_encoder_files, write_generator_files, write_safetensors
+from ubmoe_st.export.folders import (
+    write_cross_encoder_files,
+    write_encoder_files,
+    write_generator_files,
+    write_safetensors,
+)
 from ubmoe_st.export.gguf import write_gguf
 from ubmoe_st.export.graphs import PEAK_LIMIT, write_graph
 from ubmoe_st.files import replacing_by_name, replacing_folder
@@ -26,11 +31,12 @@ from ubmoe_st.model import UBMoE
 from ubmoe_st.streaming import StreamedUBMoE
 
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
+Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 Quantization = Literal["f16", "int8"]
 
 _NEEDS = {
     "hf": (),
+    "cross-encoder": (),
     "gguf": ("gguf",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
@@ -42,6 +48,7 @@ _FILES = ("gguf", "gguf-lora")
 """Formats of one file."""
 _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "hf": (),
+    "cross-encoder": (),
     "gguf": ("f16", "int8"),
     "onnx": ("int8",),
     "openvino": ("int8",),
@@ -49,7 +56,8 @@ _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "gguf-lora": (),
 }
 _PARTS = re.compile(
-    r"onnx|openvino|adapter_config\.json|\d+_(Pooling|Dense|Normalize)|.+\.safetensors|model\.safetensors\.index\.json"
+    r"onnx|openvino|adapter_config\.json|\d+_(Pooling|Dense|Normalize|LogitScore)|.+\.safetensors"
+    r"|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json"
 )
 
@@ -71,7 +79,9 @@ def export(
         checkpoint: A checkpoint folder or the Hub id of one.
         out: Folder to write; for `gguf` and `gguf-lora` a file that ends in `.gguf`.
         view: `encoder` (full attention, `bi` experts) or `generator` (the base model).
-        format: `hf`: safetensors for transformers and sentence-transformers, in the dtype of the checkpoint. `onnx`,
+        format: `hf`: safetensors for transformers and sentence-transformers, in the dtype of the checkpoint.
+            `cross-encoder`: the generator for `CrossEncoder` of sentence-transformers, with the scores of `UBMoE.rank`
+            by `yes_no`; whatever the `view`. `onnx`,
             `openvino`: a graph in fp32 with dynamic batch and length; of the generator without KV cache. `gguf`: one
             file for llama.cpp, in fp32. `peft`, `gguf-lora`: the low-rank experts alone, as an adapter on the base for
             PEFT, and for llama.cpp beside the base's own GGUF.
@@ -93,6 +103,8 @@ def export(
     """
     target = Path(out)
     _check_arguments(target, view, format, quantize, overwrite)
+    if format == "cross-encoder":
+        view = "generator"
     # A graph is traced on the weights; the other formats copy them, one tensor at a time.
     traced = format in ("onnx", "openvino")
     model = (
@@ -113,11 +125,13 @@ def export(
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     else:
         with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
-            if view == "encoder":
+            if format == "cross-encoder":
+                write_cross_encoder_files(model, folder)
+            elif view == "encoder":
                 write_encoder_files(model, folder, baked=format != "hf")
             else:
                 write_generator_files(model, folder)
-            if format == "hf":
+            if not traced:
                 write_safetensors(model, folder, view)
             else:
                 kept = write_graph(model, folder, view, format, quantize, calibration, peak_limit)

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from torch import Tensor
 
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import save_tokenizer
 from ubmoe_st.model import REQUIREMENTS, UBMoE
+from ubmoe_st.ranking import answer_tokens, pair_template
 from ubmoe_st.streaming import StreamedTransformer
 
 # The names that every reader of sentence-transformers folders knows.
@@ -102,6 +104,42 @@ def write_generator_files(model: UBMoE, folder: Path) -> None:
     if lm.generation_config is not None:
         lm.generation_config.save_pretrained(folder)
     _write_tokenizer(model, folder, batches=False)
+
+
+def write_cross_encoder_files(model: UBMoE, folder: Path) -> None:
+    """The generator as a `CrossEncoder` whose scores are those of `UBMoE.rank` with `yes_no`."""
+    views: Any = model[0]
+    template = pair_template(views)
+    yes, no = answer_tokens(views)
+    write_generator_files(model, folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    output = {"method": "forward", "method_output_name": "logits"}
+    _write_json(
+        folder / "sentence_bert_config.json",
+        {
+            "transformer_task": "text-generation",
+            "modality_config": {"text": output, "message": {**output, "format": "flat"}},
+            "module_output_name": "causal_logits",
+        },
+    )
+    score = folder / "1_LogitScore"
+    score.mkdir()
+    LogitScore(true_token_id=yes, false_token_id=no).save(str(score))
+    kinds = {"": Transformer, score.name: LogitScore}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"{kind.__module__}.{kind.__qualname__}"}
+        for index, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "CrossEncoder",
+            "activation_fn": "torch.nn.modules.linear.Identity",
+            "prompts": {},
+            "default_prompt_name": None,
+        },
+    )
 
 
 def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:

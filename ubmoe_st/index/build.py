@@ -23,7 +23,7 @@ import numpy as np
 from ..files import remove, replacing, sha256_of
 from .corpus import Corpus, CorpusChangedError, CorpusError, Document
 from .embedder import Embedder, TokenCounter, check_probes, weights_fingerprint
-from .kinds import Request, write_faiss
+from .kinds import Request, check_factory, write_faiss
 from .manifest import (
     FaissRecord,
     FileRecord,
@@ -84,6 +84,8 @@ def build_index(
                 )
         elif strangers := workplace.strangers():
             raise ValueError(f"{folder} holds {strangers[0]!r}, which is no part of an index: give another folder")
+        run.check_chunks()
+        check_factory(request.kind, embedder.dimension)
         if engine is not None:
             run.engine = engine()
         run.begin(restart=overwrite)
@@ -166,7 +168,7 @@ class Build:
             len(manifest.sources) == 1
             and not manifest.edited
             and (manifest.index.requested, manifest.index.faiss_file) == (request.kind, request.faiss_file)
-            and self._took_in(manifest.sources[0])
+            and self._took_in(manifest.sources[0], self._corpus)
         )
 
     def entries_if_repeated(self, base: Manifest) -> int | None:
@@ -175,18 +177,35 @@ class Build:
         A corpus that can be read only once is never taken for a repeated one.
         """
         source = base.sources[-1]
+        numbered_from = self._corpus.first_number - source.corpus_rows  # as it was when this corpus went in
         if (
             source.version != base.version
             or (self._workplace.unfinished() and not self._workplace.committed())
             or not self._corpus.repeatable
-            or not self._took_in(source)
+            or not self._took_in(source, replace(self._corpus, first_number=numbered_from))
         ):
             return None
         return source.entries
 
-    def _took_in(self, source: SourceRecord) -> bool:
+    def _took_in(self, source: SourceRecord, corpus: Corpus) -> bool:
         """Whether a corpus went in as this run would take it in, and has the very rows that are on record."""
-        return source.config.same_input(self.config()) and same_rows(source, self._corpus)
+        return source.config.same_input(self.config()) and same_rows(source, corpus)
+
+    def check_chunks(self) -> None:
+        """Refuse chunks that the model would not read whole.
+
+        Raises:
+            ValueError: If `chunk_tokens` is more than the model reads beside its special tokens and its prompt.
+        """
+        embedder, wanted = self._embedder, self._options.chunk_tokens
+        counter = TokenCounter(embedder.copy_tokenizer(), embedder.max_tokens, embedder.document_prompt())
+        room = counter.room(None)
+        if wanted is not None and room is not None and wanted > room:
+            raise ValueError(
+                f"chunk_tokens={wanted} does not fit: the model reads {embedder.max_tokens} tokens, of which "
+                f"{counter.special_tokens} are special tokens and {counter.prompt_tokens} the prompt of documents; "
+                f"give at most {room}"
+            )
 
     def begin(self, restart: bool) -> None:
         """Start, or take up a run that was stopped.
@@ -259,6 +278,7 @@ class Build:
             options=self._options,
             tokenizer=self._embedder.copy_tokenizer(),
             max_tokens=self._embedder.max_tokens,
+            prompt=self._embedder.document_prompt(),
             position=journal.position,
             first_row=journal.rows + (self._base.stored_rows if self._base is not None else 0),
             number=journal.windows,
@@ -344,6 +364,7 @@ class Build:
         journal.dead_bytes, journal.bad_bytes = dead.length, bad.length
         journal.bad_rows += len(part.bad)
         journal.duplicates += part.duplicates
+        journal.cut = ((journal.cut or 0) + part.cut) or None
         journal.write(self._folder)
         self._window_rows = 0
         if sum(part.rows for part in journal.parts) >= self._segment_rows:
@@ -450,6 +471,15 @@ class Build:
     def _source(self, version: int) -> SourceRecord:
         """What the index remembers of the corpus."""
         journal = self.journal
+        if journal.cut:
+            logger.warning(
+                "%s of %s entries of %s are longer than the %s tokens the model reads: what is behind them is not "
+                "searched; cut documents into chunks with chunk_tokens",
+                f"{journal.cut:,}",
+                f"{journal.rows:,}",
+                self._corpus.name,
+                f"{self._embedder.max_tokens:,}",
+            )
         return SourceRecord(
             version=version,
             name=self._corpus.name,
@@ -462,6 +492,7 @@ class Build:
             duplicates_left_out=journal.duplicates,
             config=journal.config,
             added=now(),
+            entries_cut=journal.cut,
         )
 
     def _keep_bad_rows(self, version: int) -> str | None:

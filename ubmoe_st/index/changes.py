@@ -16,9 +16,9 @@ from .corpus import Corpus, CorpusFields
 from .embedder import Embedder
 from .hybrid import write_bm25
 from .kinds import Request, write_faiss
-from .manifest import FaissRecord, Manifest
+from .manifest import FaissRecord, Manifest, SourceRecord
 from .progress import ProgressCallback, show
-from .store import Snapshot, publish, rows_union, write_dead, write_segment
+from .store import Namespace, Snapshot, publish, rows_union, write_dead, write_segment
 from .tuning import TuningReport
 from .windows import OnBadRow, OnDuplicate, PipelineOptions
 from .workplace import Workplace
@@ -66,7 +66,7 @@ def add(
         run = Build(
             workplace,
             embedder,
-            Corpus(corpus, replace(CorpusFields.of(manifest.fields), **named)),
+            Corpus(corpus, replace(CorpusFields.of(manifest.fields), **named), _rows_before(manifest.sources)),
             PipelineOptions(**manifest.options, on_duplicate=on_duplicate, on_bad_row=on_bad_row),
             manifest.dtype,
             manifest.segment_rows,
@@ -81,16 +81,22 @@ def add(
         return run.publish_addition(base), run.journal.rows
 
 
-def delete(folder: Path, ids: list[str], missing_ok: bool) -> tuple[Snapshot, int]:
+def _rows_before(sources: list[SourceRecord]) -> int:
+    """Rows of the corpora that went in: where the numbers of rows without ids go on."""
+    return sum(source.corpus_rows for source in sources)
+
+
+def delete(folder: Path, ids: list[str], missing_ok: bool, namespace: Namespace | None = None) -> tuple[Snapshot, int]:
     """Take entries out; the next version and the number of entries gone.
 
     Raises:
         KeyError: If an id is not there and `missing_ok` is false; nothing is deleted then.
+        ValueError: If an id is that of a document and of a chunk, and `namespace` does not say which is meant.
     """
     with writing(folder) as (workplace, base):
         rows: list[int] = []
         for identity in ids:
-            found = base.rows_of(identity)
+            found = base.rows_of(identity, namespace)
             if not found and not missing_ok:
                 raise KeyError(f"no entry has the id {identity!r}: nothing was deleted")
             rows.extend(found)

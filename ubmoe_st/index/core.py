@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from ..forking import ForkSafeLock
 from . import changes
 from .budget import MemoryBudget, search_mebibytes
 from .build import SEGMENT_ROWS, build_index
-from .corpus import Corpus, CorpusFields
+from .corpus import Corpus, CorpusFields, id_text, id_texts
 from .embedder import Embedder, check_probes, query_vectors
 from .export import export_parquet
 from .filters import Filter
@@ -22,22 +21,15 @@ from .kinds import FEWEST_ROWS, Request, choose
 from .manifest import Manifest
 from .progress import ProgressCallback
 from .ray_engine import RayEngine
-from .search import Hit, Mode, Searcher, SearchSettings
-from .storage import map_npy, problems_of
-from .store import Entry, Snapshot, open_snapshot
+from .rerank import check_rerank, reranked
+from .search import Hit, Mode, Searcher, SearchSettings, check_k
+from .storage import problems_of, require_libraries
+from .store import Entry, Namespace, Snapshot, open_snapshot
 from .tuning import TuningReport, tune
 from .windows import OnBadRow, OnDuplicate, PipelineOptions
 
 DTYPES = ("float32", "float16")
-
-
-def _identities(ids: Any) -> list[str]:
-    """Ids as they are stored: as in the rows of a corpus, whole numbers are taken as text."""
-    many = [ids] if isinstance(ids, (str, int)) else list(ids)
-    for identity in many:
-        if not isinstance(identity, (str, int)) or isinstance(identity, bool):
-            raise TypeError(f"an id is a text or a whole number, got {identity!r}")
-    return [str(identity) for identity in many]
+Identities = str | int | Iterable[str | int]
 
 
 class EmbeddingIndex:
@@ -52,7 +44,7 @@ class EmbeddingIndex:
     ) -> None:
         self._searcher = Searcher(snapshot, settings)
         self._embedder = embedder
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @property
     def _snapshot(self) -> Snapshot:
@@ -104,12 +96,15 @@ class EmbeddingIndex:
             corpus: A .jsonl(.gz), .csv, .tsv or .parquet file, a folder of those or of text files, `hf:NAME#split`,
                 or an iterable of mappings (or strings). To resume, give the same rows in the same order.
             out: The index folder.
-            id_field: Field with the id, a string or an integer. None numbers the rows.
+            id_field: Field with the id, a string or an integer. None numbers the rows, as it does where a row is a
+                string; rows that are added later go on where these end.
             text_field: Field with the text.
             title_field: Field with the title, where a row has one.
             metadata_fields: Fields kept for filters and results; None keeps all others.
             max_row_bytes: A larger row is a bad row.
-            chunk_tokens: Cut documents into chunks of this many tokens; ids become `id#0`, `id#1`, ...
+            chunk_tokens: Cut documents into chunks of this many tokens, or fewer where the title takes room the model
+                needs; ids become `id#0`, `id#1`, ... None: documents stay whole, and
+                `info["sources"][n]["entries_cut"]` counts those of which the model reads only the beginning, if any.
             overlap_tokens: Tokens that neighbouring chunks share.
             with_title: Let the model read the title on a line before the text.
             on_duplicate: An id met again: `raise`, `skip` (the first stays) or `upsert` (the last wins).
@@ -219,7 +214,9 @@ class EmbeddingIndex:
         return len(self._snapshot)
 
     def __contains__(self, identity: object) -> bool:
-        return isinstance(identity, str) and bool(self._snapshot.rows_of(identity))
+        name = id_text(identity)
+        spaces: tuple[Namespace, ...] = ("document", "chunk")
+        return name is not None and any(self._snapshot.rows_of(name, space) for space in spaces)
 
     def __iter__(self) -> Iterator[str]:
         return self._snapshot.ids()
@@ -271,12 +268,8 @@ class EmbeddingIndex:
         limit = stored.max_tokens
         if limit is not None and embedder.max_tokens is not None and embedder.max_tokens < limit:
             raise ValueError(f"the model reads {embedder.max_tokens} tokens, the index was built with {limit}")
-        check_probes(embedder.probes(), self._probes())
+        check_probes(embedder.probes(), self._snapshot.probes)
         self._embedder = embedder
-
-    def _probes(self) -> np.ndarray:
-        """The stored vectors of the probe texts, (2, P, D)."""
-        return np.array(map_npy(self.path / self._snapshot.manifest.model.probes.file))
 
     def find_model(self) -> str:
         """The folder or Hub id of the model this index was built with; also after both were moved together.
@@ -292,7 +285,7 @@ class EmbeddingIndex:
         Raises:
             ValueError: Saying what differs.
         """
-        check_probes(self._probes(), other._probes())
+        check_probes(self._snapshot.probes, other._snapshot.probes)
 
     def _model(self) -> Embedder:
         with self._lock:
@@ -330,6 +323,7 @@ class EmbeddingIndex:
         mode: Mode = "dense",
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        rerank: int | None = None,
     ) -> tuple[np.ndarray, list[list[str]]]:
         """Cosines and ids of the nearest entries of each query, best first; equal scores in corpus order.
 
@@ -337,17 +331,20 @@ class EmbeddingIndex:
             queries: A text, a list of texts, or vectors (Q, D).
             k: How many; where fewer entries can be found, all of them.
             filter: Only entries whose metadata passes: `{"lang": "en"}`, `{"lang": ["en", "de"]}`,
-                `{"year": {">=": 1990, "<": 2000}}` (all conditions must hold), or a function of the metadata.
+                `{"year": {">=": 1990, "<": 2000}}` (all conditions must hold), or a function of the metadata. A row
+                has `id`, `title` and `parent` there too, where it has no field of its own of that name.
             mode: `dense`, `bm25` (needs `build_bm25`), or `hybrid`: both, joined by reciprocal rank fusion. The order
                 is then that of BM25 or of the fusion; scores are cosines in every mode. `bm25` finds only entries that
                 share a word with the query; its shorter results end in NaN scores and empty ids.
             exact: Compare with every entry, whatever the kind of index.
             parameters: nprobe, efSearch, rerank instead of the stored ones.
+            rerank: So many of the first results come in the order of `model.rank` instead, which reads query and
+                text together; scores stay cosines. None: none.
 
         Returns:
             Scores, float32, (Q, K), and ids, Q lists of K.
         """
-        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
+        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters, rerank)
         names = iter(self.ids_at(rows[rows >= 0]))
         return scores, [[next(names) if row >= 0 else "" for row in line] for line in rows.tolist()]
 
@@ -360,9 +357,10 @@ class EmbeddingIndex:
         mode: Mode = "dense",
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        rerank: int | None = None,
     ) -> list[list[Hit]]:
         """The nearest entries of each query with texts, spans and metadata, best first. Arguments as in `search`."""
-        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters)
+        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters, rerank)
         return [
             [self.hit_at(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
             for line, values in zip(rows, scores)
@@ -376,8 +374,14 @@ class EmbeddingIndex:
         mode: Mode,
         exact: bool,
         parameters: dict[str, int] | None,
+        rerank: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores (Q, K) and rows (Q, K); -1 is no row."""
+        if rerank is not None:
+            check_k(k)
+            asked = check_rerank(rerank, queries, self.model)
+            found = self._search_rows(queries, max(k, rerank), spec, mode, exact, parameters)
+            return reranked(self.model, asked, found, k, rerank, self._snapshot.entry_at)
         if mode not in ("dense", "bm25", "hybrid"):
             raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
         texts = [queries] if isinstance(queries, str) else queries
@@ -421,30 +425,35 @@ class EmbeddingIndex:
         """A row of this version as a search result with this score."""
         return self._searcher.hit_at(row, score)
 
-    def _rows(self, ids: str | Iterable[str]) -> list[int]:
+    def _rows(self, ids: Identities, namespace: Namespace | None) -> list[int]:
         rows = []
-        for identity in _identities(ids):
-            found = self._snapshot.rows_of(identity)
+        for identity in id_texts(ids):
+            found = self._snapshot.rows_of(identity, namespace)
             if not found:
                 raise KeyError(f"no entry has the id {identity!r}")
             rows.extend(found)
         return rows
 
-    def entries(self, ids: str | Iterable[str]) -> list[Entry]:
+    def entries(self, ids: Identities, *, namespace: Namespace | None = None) -> list[Entry]:
         """The entries with these ids, in their order; the id of a document gives all its chunks.
+
+        Args:
+            ids: One or many, texts or whole numbers.
+            namespace: Whether they are ids of a `document` or of a `chunk`. None: what there is.
 
         Raises:
             KeyError: If an id is not in the index.
+            ValueError: If an id is that of a document and of a chunk, and `namespace` is None.
         """
-        return [self._snapshot.entry_at(row) for row in self._rows(ids)]
+        return [self._snapshot.entry_at(row) for row in self._rows(ids, namespace)]
 
-    def texts(self, ids: str | Iterable[str]) -> list[str]:
+    def texts(self, ids: Identities, *, namespace: Namespace | None = None) -> list[str]:
         """The texts of `entries(ids)`."""
-        return [entry.text for entry in self.entries(ids)]
+        return [entry.text for entry in self.entries(ids, namespace=namespace)]
 
-    def vectors(self, ids: str | Iterable[str]) -> np.ndarray:
+    def vectors(self, ids: Identities, *, namespace: Namespace | None = None) -> np.ndarray:
         """The stored vectors of `entries(ids)`, float32, (N, D)."""
-        return self._snapshot.vectors_at(self._rows(ids))
+        return self._snapshot.vectors_at(self._rows(ids, namespace))
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the `files` of this version, as sentences; empty when all is well."""
@@ -501,15 +510,16 @@ class EmbeddingIndex:
         """`add(corpus, on_duplicate="upsert")`: rows with a known id replace what was there."""
         return self.add(corpus, on_duplicate="upsert", **options)
 
-    def delete(self, ids: str | Iterable[str], *, missing_ok: bool = False) -> int:
+    def delete(self, ids: Identities, *, missing_ok: bool = False, namespace: Namespace | None = None) -> int:
         """Take entries out of the index; the number of entries gone. The id of a document takes all its chunks.
 
-        The rows stay on disk until `compact`, but nothing finds them.
+        The rows stay on disk until `compact`, but nothing finds them. Arguments as in `entries`.
 
         Raises:
             KeyError: If an id is not there and `missing_ok` is false; nothing is deleted then.
+            ValueError: As `entries`; nothing is deleted then.
         """
-        snapshot, entries = changes.delete(self.path, _identities(ids), missing_ok)
+        snapshot, entries = changes.delete(self.path, id_texts(ids), missing_ok, namespace)
         self._move_to(snapshot)
         return entries
 
@@ -587,14 +597,3 @@ class EmbeddingIndex:
     def discard_unfinished(self) -> bool:
         """Throw away an addition that was stopped; True if there was one. What is committed stays."""
         return changes.discard_unfinished(self.path)
-
-
-def require_libraries() -> None:
-    """Refuse to go on without the libraries of an index.
-
-    Raises:
-        ImportError: Naming what is missing and how to install it.
-    """
-    missing = [name for name in ("faiss", "pyarrow") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"an index needs {' and '.join(missing)}: pip install 'ubmoe-st[index]'")

@@ -10,12 +10,15 @@ import csv
 import gzip
 import hashlib
 import json
+import numbers
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import UUID
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
@@ -66,7 +69,7 @@ class CorpusFields:
     """Where in a row the parts of a document are, and what is refused."""
 
     id: str | None = "id"
-    """Field that holds the id. None: rows are numbered from 0."""
+    """Field that holds the id. None: rows are numbered, on from those of the corpora before."""
     text: str = "text"
     """Field that holds the text."""
     title: str | None = "title"
@@ -92,6 +95,8 @@ class Corpus:
 
     source: Any
     fields: CorpusFields = field(default_factory=CorpusFields)
+    first_number: int = 0
+    """What the first row is called where rows have no ids of their own."""
 
     def __post_init__(self) -> None:
         self._read = 0
@@ -126,7 +131,7 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document | BadRow]:
         self._read, self._counted = 0, None
-        for number, (place, row) in enumerate(self._rows()):
+        for number, (place, row) in enumerate(self._rows(), self.first_number):
             yield row if isinstance(row, BadRow) else self._document(place, row, number)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
@@ -262,7 +267,10 @@ class Corpus:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
 
         reader = csv.reader(physical_lines(), delimiter=delimiter, strict=True)
-        header = next(reader, None)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise CorpusError(f"{name} line 1: the header is not a {name.rsplit('.', 1)[-1]} row ({error})") from error
         if header is None:
             return
         if self.fields.text not in header:
@@ -348,21 +356,20 @@ class Corpus:
         if not text.strip():
             return BadRow(place, f"has an empty {fields.text!r}")
         if fields.id is None:
-            identity: Any = str(number)
+            identity: str | None = str(number)
         else:
-            identity = row.get(fields.id)
-            if isinstance(identity, int) and not isinstance(identity, bool):
-                identity = str(identity)
-        if not isinstance(identity, str) or not identity:
-            return BadRow(place, f"needs a non-empty string or integer in {fields.id!r}, got {identity!r}")
+            identity = id_text(row.get(fields.id))
+        if not identity:
+            return BadRow(place, f"needs a non-empty string or integer in {fields.id!r}, got {row.get(fields.id)!r}")
         title = row.get(fields.title) if fields.title is not None else None
         if title is not None and not isinstance(title, str):
             return BadRow(place, f"needs a string in {fields.title!r}, got {type(title).__name__}")
         own = (fields.id, fields.text, fields.title)
         kept = [key for key in row if key not in own] if fields.metadata is None else fields.metadata
-        values = {str(key): row[key] for key in kept if row.get(key) is not None}
         try:
-            metadata = json.dumps(values, sort_keys=True, ensure_ascii=False, default=_plain) if values else None
+            found = {str(key): _known(row[key]) for key in kept if key in row}
+            values = {key: value for key, value in found.items() if value is not None}
+            metadata = _json(values) if values else None
             size = sum(len(part.encode()) for part in (identity, text, title, metadata) if part)
         except UnicodeEncodeError:
             return BadRow(place, "is not valid UTF-8 (it holds bytes or surrogates that are no character)")
@@ -373,15 +380,55 @@ class Corpus:
         return Document(place, identity, text, title or None, metadata)
 
 
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _known(value: Any) -> Any:
+    """A value with None for what is NaN, which is how tables say that there is none, and JSON cannot."""
+    if isinstance(value, Mapping):
+        return {key: _known(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # of numpy
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_known(item) for item in value]
+    number = isinstance(value, (float, Decimal)) or hasattr(value, "isoformat")  # pandas has dates that are none
+    return None if number and value != value else value
+
+
 def _plain(value: Any) -> Any:
-    """Dates and numpy scalars as JSON values."""
+    """Dates, decimals and identifiers as JSON values."""
     if hasattr(value, "isoformat"):
         return value.isoformat()
-    if hasattr(value, "item"):
-        return value.item()
+    if isinstance(value, Decimal) and value.is_finite():
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, UUID):
+        return str(value)
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     raise TypeError(f"{type(value).__name__} is not a JSON value")
+
+
+def id_text(value: Any) -> str | None:
+    """An id as it is stored: text as it is, whole numbers as text; None for what is no id."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return str(int(value))
+    return value if isinstance(value, str) else None
+
+
+def id_texts(ids: Any) -> list[str]:
+    """One id or many as they are stored.
+
+    Raises:
+        TypeError: If one is neither a text nor a whole number.
+    """
+    many = [ids] if isinstance(ids, (str, numbers.Integral)) else list(ids)
+    found = []
+    for value in many:
+        if (identity := id_text(value)) is None:
+            raise TypeError(f"an id is a text or a whole number, got {value!r}")
+        found.append(identity)
+    return found
 
 
 def key_of(identity: str) -> bytes:

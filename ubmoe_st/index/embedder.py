@@ -21,6 +21,9 @@ PROBES = (
 SAME_MODEL_COSINE = 0.998
 """Smallest cosine between the stored and the new vector of a probe: above what bf16 against fp32 changes."""
 
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+"""Names of the prompt of documents, the first that a model has."""
+
 UNLIMITED_TOKENS = 1 << 30
 """`max_seq_length` of a model that has none; tokenizers also say it with a huge number."""
 
@@ -153,6 +156,15 @@ class Embedder:
         """D."""
         return int(self.probes().shape[-1])
 
+    def document_prompt(self) -> str:
+        """What the model puts before a document, found as sentence-transformers does it."""
+        prompts = self.prompts()
+        names = DOCUMENT_PROMPTS if hasattr(self.model, "encode_document") else ()
+        for name in (*names, getattr(self.model, "default_prompt_name", None)):
+            if name in prompts:
+                return prompts[name] or ""
+        return ""
+
     def prompts(self) -> dict[str, str]:
         """The prompts of the model, by name."""
         return dict(getattr(self.model, "prompts", None) or {})
@@ -233,27 +245,47 @@ class TokenCounter:
 
     Args:
         tokenizer: From `Embedder.copy_tokenizer`; None counts four characters as a token.
-        max_tokens: No count is above this, because the model sees no more.
+        max_tokens: No length is above this, because the model sees no more.
+        prompt: What the model puts before each text.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int | None) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int | None, prompt: str = "") -> None:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens or UNLIMITED_TOKENS
-        self._fast = bool(getattr(tokenizer, "is_fast", False))
+        self.fast = bool(getattr(tokenizer, "is_fast", False))
+        self.special_tokens = self.prompt_tokens = 0
+        self.limit: int | None = None
+        """Largest size of a text that the model reads whole; None where that is not known."""
+        if tokenizer is not None and max_tokens is not None:
+            alone, plain, prompted = self.sizes(["", "a", f"{prompt}a"])
+            self.special_tokens, self.prompt_tokens = alone, max(0, prompted - plain)
+            self.limit = max_tokens - self.prompt_tokens
+
+    def sizes(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text and its special tokens, without the prompt, however many the model sees of them."""
+        if self._tokenizer is None:
+            return [len(text) // 4 + 1 for text in texts]
+        if self.fast:
+            return [len(encoding.ids) for encoding in self._tokenizer.backend_tokenizer.encode_batch(list(texts))]
+        return [len(ids) for ids in self._tokenizer(list(texts), truncation=False)["input_ids"]]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens the model will see of each text."""
-        if self._tokenizer is None:
-            counts = [len(text) // 4 + 1 for text in texts]
-        elif self._fast:
-            counts = [len(encoding.ids) for encoding in self._tokenizer.backend_tokenizer.encode_batch(list(texts))]
-        else:
-            counts = [len(ids) for ids in self._tokenizer(list(texts), truncation=False)["input_ids"]]
-        return [min(count, self._max_tokens) for count in counts]
+        return self.seen(self.sizes(texts))
+
+    def seen(self, sizes: Sequence[int]) -> list[int]:
+        """What the model will see of texts of these sizes."""
+        return [min(size, self._max_tokens) for size in sizes]
+
+    def room(self, title: str | None) -> int | None:
+        """Tokens of a text that the model reads whole behind a title; None where that is not known."""
+        if self.limit is None:
+            return None
+        return self.limit - (self.sizes([f"{title}\n"])[0] if title else self.special_tokens)
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Start and end of each token in `text`, in characters; words where there is no fast tokenizer."""
-        if self._fast:
+        if self.fast:
             encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
             return [(start, end) for start, end in encoding.offsets if end > start]
         import re

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import operator
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
+from ..forking import ForkSafeLock
+from .corpus import id_text
 from .store import Snapshot
 
 logger = logging.getLogger(__name__)
 
 Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 """`{"lang": "en"}`, `{"lang": ["en", "de"]}`, `{"year": {">=": 1990, "<": 2000}}` (all must hold), or a function of the
-metadata of a row."""
+metadata of a row. `id`, `title` and `parent` of the entry are there too, unless the row has such a field of its own."""
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -28,28 +31,78 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 COLLECTIONS = (list, tuple, set, frozenset)
 NEGATIVE = ("!=", "not in")
+OWN_FIELDS = ("id", "title", "parent")
+"""What a filter sees of an entry beside its metadata."""
+IDENTITIES = ("id", "parent")
+ORDERS = ("<", "<=", ">", ">=")
 MISSING = object()
 KEPT_MASKS = 32
 
 
-def _holds(value: Any, name: str, wanted: Any) -> bool:
+def holds(value: Any, name: str, wanted: Any) -> bool:
     """Whether a field's value passes one condition. A list passes when one of its items does."""
     if name == "exists":
         return (value is not MISSING) == bool(wanted)
     if name in NEGATIVE:
-        return not _holds(value, {"!=": "==", "not in": "in"}[name], wanted)
+        return not holds(value, {"!=": "==", "not in": "in"}[name], wanted)
     if value is MISSING:
         return False
     if isinstance(value, list) and not (name == "==" and isinstance(wanted, list)):
-        return any(_holds(item, name, wanted) for item in value)
+        return any(holds(item, name, wanted) for item in value)
     if name == "in":
-        return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in wanted)
-    if isinstance(value, bool) != isinstance(wanted, bool):
+        return any(holds(value, "==", item) for item in wanted)
+    if (pair := _alike(value, wanted)) is None:
         return False
     try:
-        return bool(OPERATORS[name](value, wanted))
+        return bool(OPERATORS[name](*pair))
     except TypeError:
         return False
+
+
+def _alike(value: Any, wanted: Any) -> tuple[Any, Any] | None:
+    """A stored value and a wanted one in forms that compare; None where they are of different types.
+
+    A corpus may hold as text what is wanted as a number or a truth value (CSV has nothing else), and dates are stored
+    as ISO text.
+    """
+    if isinstance(wanted, np.generic):
+        wanted = wanted.item()
+    if isinstance(wanted, date):
+        return _as_times(value, wanted)
+    if isinstance(wanted, bool) and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower())
+    if isinstance(value, bool) or isinstance(wanted, bool):
+        return (value, wanted) if isinstance(value, bool) and isinstance(wanted, bool) else None
+    if isinstance(wanted, (int, float, Decimal)) and isinstance(value, str):
+        try:
+            value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
+        except ValueError:
+            return None
+    if isinstance(wanted, Decimal):
+        wanted = float(wanted)
+    return None if wanted is None or isinstance(value, str) != isinstance(wanted, str) else (value, wanted)
+
+
+def _as_times(value: Any, wanted: date) -> tuple[date, date] | None:
+    """ISO text and a wanted date, or a wanted time, which is in UTC where it has no zone; None for other values."""
+    try:
+        time = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    except (AttributeError, ValueError):
+        return None
+    if not isinstance(wanted, datetime):
+        return time.date(), wanted
+    first, second = (one if one.tzinfo else one.replace(tzinfo=timezone.utc) for one in (time, wanted))
+    return first, second
+
+
+def _items(value: Any) -> Any:
+    """The items of a list, or the one value."""
+    return value if isinstance(value, COLLECTIONS) else (value,)
+
+
+def _as_id(value: Any) -> Any:
+    """A wanted id as ids are stored."""
+    return value if (identity := id_text(value)) is None else identity
 
 
 def conditions(spec: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
@@ -79,6 +132,32 @@ def conditions(spec: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     return triples
 
 
+def passes(fields: Mapping[str, Any], spec: Filter) -> bool:
+    """Whether a row with these fields passes."""
+    if callable(spec):
+        return bool(spec(dict(fields)))
+    return all(
+        holds(*_comparable(field, name, fields.get(field, MISSING), wanted)) for field, name, wanted in conditions(spec)
+    )
+
+
+def both(first: Filter | None, second: Filter | None) -> Filter | None:
+    """A filter that is passed where both are."""
+    if first is None or second is None:
+        return second if first is None else first
+    if isinstance(first, Mapping) and isinstance(second, Mapping) and not first.keys() & second.keys():
+        return {**first, **second}
+    return lambda fields: passes(fields, first) and passes(fields, second)
+
+
+def _comparable(field: str, name: str, value: Any, wanted: Any) -> tuple[Any, str, Any]:
+    """The arguments of `holds`, with ids as they are stored."""
+    if field not in IDENTITIES or name in ORDERS:
+        return value, name, wanted
+    many = isinstance(wanted, COLLECTIONS)
+    return _as_id(value), name, [_as_id(one) for one in wanted] if many else _as_id(wanted)
+
+
 class FilterEngine:
     """Evaluates filters over one snapshot; keeps the columns and masks it has worked out.
 
@@ -90,7 +169,7 @@ class FilterEngine:
         self._snapshot = snapshot
         self._columns: dict[str, list[Any]] = {}
         self._masks: dict[str, np.ndarray] = {}
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def mask(self, spec: Filter) -> np.ndarray:
         """Which stored rows pass, bool (N,). Deleted rows are not looked at apart.
@@ -99,8 +178,7 @@ class FilterEngine:
             TypeError: If `spec` is neither a mapping nor callable.
         """
         if callable(spec):
-            rows = (bool(spec(json.loads(text) if text else {})) for text in self._metadata())
-            return np.fromiter(rows, bool, self._snapshot.stored_rows)
+            return np.fromiter((bool(spec(fields)) for fields in self._rows()), bool, self._snapshot.stored_rows)
         if not isinstance(spec, Mapping):
             raise TypeError(f"a filter is a mapping or a function, got {type(spec).__name__}")
         with self._lock:
@@ -110,24 +188,49 @@ class FilterEngine:
                 mask = np.ones(self._snapshot.stored_rows, bool)
                 for field, name, wanted in wanted_all:
                     column = self._column(field)
-                    mask &= np.fromiter((_holds(value, name, wanted) for value in column), bool, len(column))
+                    tests = (holds(*_comparable(field, name, value, wanted)) for value in column)
+                    held = np.fromiter(tests, bool, len(column))
+                    if name != "exists" and (held.all() if name in NEGATIVE else not held.any()):
+                        self._warn_of_type(field, name, column, wanted)
+                    mask &= held
                 if len(self._masks) >= KEPT_MASKS:
                     self._masks.pop(next(iter(self._masks)))
                 self._masks[key] = mask
             return self._masks[key]
 
-    def _metadata(self) -> Any:
+    def _warn_of_type(self, field: str, name: str, column: list[Any], wanted: Any) -> None:
+        """Say that a filter decides nothing because no row has a value of the type that is wanted."""
+        other = None
+        for item in (item for value in column if value is not MISSING for item in _items(value)):
+            value, _, wanted_here = _comparable(field, name, item, wanted)
+            if any(_alike(value, one) is not None for one in _items(wanted_here)):
+                return
+            other = value
+        if other is not None:
+            logger.warning(
+                "filter: no value of %r in %s compares with %r, a %s: they are like %r, a %s",
+                field,
+                self._snapshot.folder,
+                wanted,
+                type(wanted).__name__,
+                other,
+                type(other).__name__,
+            )
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        """Every row's metadata, and what it has of `OWN_FIELDS` where the metadata have no field of that name."""
         for segment in self._snapshot.segments:
             for batch in segment.entries.batches():
-                yield from batch.column("metadata").to_pylist()
+                columns = (batch.column(name).to_pylist() for name in (*OWN_FIELDS, "metadata"))
+                for *own, text in zip(*columns):
+                    fields = {name: value for name, value in zip(OWN_FIELDS, own) if value is not None}
+                    yield fields | json.loads(text) if text else fields
 
     def _column(self, field: str) -> list[Any]:
         if field not in self._columns:
-            self._columns[field] = [
-                json.loads(text).get(field, MISSING) if text else MISSING for text in self._metadata()
-            ]
+            self._columns[field] = [fields.get(field, MISSING) for fields in self._rows()]
             if all(value is MISSING for value in self._columns[field]) and self._columns[field]:
-                known = sorted({key for text in self._metadata() if text for key in json.loads(text)})
+                known = sorted({key for fields in self._rows() for key in fields if key not in OWN_FIELDS})
                 logger.warning(
                     "filter: no row of %s has a field %r; it has %s",
                     self._snapshot.folder,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..files import record_of, replacing_by_name
+from ..forking import ForkSafeLock
 from .manifest import FolderRecord
 from .store import Snapshot
 from .workplace import Workplace
@@ -61,7 +63,7 @@ class KeywordSearch:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._engine: Any = None
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None) -> list[np.ndarray]:
         """Rows by falling BM25 score, at most K and only such that share a word with the query, per query.
@@ -75,7 +77,7 @@ class KeywordSearch:
         bm25s = import_bm25s()
         with self._lock:
             if self._engine is None:
-                self._engine = bm25s.BM25.load(str(self._snapshot.folder / record.folder), mmap=True)
+                self._engine = self._opened(bm25s, self._snapshot.folder / record.folder)
         covered = record.rows
         weight = None if allowed is None else allowed[:covered].astype(np.float32)
         tokens = bm25s.tokenize(list(queries), stopwords=None, show_progress=False, return_ids=False)
@@ -88,6 +90,16 @@ class KeywordSearch:
             order = np.lexsort((rows, -scores[rows]))[:k]
             found.append(rows[order].astype(np.int64))
         return found
+
+    def _opened(self, bm25s: Any, folder: Path) -> Any:
+        """The BM25 part; from what the snapshot holds of it, where a writer has removed the folder since."""
+        try:
+            return bm25s.BM25.load(str(folder), mmap=True)
+        except FileNotFoundError:
+            with tempfile.TemporaryDirectory(prefix="ubmoe-index-", ignore_cleanup_errors=True) as copy:
+                for name, content in self._snapshot.bm25_files.items():
+                    (Path(copy) / name).write_bytes(content)
+                return bm25s.BM25.load(copy, mmap=True)
 
     def _scores(self, words: list[str], rows: int) -> np.ndarray:
         known = [word for word in words if word in self._engine.vocab_dict]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ FLAT_ROWS = 50_000
 """Up to this many rows `auto` keeps to exact search."""
 HNSW_ROWS = 5_000_000
 """Beyond this many rows `auto` takes IVF-PQ: a graph takes hours to build."""
+TRIAL_ROWS, TRIAL_CELLS = 1_024, 4
+"""Random vectors on which a faiss factory string is tried, and the cells it gets then."""
 FEWEST_ROWS = 1_000
 """Below this, kinds that need training are replaced by `flat`."""
 HNSW_LINKS = 32
@@ -195,11 +198,25 @@ def train(choice: Choice, snapshot: Snapshot, most: int) -> Any:
         snapshot: What to train on a sample of.
         most: Largest sample, rows.
     """
+    index, quantizer = new_index(choice.factory, snapshot.dimension)
+    if (cells := cells_of(index)) > snapshot.stored_rows:
+        raise ValueError(
+            f"{choice.factory} has {cells:,} cells and needs at least as many rows to train, there are "
+            f"{snapshot.stored_rows:,}: repeat this with another kind (what is embedded is kept)"
+        )
+    if not index.is_trained:
+        index.train(snapshot.sample(min(snapshot.stored_rows, most, max(65_536, 64 * cells))))
+    del quantizer  # was needed until here
+    return index
+
+
+def new_index(factory: str, dimension: int) -> tuple[Any, Any]:
+    """An untrained faiss index, and what must be kept as long as it is trained."""
     import faiss as untyped
 
     faiss: Any = untyped
-    metric = faiss.METRIC_L2 if choice.factory.startswith("LSH") else faiss.METRIC_INNER_PRODUCT
-    index = faiss.index_factory(snapshot.dimension, choice.factory, metric)
+    metric = faiss.METRIC_L2 if factory.startswith("LSH") else faiss.METRIC_INNER_PRODUCT
+    index = faiss.index_factory(dimension, factory, metric)
     quantizer = None
     if isinstance(index, faiss.IndexPreTransform):
         transform = faiss.downcast_VectorTransform(index.chain.at(0))
@@ -210,9 +227,47 @@ def train(choice: Choice, snapshot: Snapshot, most: int) -> Any:
             transform.pq = quantizer
             transform.niter, transform.niter_pq, transform.niter_pq_0 = 10, 4, 10
             transform.max_train_points = 20_000
-    if not index.is_trained:
-        index.train(snapshot.sample(min(snapshot.stored_rows, most, max(65_536, 64 * cells_of(index)))))
-    return index
+    return index, quantizer
+
+
+def check_factory(kind: str, dimension: int) -> None:
+    """Try a faiss factory string of a user's own on random vectors, before hours of embedding.
+
+    Args:
+        kind: As in `choose`; another than `faiss:FACTORY` needs no trial.
+        dimension: D.
+
+    Raises:
+        ValueError: If faiss cannot make, fill, write or search such an index.
+    """
+    if not kind.startswith("faiss:"):
+        return
+    import faiss
+
+    factory = kind.removeprefix("faiss:")
+    rows = np.random.default_rng(0).normal(size=(TRIAL_ROWS, dimension)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    try:
+        new_index(factory, dimension)
+        index, quantizer = new_index(re.sub(r"IVF\d+", f"IVF{TRIAL_CELLS}", factory), dimension)
+        inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+        if hasattr(inner, "do_polysemous_training"):  # takes a minute, and cannot fail
+            inner.do_polysemous_training = False
+        if not index.is_trained:
+            index.train(rows)
+        index.add(rows)
+        index.sa_code_size()
+        index = faiss.deserialize_index(faiss.serialize_index(index))
+        candidates([(0, index)], rows[:2], 4, {}, None)
+        del quantizer
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        if "training points" in reason:  # finer than so few rows can show
+            return
+        raise ValueError(
+            f"faiss cannot use {factory!r} for vectors of {dimension} dimensions ({reason}): expected a factory string "
+            "of an index that takes rows by add() and can be written"
+        ) from error
 
 
 def write_files(

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 Record = dict[str, Any]
 """Size and SHA-256 of a file: {"bytes", "sha256"}."""
 T = TypeVar("T")
-OPTIONAL = ("folder", "relative_folder", "first_row", "rows")
+OPTIONAL = ("folder", "relative_folder", "first_row", "rows", "entries_cut", "cut")
 """Fields that are not written where there is nothing to say."""
 
 PARTS = {"dead": ".npy", "probes": ".npy", "bad_rows": ".txt", "index": ".faiss", "bm25": ""}
@@ -37,7 +37,7 @@ OWN_NAMES = re.compile(
     | bm25-[0-9]{6,}b*(\.tmp | /[A-Za-z0-9_][^/]*)?
     | ((dead|probes)(-[0-9]{6,}b*)?\.npy | bad_rows(-[0-9]{6,}b*)?\.txt
        | index(-[0-9]{6,}b*)?(\.[0-9]+b*)?\.faiss)(\.tmp)?
-    | build/((journal|names)\.json | probes\.npy | dead\.bin | bad_rows\.txt | seen
+    | build/((journal|index_names)\.json | probes\.npy | dead\.bin | bad_rows\.txt | seen
              | part-[0-9]{8,}(-[0-9a-f]{8})?\.(npy|arrow))(\.tmp)?""",
     re.VERBOSE,
 )
@@ -222,6 +222,8 @@ class SourceRecord:
     duplicates_left_out: int
     config: RunConfig
     added: str
+    entries_cut: int | None = None
+    """Entries of which the model reads only the beginning; None: none."""
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> SourceRecord:
@@ -382,6 +384,8 @@ class Journal:
     bad_bytes: int = 0
     bad_rows: int = 0
     duplicates: int = 0
+    cut: int | None = None
+    """Entries of which the model reads only the beginning."""
     finished: bool = False
 
     @staticmethod
@@ -412,4 +416,4 @@ class Journal:
 
     def write(self, folder: Path) -> None:
         """Replace the journal of an index folder."""
-        write_json(self.path(folder), {"format_version": 1, **asdict(self)})
+        write_json(self.path(folder), {"format_version": 1, **_json(self)})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from ..forking import ForkSafeLock
 from .exact import SLACK, TopK, exact_search, pair_scores
 from .filters import Filter, FilterEngine
 from .hybrid import KeywordSearch, fuse
@@ -81,7 +81,7 @@ class Searcher:
         self._keywords = KeywordSearch(snapshot)
         self._filters = FilterEngine(snapshot)
         self._shards: list[tuple[int, Any]] | None = None
-        self._lock = threading.Lock()
+        self._lock = ForkSafeLock()
 
     @property
     def shards(self) -> list[tuple[int, Any]]:

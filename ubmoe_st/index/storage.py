@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,22 @@ from typing import Any
 import numpy as np
 
 from ..files import disk_full_explained, replacing, sha256_of
+from ..forking import ForkSafeLock
 
 # numpy reads a header as a Python literal, and CPython 3.11's parser counts its depth across threads: two at once may
 # end in "AST constructor recursion depth mismatch".
-_HEADER_LOCK = threading.Lock()
+_HEADER_LOCK = ForkSafeLock()
+
+
+def require_libraries() -> None:
+    """Refuse to go on without the libraries of an index.
+
+    Raises:
+        ImportError: Naming what is missing and how to install it.
+    """
+    missing = [name for name in ("faiss", "pyarrow") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"an index needs {' and '.join(missing)}: pip install 'ubmoe-st[index]'")
 
 
 def npy_header(rows: int, dimension: int, dtype: np.dtype) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from .manifest import FileRecord, FolderRecord, Manifest
 from .storage import check_size, map_file, map_npy, npy_header, write_npy
 from .workplace import Workplace
 
+Namespace = Literal["document", "chunk"]
+"""Ids are those of documents, or of the chunks that were cut from them."""
 ENTRY_FIELDS = ("id", "parent", "chunk", "start", "end", "title", "text", "metadata")
 KEPT_BATCHES = 256
 """Record batches of a segment whose places are remembered; their content stays in the map."""
@@ -229,18 +231,20 @@ class Segment:
         self.keys = map_npy(folder / "keys.npy")
         self.entries = EntryFile(folder / "entries.arrow")
 
-    def rows_of(self, identity: str) -> list[int]:
-        """Rows whose id, or whose document's id, is `identity`."""
+    def rows_of(self, identity: str) -> tuple[list[int], list[int]]:
+        """Rows of the document with this id, and of the chunk with this id."""
         wanted = np.uint64(short_key(identity))
         hashes = self.keys[0]
         first = int(np.searchsorted(hashes, wanted, side="left"))
         last = int(np.searchsorted(hashes, wanted, side="right"))
-        rows = []
-        for row in self.keys[1, first:last].tolist():
-            entry = self.entries.entry(row)
-            if identity in (entry.id, entry.parent):
-                rows.append(row)
-        return sorted(set(rows))
+        documents, chunks = [], []
+        for row in sorted(set(self.keys[1, first:last].tolist())):
+            name, parent = self.entries.values(row, ("id", "parent"))
+            if identity == (name if parent is None else parent):
+                documents.append(row)
+            elif identity == name:
+                chunks.append(row)
+        return documents, chunks
 
 
 class Snapshot:
@@ -273,6 +277,15 @@ class Snapshot:
             self.dead = np.array(map_npy(folder / self.manifest.dead.file))
         for file in self.manifest.index.files:
             check_size(folder / file.file, file.record())
+        # Held from now on, since they are first needed when a writer may have removed them.
+        probes = self.manifest.model.probes
+        check_size(folder / probes.file, probes.record())
+        self.probes = np.array(map_npy(folder / probes.file))  # (2, P, D)
+        self.bm25_files: dict[str, Any] = {}
+        if (bm25 := self.manifest.bm25) is not None:
+            for name, file in bm25.files.items():
+                check_size(folder / bm25.folder / name, file)
+                self.bm25_files[name] = map_file(folder / bm25.folder / name)
         self._alive: np.ndarray | None = None
 
     @cached_property
@@ -367,12 +380,26 @@ class Snapshot:
         owner = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.segments[owner].entries.entry(row - int(self.starts[owner]))
 
-    def rows_of(self, identity: str) -> list[int]:
-        """Live rows of a document or chunk id, in order; empty when there is none."""
-        rows: list[int] = []
+    def rows_of(self, identity: str, namespace: Namespace | None = None) -> list[int]:
+        """Live rows of a document or chunk id, in order; empty when there is none.
+
+        Raises:
+            ValueError: If `namespace` is None and the id is that of a document and of a chunk of another one.
+        """
+        if namespace not in (None, "document", "chunk"):
+            raise ValueError(f"namespace is document, chunk or None, got {namespace!r}")
+        found: dict[str, list[int]] = {"document": [], "chunk": []}
         for start, segment in zip(self.starts.tolist(), self.segments):
-            rows.extend(start + row for row in segment.rows_of(identity))
-        return [row for row in rows if self.is_alive(row)]
+            for rows, local in zip(found.values(), segment.rows_of(identity)):
+                rows.extend(start + row for row in local if self.is_alive(start + row))
+        if namespace is not None:
+            return found[namespace]
+        if all(found.values()):
+            raise ValueError(
+                f"{identity!r} is a document and also a chunk of another one: say which is meant with "
+                "namespace='document' or namespace='chunk'"
+            )
+        return found["document"] or found["chunk"]
 
     def documents(self) -> Iterator[tuple[str, int]]:
         """Every live document id with the row it begins at; each segment is mapped anew and let go again."""
@@ -444,7 +471,7 @@ def open_snapshot(folder: Path) -> Snapshot:
         manifest = Manifest.read(folder)
         try:
             return Snapshot(folder, manifest)
-        except ValueError:
+        except (ValueError, OSError):
             if Manifest.read(folder).version == manifest.version:
                 raise
     return Snapshot(folder)

@@ -35,6 +35,10 @@ BatchCallback = Callable[[int, int, float | None], None]
 
 SEEN_CACHE_KIB = 8192
 """Memory for the table of known ids."""
+SPARE_TOKENS = 8
+"""Tokens a chunk may have more when it is tokenised by itself; so close to the limit, chunks are counted again."""
+TITLE_SHARE = 4
+"""A title leaves at least one token in so many to the text of a chunk."""
 TOKENISE_ROWS = 128
 """Rows tokenised in one call of the tokenizer."""
 TOKENISE_CHARACTERS = 1 << 20
@@ -99,6 +103,8 @@ class Window:
     """Reports of the bad rows met since the last window."""
     duplicates: int = 0
     """Rows left out because their id was there already."""
+    cut: int = 0
+    """Entries of which the model reads only the beginning."""
     position: Position = field(default_factory=Position)
     """Where the corpus stands after this window."""
     fraction: float | None = None
@@ -214,7 +220,9 @@ class WindowMaker:
             if item is None:
                 window.duplicates += 1
                 continue
-            entry, length, replaced, position, width = item
+            entry, size_in_tokens, replaced, position, width = item
+            (length,) = self._counter.seen([size_in_tokens])
+            window.cut += self._counter.limit is not None and size_in_tokens > self._counter.limit
             if replaced is not None:
                 window.dead.append(replaced)
             window.entries.append(entry)
@@ -240,7 +248,7 @@ class WindowMaker:
 
         def flush() -> Iterator[Any]:
             entries = [item for item in pending if isinstance(item, tuple)]
-            counts = iter(self._counter.lengths([text for _, text, _, _ in entries]))
+            counts = iter(self._counter.sizes([text for _, text, _, _ in entries]))
             for item in pending:
                 if isinstance(item, tuple):
                     entry, text, replaced, position = item
@@ -277,6 +285,8 @@ class WindowMaker:
             if number < self._start.row:
                 continue
             after = Position(number + 1, 0, digest.hexdigest())
+            if isinstance(item, Document) and (reason := self._unfit(item)):
+                item = BadRow(item.place, reason)
             if isinstance(item, BadRow):
                 if options.on_bad_row == "raise":
                     raise CorpusError(f"{item} (leave such rows out with on_bad_row='skip')")
@@ -298,7 +308,7 @@ class WindowMaker:
                     continue
                 if replaced is not None:
                     self._seen.move(item.id, self._row)
-            spans = self._spans(item.text)
+            spans = self._spans(item)
             for chunk in range(skip, len(spans)):
                 entry = self._entry(item, chunk, *spans[chunk])
                 done = after if chunk == len(spans) - 1 else Position(number, chunk + 1, before)
@@ -317,12 +327,40 @@ class WindowMaker:
                 "changed; give the same corpus, or begin again with overwrite=True"
             )
 
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        """Where the entries of a document begin and end, in characters."""
-        options = self._options
+    def _room(self, document: Document) -> int | None:
+        """Tokens the model reads of a chunk of this document, behind its title; None where that is not known."""
+        return self._counter.room(document.title if self._options.with_title else None)
+
+    def _unfit(self, document: Document) -> str | None:
+        """Why a document cannot be cut into chunks that the model reads whole; None where it can be."""
+        wanted, room = self._options.chunk_tokens, self._room(document) if self._options.chunk_tokens else None
+        least = min(wanted or 0, max(1, (self._counter.limit or 0) // TITLE_SHARE))
+        if room is None or room >= least:
+            return None
+        return (
+            f"has a title that leaves {max(0, room)} of the {self._counter.limit} tokens the model reads to a chunk, "
+            f"expected at least {least}: shorten it, or build with with_title=False"
+        )
+
+    def _spans(self, document: Document) -> list[tuple[int, int]]:
+        """Where the entries of a document begin and end, in characters; chunks are short enough to be read whole."""
+        options, counter, text = self._options, self._counter, document.text
         if options.chunk_tokens is None:
             return [(0, len(text))]
-        return chunk_spans(text, self._counter, options.chunk_tokens, options.overlap_tokens)
+        room = self._room(document)
+        wanted = options.chunk_tokens if room is None else min(options.chunk_tokens, room)
+        while True:
+            overlap = (
+                options.overlap_tokens if wanted == options.chunk_tokens else min(options.overlap_tokens, wanted // 2)
+            )
+            spans = chunk_spans(text, counter, wanted, overlap)
+            if counter.limit is None or room is None or (counter.fast and wanted + SPARE_TOKENS <= room):
+                return spans
+            chunks = (self._entry(document, chunk, *span) for chunk, span in enumerate(spans))
+            most = max(counter.sizes([chunk.model_input(options.with_title) for chunk in chunks]), default=0)
+            if most <= counter.limit or wanted == 1:
+                return spans
+            wanted = max(1, wanted - (most - counter.limit))
 
     def _entry(self, document: Document, chunk: int, start: int, end: int) -> Entry:
         text, title, metadata = document.text[start:end], document.title, document.metadata
@@ -353,6 +391,8 @@ class Reading:
     tokenizer: Any
     """From `Embedder.copy_tokenizer`."""
     max_tokens: int | None
+    prompt: str
+    """What the model puts before each document."""
     position: Position
     """Where an earlier run stopped."""
     first_row: int
@@ -383,7 +423,7 @@ class Reading:
             for position, name, parent, chunk in names_in(EntryFile(file) for file in self.files):
                 if chunk == 0:
                     seen.move(name if parent is None else parent, row + position)
-            counter = TokenCounter(self.tokenizer, self.max_tokens)
+            counter = TokenCounter(self.tokenizer, self.max_tokens, self.prompt)
             yield from WindowMaker(self.corpus, self.options, counter, seen, self.position, self.first_row, self.number)
         remove(self.scratch)
 
@@ -404,6 +444,8 @@ class Part:
     """First rows of replaced documents, and -1 - row for a row without a vector."""
     bad: list[str] = field(default_factory=list)
     """Reports of rows that were left out."""
+    cut: int = 0
+    """Entries of which the model reads only the beginning."""
     error: str | None = None
     """Why the build cannot go on; nothing was written then."""
 
@@ -437,6 +479,7 @@ class PartMaker:
         part = Part(
             window.number, record, tokens, window.position, window.fraction, window.duplicates, window.dead, window.bad
         )
+        part.cut = window.cut
         for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
             reason = f"id {window.entries[position].id!r}: the model gives a vector that is zero, NaN or infinite"
             if self.options.on_bad_row == "raise":

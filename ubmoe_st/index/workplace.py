@@ -23,9 +23,9 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 class Workplace:
     """An index folder as its writer sees it: names to write under, unfinished work in `build/`, the next version.
 
-    A name is given out only when nothing has it, and is on record in `build/names.json` before anything is written
-    under it. So what a killed writer has left is known to be ours, and nothing else in the folder is ever removed,
-    whatever it is called.
+    A name is given out only when nothing has it, and is on record in `build/index_names.json` before anything is
+    written under it. So what a killed writer has left is known to be ours, and nothing else in the folder is ever
+    removed, whatever it is called.
 
     At most one writer is in an index folder: entering takes its lock, which the system releases when the process ends,
     killed or not.
@@ -36,9 +36,10 @@ class Workplace:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "build"
-        self._record = self.path / "names.json"
+        self._record = self.path / "index_names.json"
         self._lock = FileLock(folder / LOCK_FILE, thread_local=False)
         self._names: set[str] = set()
+        self._recorded: set[str] = set()
 
     def __enter__(self) -> Workplace:
         """Take the lock, and remove what a killed writer has left for nothing.
@@ -85,7 +86,10 @@ class Workplace:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self._record} is damaged ({error}): delete it") from error
         self._names |= self._needed()
-        self.tidy()
+        if not self._record.is_file() or self.unfinished():
+            self.tidy()
+        else:  # a name that is free again is not to be taken for ours
+            self.clear()
 
     def _needed(self) -> set[str]:
         """What the current version and the unfinished work need."""
@@ -142,17 +146,16 @@ class Workplace:
 
     def _taken(self, candidates: Iterator[str]) -> str:
         """The first free name, from now on on record."""
-        for name in candidates:
-            pair = {name, f"{name}.tmp"}
-            if not any(os.path.lexists(self.folder / one) for one in pair):
-                self._names |= pair
-                self._write_record()
-                return name
-        raise ValueError("there are names without end")
+        pairs = ((name, f"{name}.tmp") for name in candidates)
+        pair = next(pair for pair in pairs if not any(os.path.lexists(self.folder / name) for name in pair))
+        self._names.update(pair)
+        self._write_record()
+        return pair[0]
 
     def _write_record(self) -> None:
         self.path.mkdir(exist_ok=True)
         write_json(self._record, sorted(self._names))
+        self._recorded = set(self._names)
 
     def publish(self, manifest: Manifest) -> None:
         """Make `manifest` the current version, then remove what no version needs any more.
@@ -162,7 +165,7 @@ class Workplace:
         manifest.stored_rows = sum(segment.rows for segment in manifest.segments)
         manifest.rows = manifest.stored_rows - ((manifest.dead and manifest.dead.rows) or 0)
         manifest.updated = now()
-        if self._names - manifest.names() and not self._record.is_file():
+        if not self._names - manifest.names() <= self._recorded:
             self._write_record()
         write_json(self.folder / INFO_FILE, manifest.as_dict())
         self.clear()

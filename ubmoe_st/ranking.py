@@ -1,0 +1,214 @@
+"""Reranking by the generator view: documents ordered by how well a language model sees a query in them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ubmoe_st.generation import ChatOptions, chat_text
+from ubmoe_st.transformer import UBMoETransformer
+
+Method = Literal["likelihood", "yes_no"]
+
+DOCUMENT_CUE = "Passage: "
+"""Before the document, for `likelihood`."""
+QUERY_CUE = "\nQuestion:"
+"""Between document and query, for `likelihood`."""
+YES_NO_PROMPT = (
+    "Does the document answer the query? Reply with yes or no.\n\nQuery: {query}\n\nDocument: {document}\n\n"
+    "Reply with yes or no."
+)
+ANSWERS = ("yes", "no")
+
+
+def rank(
+    views: UBMoETransformer,
+    query: str,
+    documents: Sequence[str],
+    top_k: int | None,
+    return_documents: bool,
+    *,
+    method: Method,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Documents by relevance, best first; see `UBMoE.rank`."""
+    _check(query, documents, top_k, method, batch_size)
+    score = _likelihoods if method == "likelihood" else _log_odds
+    scores = score(views, query, list(documents), batch_size)
+    results = [
+        {"corpus_id": number, "score": value, **({"text": documents[number]} if return_documents else {})}
+        for number, value in enumerate(scores)
+    ]
+    return sorted(results, key=lambda result: result["score"], reverse=True)[:top_k]
+
+
+def _check(query: object, documents: object, top_k: int | None, method: str, batch_size: int) -> None:
+    if not isinstance(query, str):
+        raise TypeError(f"query must be one text, got {type(query).__name__}")
+    if not query.strip():
+        raise ValueError("the query is empty: say what to rank by")
+    if isinstance(documents, (str, bytes)) or not isinstance(documents, Sequence):
+        raise TypeError(f"documents must be a list of texts, got {type(documents).__name__}")
+    if not documents:
+        raise ValueError("documents is empty: there is nothing to rank")
+    for position, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise TypeError(f"the document at position {position} must be a text, got {type(document).__name__}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _likelihoods(views: UBMoETransformer, query: str, documents: list[str], batch_size: int) -> list[float]:
+    """Mean log-probability of a token of the query after each document.
+
+    A document is computed once and leaves its keys and values; the query, which is the same for all, goes through
+    behind them without padding, and only its positions meet the vocabulary.
+    """
+    lm: Any = views.generator("uni")
+    cue = views.token_ids(QUERY_CUE, add_special_tokens=False)
+    asked = views.token_ids(query, add_special_tokens=False)
+    room = _context(lm) - len(cue) - len(asked)
+    if room < len(views.token_ids(DOCUMENT_CUE)) + 1:
+        raise ValueError(
+            f"the query has {len(asked)} tokens, which leaves no room for a document in the {_context(lm)} tokens of "
+            "this model; shorten the query"
+        )
+    whole = [views.token_ids(DOCUMENT_CUE + document) for document in documents]
+    _warn_of_cuts(sum(len(ids) > room for ids in whole), len(documents), room)
+    tail = torch.tensor([cue + asked], device=lm.device)  # (1, C + Q)
+
+    def scored(rows: list[list[int]]) -> Tensor:
+        ids, mask, positions = _left_padded(rows, lm.device)
+        past = lm(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
+        ).past_key_values
+        follow = tail.expand(len(rows), -1)
+        logits = lm(
+            input_ids=follow,
+            attention_mask=torch.cat([mask, torch.ones_like(follow)], 1),
+            position_ids=mask.sum(1, keepdim=True) + torch.arange(follow.shape[1], device=lm.device),
+            past_key_values=past,
+            logits_to_keep=len(asked) + 1,
+        ).logits[:, :-1]  # (B, Q, V)
+        chances = logits.float().log_softmax(-1).gather(2, follow[:, -len(asked) :, None])  # (B, Q, 1)
+        return chances.mean((1, 2))
+
+    return _in_batches([ids[:room] for ids in whole], batch_size, scored)
+
+
+def _log_odds(views: UBMoETransformer, query: str, documents: list[str], batch_size: int) -> list[float]:
+    """How much likelier the base model answers yes than no, as difference of the two logits."""
+    lm: Any = views.generator("uni")
+    yes, no = answer_tokens(views)
+    cut = 0
+    rows = []
+    for document in documents:
+        ids = _asked(views, query, document)
+        if len(ids) > _context(lm):
+            cut += 1
+            ids = _asked_shorter(views, query, document, _context(lm))
+        rows.append(ids)
+    _warn_of_cuts(cut, len(documents), _context(lm))
+
+    def scored(batch: list[list[int]]) -> Tensor:
+        ids, mask, positions = _left_padded(batch, lm.device)
+        logits = lm(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1
+        ).logits[:, -1]  # (B, V)
+        return (logits[:, yes] - logits[:, no]).float()
+
+    return _in_batches(rows, batch_size, scored)
+
+
+def answer_tokens(views: UBMoETransformer) -> tuple[int, int]:
+    """The first tokens of yes and of no.
+
+    Raises:
+        ValueError: If they are the same.
+    """
+    yes, no = (views.token_ids(answer, add_special_tokens=False)[0] for answer in ANSWERS)
+    if yes == no:
+        raise ValueError("the tokenizer of this checkpoint does not tell yes from no; use method='likelihood'")
+    return yes, no
+
+
+def pair_template(views: UBMoETransformer) -> str:
+    """The chat template that makes the prompt of `yes_no` from messages with the roles `query` and `document`.
+
+    Raises:
+        ValueError: If the base has no chat template, or one that changes what is said.
+    """
+    marks = {role: f"[[the {role} stands here]]" for role in ("query", "document")}
+    content = YES_NO_PROMPT.format(**marks)
+    rest = chat_text(views.tokenizer, [{"role": "user", "content": content}], ChatOptions())
+    template = ""
+    for role, mark in marks.items():
+        before, found, rest = rest.partition(mark)
+        if not found or mark in rest:
+            raise ValueError("the chat template of this checkpoint changes what the user says, so no pairs fit into it")
+        said = f"messages | selectattr('role', 'eq', '{role}') | map(attribute='content') | first"
+        template += f"{{{{ {_literal(before)} }}}}{{{{ {said} }}}}"
+    return f"{template}{{{{ {_literal(rest)} }}}}"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _asked(views: UBMoETransformer, query: str, document: str) -> list[int]:
+    content = YES_NO_PROMPT.format(query=query, document=document)
+    text = chat_text(views.tokenizer, [{"role": "user", "content": content}], ChatOptions())
+    return views.token_ids(text, add_special_tokens=False)
+
+
+def _asked_shorter(views: UBMoETransformer, query: str, document: str, limit: int) -> list[int]:
+    tokenizer: Any = views.tokenizer
+    tokens = views.token_ids(document, add_special_tokens=False)
+    # By how much the whole is too long; a cut text may be tokenised into more tokens than it was cut to.
+    while tokens:
+        ids = _asked(views, query, tokenizer.decode(tokens))
+        if len(ids) <= limit:
+            return ids
+        tokens = tokens[: max(0, len(tokens) - (len(ids) - limit))]
+    raise ValueError(f"the query leaves no room for a document in the {limit} tokens of this model; shorten the query")
+
+
+def _context(lm: Any) -> int:
+    return int(lm.config.max_position_embeddings)
+
+
+def _warn_of_cuts(cut: int, total: int, room: int) -> None:
+    if cut:
+        warnings.warn(
+            f"{cut} of {total} documents do not fit into the {room} tokens that this model has for them and are ranked "
+            "by their beginning; rank shorter passages to avoid it",
+            stacklevel=4,
+        )
+
+
+def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and positions, (B, T) each. Padding on the left: what follows stands at one place for all."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _in_batches(rows: list[list[int]], batch_size: int, scored: Callable[[list[list[int]]], Tensor]) -> list[float]:
+    """Scores in the order of `rows`, computed with rows of similar length together."""
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
+    scores = [0.0] * len(rows)
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for number, value in zip(batch, scored([rows[number] for number in batch]).tolist()):
+                scores[number] = value
+    return scores
