@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ubmoe_st"
 ORDER = [
     "files",
+    "forking",
     "configuration",
     "shards",
     "experts",
@@ -26,6 +27,7 @@ ORDER = [
     "transformer",
     "quantization",
     "generation",
+    "ranking",
     "lossless",
     "model",
     "streaming",

@@ -391,9 +391,8 @@ class UBMoETransformer(Transformer):
         """
         with _BUILD_LOCK:
             if self._uni is None:
-                dtype, device = self.model.dtype, self.model.device
                 with torch.inference_mode(False):
-                    self._uni = {key: tensor.to(device, dtype) for key, tensor in self.source.uni().items()}
+                    self._uni = {key: t.to(self.model.device, self.model.dtype) for key, t in self.source.uni().items()}
         tensors = dict(self._uni)
         for prefix, ffn in find_ffns(self.model).items():
             for name, module in ffn.named_modules():

@@ -57,7 +57,8 @@ _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
 }
 _PARTS = re.compile(
     r"onnx|openvino|adapter_config\.json|\d+_(Pooling|Dense|Normalize|LogitScore)|.+\.safetensors"
-    r"|model\.safetensors\.index\.json|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json|chat_template\.jinja"
+    r"|model\.safetensors\.index\.json|chat_template\.jinja"
+    r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json"
 )
 
 
