@@ -289,4 +289,4 @@ def _write(path: Path, head: bytes, tensors: Mapping[str, Tensor], specs: Mappin
             if found != specs[name]:
                 raise ValueError(f"{name}: expected {specs[name]}, got {found}")
             # Of bytes, because numpy knows no bfloat16.
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)

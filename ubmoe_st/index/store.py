@@ -283,8 +283,8 @@ class Snapshot:
         self.probes = np.array(map_npy(folder / probes.file))  # (2, P, D)
         self.bm25_files: dict[str, Any] = {}
         if (bm25 := self.manifest.bm25) is not None:
-            for name, file in bm25.files.items():
-                check_size(folder / bm25.folder / name, file)
+            for name, record in bm25.files.items():
+                check_size(folder / bm25.folder / name, record)
                 self.bm25_files[name] = map_file(folder / bm25.folder / name)
         self._alive: np.ndarray | None = None
 
