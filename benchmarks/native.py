@@ -26,7 +26,12 @@ def generation_rate(engine: Any, prompt: str) -> float:
     found: list[int] = []
     began = time.process_time()
     sampling = Sampling(NEW_TOKENS, temperature=0)
-    engine.generate_tokens(engine.continuation_ids(prompt), sampling, lambda token: found.append(token) is None)
+
+    def keep(token: int) -> bool:
+        found.append(token)
+        return True
+
+    engine.generate_tokens(engine.continuation_ids(prompt), sampling, keep)
     return len(found) / (time.process_time() - began)
 
 

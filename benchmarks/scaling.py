@@ -76,11 +76,11 @@ def make_base(folder: Path, tokenizer: Path) -> Path:
             parts.append({})
         spec = shards.spec_of(tuple(tensor.shape), torch.bfloat16)
         parts[-1][name] = spec, partial(make, tensor.shape, seed)
-    places = {}
+    places: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
-        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        shards.write_tensors(base / file, shards.LazyTensors(part))
-        places |= dict.fromkeys(part, file)
+        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        shards.write_tensors(base / shard, shards.LazyTensors(part))
+        places |= dict.fromkeys(part, shard)
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     experts = {
         name: (torch.full((16, wide), 0.01).half(), torch.full((out, 16), 0.01).half())

@@ -219,8 +219,8 @@ def _check_base(base: Base, recorded: str | None, path: Path, allow_mismatch: bo
         return None
     known = folder.is_dir()
     if known:
-        sums = {sha256_of(file) for file in folder.glob("*.safetensors")}
-        if sums in (set(base.sha256.values()), {sha256_of(file) for file in base.path.glob("*.safetensors")}):
+        found = {sha256_of(file) for file in folder.glob("*.safetensors")}
+        if found in (set(base.sha256.values()), {sha256_of(file) for file in base.path.glob("*.safetensors")}):
             return None
     elif folder.name.lower() == Path(base.name).name.lower():
         return None

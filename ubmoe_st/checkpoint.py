@@ -304,8 +304,9 @@ def plain_dtypes(tensors: Mapping[str, Tensor]) -> set[torch.dtype]:
 def _plain_dtype(key: str, tensor: object) -> torch.dtype:
     import torch
 
-    plain = isinstance(tensor, torch.Tensor) and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    if not plain or not tensor.is_floating_point():
+    # The very type: subclasses are how libraries pack and quantise.
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
         found = f"{type(tensor).__name__}{f' of {tensor.dtype}' if isinstance(tensor, torch.Tensor) else ''}"
         raise CheckpointError(f"{key} is {found}, expected a plain tensor of floating point: save before quantising")
     return tensor.dtype

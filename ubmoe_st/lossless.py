@@ -58,7 +58,9 @@ def check_lossless(views: UBMoETransformer, base: str | os.PathLike[str] | Base 
         base = _recorded(config)
     found = base if isinstance(base, Base) else resolve_base(base)
     attention = views.model.config._attn_implementation
-    reference = AutoModelForCausalLM.from_pretrained(found.path, dtype=views.model.dtype, attn_implementation=attention)
+    reference: Any = AutoModelForCausalLM.from_pretrained(
+        found.path, dtype=views.model.dtype, attn_implementation=attention
+    )
     recorded = set(config.base_sha256.values()) if config else set()
     same_files = set(found.sha256.values()) == recorded if recorded else None
     checks = compare(views.generator(), reference.to(views.model.device).eval())

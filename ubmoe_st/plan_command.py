@@ -15,7 +15,11 @@ from ubmoe_st.terminal import errors_in_one_line, megabytes, out, say_json, stat
 def plan(
     base: Annotated[
         str,
-        typer.Argument(metavar="BASE", help="A config.json, a model folder, Hub id or short name.", show_default=False),
+        typer.Argument(
+            metavar="BASE",
+            help="Base to plan for: a config.json, a model folder, a Hub id or a short name.",
+            show_default=False,
+        ),
     ],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,

@@ -40,7 +40,7 @@ def rank(
     _check(query, documents, top_k, method, batch_size)
     score = _likelihoods if method == "likelihood" else _log_odds
     scores = score(views, query, list(documents), batch_size)
-    results = [
+    results: list[dict[str, Any]] = [
         {"corpus_id": number, "score": value, **({"text": documents[number]} if return_documents else {})}
         for number, value in enumerate(scores)
     ]

@@ -211,7 +211,8 @@ class _BaseFiles(_Files):
         self.alignment = data_start(first) % CACHE_LINE if first else 0
 
     def _load(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self._source.base, dtype=self._stored_dtype or self._source._dtype)
+        base: Any = self._source.base
+        return AutoModelForCausalLM.from_pretrained(base, dtype=self._stored_dtype or self._source._dtype)
 
     def originals(self, bi: bool) -> Any:
         self._source.check_unchanged()

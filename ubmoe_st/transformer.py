@@ -356,8 +356,9 @@ class UBMoETransformer(Transformer):
         """
         stored = self._load_low_rank()
         if self.is_low_memory:
-            held = {n: (m.lora_A, m.lora_B) for n, m in self.model.named_modules() if isinstance(m, LowRankLinear)}
-            return stored if stored is not None and _same_low_rank(held, stored) else held
+            lows = ((n, m) for n, m in self.model.named_modules() if isinstance(m, LowRankLinear))
+            held: LowRank = {name: (low.lora_A, low.lora_B) for name, low in lows}
+            return stored if _same_low_rank(held, stored or {}) else held
         if stored is None:
             return None
         bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
@@ -585,11 +586,10 @@ def _check_bidirectional(encoder: PreTrainedModel) -> None:
 
 def _same_low_rank(held: LowRank, stored: LowRank) -> bool:
     """Whether the experts that a model holds are the stored ones, in its dtype."""
-    return set(held) == set(stored) and all(
-        torch.equal(half.detach().cpu(), other.to(half.dtype))
-        for name in held
-        for half, other in zip(held[name], stored[name], strict=True)
-    )
+    if set(held) != set(stored):
+        return False
+    pairs = (pair for name in held for pair in zip(held[name], stored[name], strict=True))
+    return all(torch.equal(half.detach().cpu(), other.to(half.dtype)) for half, other in pairs)
 
 
 def _with_ffns(encoder: PreTrainedModel, ffns: dict[str, nn.Module]) -> PreTrainedModel:

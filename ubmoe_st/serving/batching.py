@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +167,7 @@ class Generations:
         if self._slots.locked() and self.waiting >= self._settings.max_waiting:
             raise Busy(f"{self.waiting} requests wait to generate, and {self._settings.max_waiting} may")
 
-    async def run(self, ids: list[int], sampling: Sampling, stops: Sequence[str] = ()) -> AsyncIterator[Delta]:
+    async def run(self, ids: list[int], sampling: Sampling, stops: Sequence[str] = ()) -> AsyncGenerator[Delta, None]:
         """Pieces of the new text. Closing the iterator, or cancelling who reads it, stops the generation.
 
         Args:

@@ -55,7 +55,8 @@ def build(arguments: dict[str, Any]) -> Any:
     class Replica:
         """One model with its own queues."""
 
-    return Replica.bind()
+    deployed: Any = Replica
+    return deployed.bind()
 
 
 def run(
