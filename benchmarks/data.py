@@ -5,15 +5,13 @@ Nothing of it is part of the repository. Where there is a network, mteb and lm-e
 
 from __future__ import annotations
 
-import csv
-import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.data import read_lines
+from training.data import Collection, labelled_texts, read_jsonl, read_table
+
+__all__ = ["Collection", "labelled_texts", "read_jsonl", "read_table"]
 
 STS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
     ("STS12", "test"): ("STS12",),
@@ -38,16 +36,6 @@ DOLLY_CATEGORIES = ("closed_qa", "information_extraction")
 """Kinds of instructions that have a context; training leaves them out."""
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a tab-separated file without quoting."""
-    return list(csv.DictReader(read_lines(path), delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a `.jsonl` or `.jsonl.gz` file."""
-    return map(json.loads, filter(None, read_lines(path)))
-
-
 def sts_pairs(folder: Path, task: str, split: str) -> dict[str, list[Any]]:
     """Columns `sentence1`, `sentence2`, `score` of one STS task, as mteb wants them.
 
@@ -67,31 +55,6 @@ def sts_pairs(folder: Path, task: str, split: str) -> dict[str, list[Any]]:
         "sentence2": [row["s2"] for row in rows],
         "score": [float(row["score"]) for row in rows],
     }
-
-
-def labelled_texts(folder: Path, name: str) -> dict[str, dict[str, list[Any]]]:
-    """Texts and label numbers per split of one classification file; labels are numbered in sorted order."""
-    rows = list(read_jsonl(folder / "classification" / f"{name}.jsonl.gz"))
-    numbers = {label: number for number, label in enumerate(sorted({row["label"] for row in rows}))}
-    splits: dict[str, dict[str, list[Any]]] = {}
-    for row in rows:
-        columns = splits.setdefault(row["split"], {"text": [], "label": []})
-        columns["text"].append(row["text"])
-        columns["label"].append(numbers[row["label"]])
-    return splits
-
-
-@dataclass(frozen=True)
-class Collection:
-    """A retrieval test collection in BEIR layout."""
-
-    name: str
-    documents: dict[str, str]
-    """Document id to text; a title stands before the text."""
-    queries: dict[str, str]
-    """Query id to text, only queries with at least one relevant document."""
-    relevance: dict[str, dict[str, int]]
-    """Query id to document id to grade; judged but not relevant documents have grade 0."""
 
 
 def collections(folder: Path) -> list[str]:
