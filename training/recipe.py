@@ -491,6 +491,10 @@ class RouterRecipe:
     kind: RouterKind = "soft"
     """`soft`: weighted sum of both experts; `top1`: one of them."""
 
+    plain_format: str | None = None
+    """For a base without chat template: a text with `{question}` and, behind it, `{answer}`, such as
+    `"Question: {question}\\nAnswer: {answer}"`; the end token follows. None: the chat template."""
+
     kl: float = 0.0
     """Weight of KL(base || routed) on the answer tokens: keeps the mix near the base."""
 
@@ -518,3 +522,10 @@ class RouterRecipe:
             raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
         if min(self.kl, self.balance) < 0:
             raise ValueError("kl and balance are weights of losses and cannot be negative")
+        if self.plain_format is not None:
+            before, _, after = self.plain_format.partition("{answer}")
+            if before.count("{question}") != 1 or "{question}" in after or self.plain_format.count("{answer}") != 1:
+                raise ValueError(
+                    "plain_format needs {question} and, behind it, {answer}, once each, got "
+                    f"{self.plain_format!r}; e.g. 'Question: {{question}}\\nAnswer: {{answer}}'"
+                )

@@ -130,6 +130,7 @@ def plan(
     both = shape.shared + shape.uni
     low_memory = both * kind.itemsize + shape.delta(wanted.rank) * kind.itemsize if wanted.rank else None
     cache = shape.cache_bytes(wanted.generate_batch, wanted.context_tokens, kind.itemsize)
+    prompt = shape.prompt_bytes(wanted.generate_batch, wanted.context_tokens, kind.itemsize)
     training = _training(shape, wanted)
     return {
         "name": str(base),
@@ -155,7 +156,8 @@ def plan(
             "both_views": (both + shape.bi) * kind.itemsize,
             "both_views_low_memory": low_memory,
             "cache": cache,
-            "total": (low_memory or (both + shape.bi) * kind.itemsize) + cache,
+            "activations": prompt,
+            "total": (low_memory or (both + shape.bi) * kind.itemsize) + cache + prompt,
         },
         "time": _time(shape, wanted),
         "setting": asdict(wanted),
@@ -284,6 +286,10 @@ class Shape:
     def forward_bytes(self, batch: int, tokens: int, item: int) -> int:
         """Most that a pass without gradients holds beside the weights: three of (B, T, F) and four of (B, T, D)."""
         return batch * tokens * (3 * self.ffn_width + 4 * self.hidden) * item
+
+    def prompt_bytes(self, batch: int, tokens: int, item: int) -> int:
+        """Most that reading a prompt as long as the context holds beside weights and cache, with one token's scores."""
+        return self.forward_bytes(batch, tokens, item) + 2 * batch * self.config.vocab_size * 4
 
     def cache_bytes(self, batch: int, tokens: int, item: int) -> int:
         """Keys and values of every layer; sliding layers are counted as full ones."""
