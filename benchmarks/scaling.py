@@ -142,10 +142,12 @@ def training_peak(base: str | Path, setting: Setting) -> int:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     ids = torch.randint(3, model.config.vocab_size, (setting.batch, setting.text_tokens))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # a batch of texts is padded, and then attention copies keys and values
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16-mixed"):
-            vectors = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(1)
+            vectors = model(input_ids=ids, attention_mask=mask).last_hidden_state.mean(1)
             loss = (vectors @ vectors.T).logsumexp(1).sum()
         loss.backward()
         optimizer.step()

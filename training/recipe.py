@@ -172,7 +172,7 @@ class PromptedTeacher:
     Attributes:
         prefix: Text before the sentence; computed once, as a key-value cache.
         suffix: Text after the sentence.
-        layers: Numbers of the hidden states (0 is the embedding).
+        layers: Numbers of the hidden states (0 is the embedding), or shares of the depth: 0.8 of 30 layers is layer 24.
         folder: Where the vectors are kept.
         dimension: Principal components.
         whitening: 0 leaves the components as they are, 1 gives all the same variance.
@@ -184,7 +184,7 @@ class PromptedTeacher:
 
     prefix: str
     suffix: str
-    layers: list[int]
+    layers: list[int | float]
     folder: str
     kind: Literal["prompted-base"] = "prompted-base"
     dimension: int = 384

@@ -370,7 +370,7 @@ def _training(shape: Shape, wanted: Setting) -> dict[str, Any]:
                   backward pass, the bf16 copies that autocast makes of the matrices (of one layer with checkpointing)
     gradients, optimizer   of the trained numbers, 4 and 8 bytes
     activations   `Shape.saved_bytes`; with checkpointing the input of every layer, and all of one layer
-    workspace     of the backward pass of one FFN: three of (B, T, F), two of (B, T, D)
+    workspace     of the backward pass of one FFN: two of (B, T, F), one of (B, T, D)
     gathered      with sharding: one layer's weights as a whole, and the next one's
     """
     mixed = wanted.precision == "bf16-mixed"
@@ -390,7 +390,7 @@ def _training(shape: Shape, wanted: Setting) -> dict[str, Any]:
         "gradients": trained * GRADIENT_BYTES // parts,
         "optimizer": trained * OPTIMIZER_BYTES // parts,
         "activations": recomputed if wanted.checkpointing else whole,
-        "workspace": wanted.batch * wanted.text_tokens * (3 * shape.ffn_width + 2 * shape.hidden) * run.itemsize,
+        "workspace": wanted.batch * wanted.text_tokens * (2 * shape.ffn_width + shape.hidden) * run.itemsize,
         "gathered": 2 * shape.matrices // shape.layers * run.itemsize if parts > 1 else 0,
     }
     result["total"] = sum(result.values())
