@@ -5,13 +5,21 @@ Nothing of it is part of the repository. Where there is a network, mteb and lm-e
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
-from training.data import Collection, labelled_texts, read_jsonl, read_table
+from training.data import (
+    DOLLY_DEV,
+    DOLLY_FILE,
+    Collection,
+    dolly_dev,
+    labelled_texts,
+    read_collection,
+    read_jsonl,
+    read_table,
+)
 
-__all__ = ["Collection", "labelled_texts", "read_jsonl", "read_table"]
+__all__ = ["DOLLY_DEV", "Collection", "dolly_dev", "labelled_texts", "read_collection", "read_jsonl", "read_table"]
 
 STS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
     ("STS12", "test"): ("STS12",),
@@ -29,11 +37,6 @@ STS_FILES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 SICK_TEST_ROWS = 4927
 """Rows of SICK's own test split: the last ones of the local form of SICK-R."""
-
-DOLLY_DEV = "dolly-dev"
-DOLLY_FILE = Path("instruct") / "dolly_partial.jsonl.gz"
-DOLLY_CATEGORIES = ("closed_qa", "information_extraction")
-"""Kinds of instructions that have a context; training leaves them out."""
 
 
 def sts_pairs(folder: Path, task: str, split: str) -> dict[str, list[Any]]:
@@ -71,52 +74,3 @@ def open_collection(folder: Path, name: str) -> Collection:
 def split_of(collection: str) -> str:
     """`dev` for what choices are made on, `test` for what is for the final tables."""
     return "dev" if collection == DOLLY_DEV else "test"
-
-
-def read_collection(folder: str | Path) -> Collection:
-    """Read a BEIR folder: corpus.jsonl, queries.jsonl, qrels.tsv.
-
-    Raises:
-        FileNotFoundError: If one of the three files is missing.
-        ValueError: If no query has a relevant document.
-    """
-    folder = Path(folder)
-    documents = {
-        str(row["_id"]): f"{row.get('title') or ''} {row['text']}".strip()
-        for row in read_jsonl(folder / "corpus.jsonl")
-    }
-    relevance: dict[str, dict[str, int]] = {}
-    for row in read_table(folder / "qrels.tsv"):
-        relevance.setdefault(row["query-id"], {})[row["corpus-id"]] = int(row["score"])
-    relevance = {query: grades for query, grades in relevance.items() if any(g > 0 for g in grades.values())}
-    if not relevance:
-        raise ValueError(
-            f"Expected at least one relevant document in {folder / 'qrels.tsv'}, got none. Check the file."
-        )
-    queries = {str(r["_id"]): r["text"] for r in read_jsonl(folder / "queries.jsonl") if str(r["_id"]) in relevance}
-    return Collection(folder.name, documents, queries, relevance)
-
-
-def dolly_dev(folder: Path, queries: int = 300, documents: int = 500, words: int = 110) -> Collection:
-    """The retrieval development set: questions of Dolly against their own contexts, a seeded sample.
-
-    Args:
-        folder: The data folder.
-        queries: Questions.
-        documents: Contexts, each cut to `words`; those of 30 words or fewer are left out.
-        words: Most words of a context.
-
-    Raises:
-        ValueError: If there is no such question.
-    """
-    asked: dict[str, str] = {}
-    for row in read_jsonl(folder / DOLLY_FILE):
-        context = row["input"].strip()
-        if row["category"] in DOLLY_CATEGORIES and len(context.split()) > 30:
-            asked.setdefault(context, row["instruction"].strip())
-    if not asked:
-        raise ValueError(f"Expected questions with a context in {folder / DOLLY_FILE}, got none. Check the file.")
-    pairs = random.Random(3).sample(sorted(asked.items()), min(documents, len(asked)))
-    texts = {f"d{number}": " ".join(context.split()[:words]) for number, (context, _) in enumerate(pairs)}
-    questions = {f"q{number}": question for number, (_, question) in enumerate(pairs[:queries])}
-    return Collection(DOLLY_DEV, texts, questions, {query: {f"d{query[1:]}": 1} for query in questions})

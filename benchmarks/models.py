@@ -6,15 +6,13 @@ says. Rows with such a file are the released ones: the first table of the README
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from ubmoe_st.checkpoint import facts as checkpoint_facts
 from ubmoe_st.checkpoint import read_config
 
 
@@ -22,13 +20,10 @@ def describe(path: Path) -> dict[str, Any]:
     """What `ubmoe info` and the configuration of a checkpoint say, as the table wants it.
 
     Raises:
-        ValueError: If it is no checkpoint, with what `ubmoe info` says.
+        CheckpointError: If a file is missing, truncated or not valid.
+        FileNotFoundError: If the folder is not a checkpoint.
     """
-    command = [sys.executable, "-m", "ubmoe_st.cli", "info", str(path), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ValueError(f"Expected a UBMoE checkpoint, got {path}: {done.stderr.strip()[-300:]}")
-    facts = json.loads(done.stdout)
+    facts = checkpoint_facts(path)
     parameters, base = facts["parameters"], facts["base"]
     return {
         "base": base["name"],

@@ -1,7 +1,7 @@
 """What `docs/scaling.md` says of memory, measured.
 
     python -m benchmarks.scaling build --folder runs/scaling     # 2.4B in five bf16 shards, under a limit of memory
-    python -m benchmarks.scaling train --base smollm2-135m       # one training step against `ubmoe plan`
+    python -m benchmarks.scaling memory --base smollm2-135m --checkpoint models/ubmoe-135m    # against `ubmoe plan`
 
 `build` writes 4.7 GB of synthetic weights and 13 GB of checkpoint and export into the folder, for you to delete.
 """
@@ -12,16 +12,18 @@ import argparse
 import json
 import re
 import sys
-import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from ubmoe_st import UBMoETransformer, shards, upcycle
+from ubmoe_st import UBMoE, UBMoETransformer, shards, upcycle
 from ubmoe_st.experts import save_low_rank
 from ubmoe_st.export import export
 from ubmoe_st.planning import Setting, Shape, plan
@@ -106,43 +108,103 @@ def measure_build(folder: Path, base: Path, limit_gb: float) -> None:
         sys.stdout.write(json.dumps(report | {"cpu_s": round(time.process_time() - start)}) + "\n")
 
 
-def measure_training(base: str, batch: int, tokens: int, rank: int = 16) -> dict[str, Any]:
-    """One step with PEFT in fp32: bytes that autograd kept, and the peak of private memory, against the plan."""
+def allocated(work: Callable[[], object]) -> int:
+    """Most bytes that a piece of work has at a time beyond what was there before it, counted at torch's own allocator.
+
+    On a CPU nothing else is exact: the process keeps freed pieces for later, so its size says what it once needed and
+    what it could not give back.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    results: Any = recorded.profiler and recorded.profiler.kineto_results
+    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def training_peak(base: str | Path, setting: Setting) -> int:
+    """Bytes of the weights, and the most that one training step with PEFT and AdamW has beside them.
+
+    Args:
+        base: As for `UBMoETransformer.from_base`.
+        setting: Its rank, precision (`float32` or `bf16-mixed`), batch, tokens and checkpointing.
+    """
     from peft import LoraConfig
 
-    module = UBMoETransformer.from_base(base, dtype=torch.float32)
-    model = module.model.requires_grad_(False).train()
+    model = UBMoETransformer.from_base(base, dtype=torch.float32).model.requires_grad_(False).train()
     model.config.use_cache = False
-    model.add_adapter(LoraConfig(r=rank, target_modules=["gate_proj", "up_proj", "down_proj"], use_rslora=True))
+    names = sorted({name.rpartition(".")[2] for name in Shape(model.config).linears})
+    model.add_adapter(LoraConfig(r=setting.rank or 16, target_modules=names, use_rslora=True))
+    if setting.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    start, peak, done, kept = memory("RssAnon"), [0], threading.Event(), {}
+    ids = torch.randint(3, model.config.vocab_size, (setting.batch, setting.text_tokens))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # a batch of texts is padded, and then attention copies keys and values
 
-    def watch() -> None:
-        while not done.wait(0.02):
-            peak[0] = max(peak[0], memory("RssAnon"))
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16-mixed"):
+            vectors = model(input_ids=ids, attention_mask=mask).last_hidden_state.mean(1)
+            loss = (vectors @ vectors.T).logsumexp(1).sum()
+        loss.backward()
+        optimizer.step()
 
-    def keep(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in own:
-            kept[place] = tensor.untyped_storage().nbytes()
-        return tensor
+    return sum(parameter.nbytes for parameter in model.parameters()) + allocated(step)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    ids = torch.randint(10, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        vectors = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.mean(1)
-        loss = (vectors @ vectors.T).logsumexp(1).sum()
-    loss.backward()
-    optimizer.step()
-    done.set()
-    watcher.join()
-    path = module.base.path if module.base else base
-    planned = plan(path, Setting(rank=rank, batch=batch, text_tokens=tokens))["training"]
-    real = weights + peak[0] - start
-    return {"kept": sum(kept.values()), "real": real, "planned": planned, "ratio": planned["total"] / real}
+
+def serving_peaks(checkpoint: str | Path, setting: Setting) -> dict[str, int]:
+    """Bytes of the weights, and the most that one batch of `encode` and one `generate` have beside them.
+
+    Args:
+        checkpoint: A UBMoE checkpoint with low-rank experts.
+        setting: Its batch and tokens; prompt and answer are of `context_tokens` together.
+    """
+    return {"encoding": _encoding_peak(checkpoint, setting), "generating": _generating_peak(checkpoint, setting)}
+
+
+def _encoding_peak(checkpoint: str | Path, setting: Setting) -> int:
+    model = UBMoE(str(checkpoint))
+    backbone: Any = model[0].model
+    ids = torch.randint(3, backbone.config.vocab_size, (setting.batch, setting.text_tokens))
+
+    def encode() -> None:
+        with torch.inference_mode():
+            model({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    encode()  # what is made once, at first
+    return sum(parameter.nbytes for parameter in backbone.parameters()) + allocated(encode)
+
+
+def _generating_peak(checkpoint: str | Path, setting: Setting) -> int:
+    model = UBMoE(str(checkpoint), low_memory=True)
+    lm = model.generator
+    ids = torch.randint(3, lm.config.vocab_size, (setting.generate_batch, setting.context_tokens - 4))
+
+    def generate() -> None:
+        lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+    return model.memory_report()["total"] + allocated(generate)
+
+
+def measure_memory(base: str, checkpoint: str | None, setting: Setting) -> None:
+    """Print a line of JSON for each kind of work: bytes measured, bytes planned, and planned / measured."""
+    for name, checkpointing in (("training", False), ("training with checkpointing", True)):
+        wanted = replace(setting, checkpointing=checkpointing)
+        _say(name, training_peak(base, wanted), plan(base, wanted, dtype=torch.float32)["training"]["total"], wanted)
+    if checkpoint is not None:
+        planned = plan(base, setting, dtype=torch.float32)
+        for name, measured in serving_peaks(checkpoint, setting).items():
+            _say(name, measured, planned[name]["total"], setting)
+
+
+def _say(name: str, measured: int, planned: int, setting: Setting) -> None:
+    shown = {"work": name, "measured": measured, "planned": planned, "ratio": round(planned / measured, 3)}
+    shown |= {key: getattr(setting, key) for key in ("batch", "text_tokens", "rank", "precision", "context_tokens")}
+    sys.stdout.write(json.dumps(shown) + "\n")
+    sys.stdout.flush()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -153,10 +215,12 @@ def main(arguments: list[str] | None = None) -> None:
     build.add_argument("--folder", type=Path, required=True)
     build.add_argument("--tokenizer", type=Path, default=Path("models/ubmoe-135m"), help="folder of any tokenizer")
     build.add_argument("--limit-gb", type=float, default=2.5, help="of private memory")
-    train = commands.add_parser("train", help="memory of a training step")
-    train.add_argument("--base", default="smollm2-135m")
-    train.add_argument("--batch", type=int, default=8)
-    train.add_argument("--tokens", type=int, default=64)
+    peaks = commands.add_parser("memory", help="memory of training, encoding and generating against the plan")
+    peaks.add_argument("--base", default="smollm2-135m")
+    peaks.add_argument("--checkpoint", help="of that base, for encoding and generating")
+    peaks.add_argument("--batch", type=int, default=8)
+    peaks.add_argument("--tokens", type=int, default=64)
+    peaks.add_argument("--context", type=int, default=512)
     options = parser.parse_args(arguments)
     if options.command == "build":
         base = options.folder / "base"
@@ -164,7 +228,8 @@ def main(arguments: list[str] | None = None) -> None:
             make_base(options.folder, options.tokenizer)
         measure_build(options.folder, base, options.limit_gb)
     else:
-        sys.stdout.write(json.dumps(measure_training(options.base, options.batch, options.tokens)) + "\n")
+        setting = Setting(batch=options.batch, text_tokens=options.tokens, context_tokens=options.context)
+        measure_memory(options.base, options.checkpoint, setting)
 
 
 if __name__ == "__main__":

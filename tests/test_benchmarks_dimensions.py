@@ -51,7 +51,7 @@ def test_a_run_measures_every_form_and_keeps_it(tmp_path, monkeypatch):
     folder = make_data(tmp_path / "data")
     encoder = open_encoder("base-causal", base=str(make_base(tmp_path / "base")))
     options = {"dimensions": (16, 8), "out": tmp_path, "resamples": 20}
-    content = read_json(dimensions.run(encoder, folder, collections=("dolly-dev", "toy"), **options))
+    content = read_json(dimensions.run(encoder, folder, collections=("Dolly-dev", "toy"), **options))
     scores = {(s["task"], s["dimension"], s["precision"]): s for s in content["scores"]}
     assert len(scores) == 27
     sizes = {(s["dimension"], s["precision"]): s["bytes"] for s in content["scores"]}
@@ -71,4 +71,4 @@ def test_a_run_measures_every_form_and_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(dimensions, "sts_scores", lambda *a, **k: pytest.fail("a finished task ran again"))
     said: list[str] = []
     dimensions.run(encoder, folder, **options, say=said.append)
-    assert said == ["base-causal STSBenchmark: kept", "base-causal dolly-dev: kept"]
+    assert said == ["base-causal STSBenchmark: kept", "base-causal Dolly-dev: kept"]

@@ -34,5 +34,5 @@ def test_the_word_for_training_is_that_of_the_experts(base, tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="Expected a UBMoE checkpoint"):
+    with pytest.raises(FileNotFoundError, match="is not a UBMoE checkpoint"):
         models.describe(tmp_path)

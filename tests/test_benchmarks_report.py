@@ -238,7 +238,7 @@ def test_the_first_table_has_every_released_model_by_its_own_files(root):
 
 
 def test_rows_of_the_development_set_are_in_no_table_of_tests(root):
-    dev = score("dolly-dev", 91.25, "nDCG@10") | {"split": "dev"}
+    dev = score("Dolly-dev", 91.25, "nDCG@10") | {"split": "dev"}
     facts = {"row": "near-weighted", "label": "near + BM25", "supervision": "none", "fusion": "weighted", "weight": 0.7}
     write(root / "results", "retrieval-near-weighted", benchmark="retrieval", **facts, scores=[dev])
     results = read_all(root / "results")

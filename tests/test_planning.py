@@ -11,6 +11,7 @@ from helpers.models import make_base, random_experts
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from benchmarks.scaling import serving_peaks, training_peak
 from ubmoe_st import UBMoE, UBMoETransformer, upcycle
 from ubmoe_st.experts import find_ffns
 from ubmoe_st.planning import Setting, Shape, plan
@@ -144,6 +145,27 @@ def test_activations_are_what_a_training_step_keeps(wider, rank, autocast):
     if autocast and rank:
         shape = Shape(transformers.AutoConfig.from_pretrained(wider))
         assert copies / (2 * shape.matrices) > 0.85
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_of_a_training_step_is_what_is_planned(wider, checkpointing):
+    """Reference: what torch's allocator handed out during the step, the peak of it."""
+    setting = Setting(rank=8, batch=16, text_tokens=48, checkpointing=checkpointing)
+    planned = plan(wider, setting, dtype=torch.float32)["training"]
+    measured = training_peak(wider, setting)
+    assert abs(planned["total"] / measured - 1) < 0.15
+    assert measured > 2 * planned["weights"], "the weights alone make the figure, so this test would be vacuous"
+
+
+def test_the_peaks_of_encoding_and_generating_are_what_is_planned(wider, tmp_path):
+    module = UBMoETransformer.from_base(wider)
+    module.set_low_rank_experts(random_experts(module, rank=4))
+    out = upcycle(wider, export_experts(module, tmp_path / "experts"), out=tmp_path / "out")
+    setting = Setting(rank=4, batch=16, text_tokens=100, generate_batch=4, context_tokens=124)
+    planned = plan(wider, setting)
+    for work, measured in serving_peaks(out, setting).items():
+        assert abs(planned[work]["total"] / measured - 1) < 0.15, work
+        assert measured > 1.3 * (planned[work].get("weights") or planned[work]["both_views_low_memory"]), work
 
 
 def test_checkpointing_sharding_and_more_cards_save_what_they_should(tmp_path):

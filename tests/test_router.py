@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from helpers.models import ARCHITECTURES, WORDS, make_checkpoint, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -81,6 +82,39 @@ def test_labels_stand_on_the_answer_alone():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode_answer(tokenizer, "a", "b", 9)
+
+
+def test_a_plain_format_stands_for_a_chat_template(recipe, checkpoint, tmp_path):
+    """Without one, questions are asked in the recipe's words; a plain prompt of these words gives the same tokens."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    plain = "user {question} assistant  {answer}"
+    row = encode_answer(tokenizer, "the cat", "a dog", 99, plain)
+    assert tokenizer.decode(row["input_ids"]).split() == "user the cat assistant a dog </s>".split()
+    assert row["labels"][4:] == row["input_ids"][4:]
+    assert set(row["labels"][:4]) == {IGNORED}
+    assert row["input_ids"][:4] == tokenizer("user the cat assistant")["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    begun = encode_answer(tokenizer, "the cat", "a dog", 99, plain)
+    assert begun["input_ids"] == [1, *row["input_ids"]]
+    for wrong in (
+        "{question}",
+        "{answer} {question}",
+        "{question} {answer} {answer}",
+        "a {question} {question} {answer}",
+    ):
+        with pytest.raises(ValueError, match="once each"):
+            recipe(plain_format=wrong)
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare)
+    (bare / "chat_template.jinja").unlink()
+    changes = {"checkpoint": str(bare), "trainer": {"max_steps": 1}}
+    with pytest.raises(ValueError, match="--set 'plain_format=\"Question: {question}"):
+        train(recipe(**changes))
+    folder = train(recipe(**changes, plain_format=plain))
+    routed = UBMoE(str(folder))
+    assert routed.tokenizer.chat_template is None
+    assert isinstance(routed.generate("user the cat sits assistant", routing="router", max_new_tokens=2), str)
 
 
 def test_the_loss_is_its_formula(recipe, tmp_path):

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
 from ubmoe_st import UBMoETransformer
 
-base, out = sys.argv[1:3]
+base, out, half = sys.argv[1:4]
 ranks = int(os.environ.get("WORLD_SIZE", 1))
 rank = int(os.environ.get("RANK", 0))
 module = UBMoETransformer.from_base(base)
@@ -48,6 +48,10 @@ if ranks > 1:
     positives = torch.cat(all_gather(positives.contiguous()))
 targets = torch.arange(len(anchors)) + rank * len(anchors)
 loss = torch.nn.functional.cross_entropy(20 * anchors @ positives.T, targets)
+if ranks == 1:
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    first = torch.nn.functional.cross_entropy(20 * anchors[:4] @ positives.T, targets[:4])
+    torch.save(dict(zip(trained, torch.autograd.grad(first, trained.values(), retain_graph=True))), half)
 loss.backward()
 gradients = {}
 for name, parameter in model.named_parameters():
@@ -75,16 +79,24 @@ def test_fsdp2_on_two_processes_equals_one(tmp_path):
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     for name, how in (("one", []), ("two", launch)):
-        command = [sys.executable, *how, str(script), str(base), str(tmp_path / name)]
+        command = [sys.executable, *how, str(script), str(base), str(tmp_path / name), str(tmp_path / "half")]
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         assert run.returncode == 0, run.stderr[-3000:]
-    (loss, gradients), (sharded_loss, sharded) = (torch.load(tmp_path / name) for name in ("one", "two"))
-    assert torch.isclose(loss, sharded_loss, atol=1e-6)
+    (loss, gradients), (sharded_loss, sharded), half = (torch.load(tmp_path / name) for name in ("one", "two", "half"))
+    assert torch.isclose(loss, sharded_loss, rtol=1e-5)
     assert set(gradients) == set(sharded)
     assert len(gradients) == 3 * 3 * 2
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 1e-6, name
-        assert torch.allclose(gradient, sharded[name], rtol=1e-4, atol=1e-6), name
+        assert distance(sharded[name], gradient) < 1e-5, name
+        # What a wrong average would give is far outside: a sum instead of a mean, and the half of one process.
+        assert distance(2 * sharded[name], gradient) > 0.1, name
+        assert distance(half[name], gradient) > 0.1, name
+
+
+def distance(tensor, reference):
+    """||a - b|| / ||b||: sums in another order differ by the size of the tensor, not of each of its elements."""
+    return ((tensor - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "deepspeed-zero3"])

@@ -248,6 +248,7 @@ def read_collection(folder: str | Path) -> Collection:
 
 
 DOLLY_DEV = "Dolly-dev"
+DOLLY_FILE = Path("instruct") / "dolly_partial.jsonl.gz"
 DOLLY_DEV_CATEGORIES = ("closed_qa", "information_extraction")
 """Of the instruction set; training must skip them, see `TextSource.skip`."""
 
@@ -262,13 +263,13 @@ def dolly_dev(folder: Path, queries: int | None = 300, documents: int = 500, wor
         words: Most words of a context.
     """
     asked: dict[str, str] = {}
-    for row in read_jsonl(folder / "instruct" / "dolly_partial.jsonl.gz"):
+    for row in read_jsonl(folder / DOLLY_FILE):
         context = row["input"].strip()
         if row["category"] in DOLLY_DEV_CATEGORIES and len(context.split()) > 30:
             asked.setdefault(context, row["instruction"].strip())
     pairs = sorted(asked.items())
     if not pairs:
-        raise ValueError("dolly_partial holds no question of the development categories with a context")
+        raise ValueError(f"expected questions with a context in {folder / DOLLY_FILE}, got none; check the file")
     pairs = random.Random(3).sample(pairs, min(documents, len(pairs)))
     found = {f"d{number}": " ".join(context.split()[:words]) for number, (context, _) in enumerate(pairs)}
     questions = {f"q{number}": question for number, (_, question) in enumerate(pairs[:queries])}

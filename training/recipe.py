@@ -172,7 +172,7 @@ class PromptedTeacher:
     Attributes:
         prefix: Text before the sentence; computed once, as a key-value cache.
         suffix: Text after the sentence.
-        layers: Numbers of the hidden states (0 is the embedding).
+        layers: Numbers of the hidden states (0 is the embedding), or shares of the depth: 0.8 of 30 layers is layer 24.
         folder: Where the vectors are kept.
         dimension: Principal components.
         whitening: 0 leaves the components as they are, 1 gives all the same variance.
@@ -184,7 +184,7 @@ class PromptedTeacher:
 
     prefix: str
     suffix: str
-    layers: list[int]
+    layers: list[int | float]
     folder: str
     kind: Literal["prompted-base"] = "prompted-base"
     dimension: int = 384
@@ -491,6 +491,10 @@ class RouterRecipe:
     kind: RouterKind = "soft"
     """`soft`: weighted sum of both experts; `top1`: one of them."""
 
+    plain_format: str | None = None
+    """For a base without chat template: a text with `{question}` and, behind it, `{answer}`, such as
+    `"Question: {question}\\nAnswer: {answer}"`; the end token follows. None: the chat template."""
+
     kl: float = 0.0
     """Weight of KL(base || routed) on the answer tokens: keeps the mix near the base."""
 
@@ -518,3 +522,10 @@ class RouterRecipe:
             raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
         if min(self.kl, self.balance) < 0:
             raise ValueError("kl and balance are weights of losses and cannot be negative")
+        if self.plain_format is not None:
+            before, _, after = self.plain_format.partition("{answer}")
+            if before.count("{question}") != 1 or "{question}" in after or self.plain_format.count("{answer}") != 1:
+                raise ValueError(
+                    "plain_format needs {question} and, behind it, {answer}, once each, got "
+                    f"{self.plain_format!r}; e.g. 'Question: {{question}}\\nAnswer: {{answer}}'"
+                )

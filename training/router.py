@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from training.command import arguments_of, check_same_recipe, one_line_errors, recipe_of_command
 from training.data import read_instructions
+from training.prompted import special_start
 from training.recipe import RouterRecipe
 from training.resume import TrainedOnly, checkpoint_to_resume
 from training.student import encoder_of
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 IGNORED = -100
 MODEL_FOLDER = "model"
 SUMMARY_FILE = "router.json"
+PLAIN_FORMAT = "Question: {question}\nAnswer: {answer}"
+"""What a message proposes for a checkpoint without chat template."""
 
 
 def build_routed(checkpoint: str, kind: RouterKind) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
@@ -65,31 +68,47 @@ def build_routed(checkpoint: str, kind: RouterKind) -> tuple[PreTrainedModel, Pr
     return lm, base, model.tokenizer
 
 
-def encode_answer(tokenizer: Any, question: str, answer: str, max_tokens: int) -> dict[str, list[int]] | None:
-    """One chat as token ids, with labels on the answer alone.
+def encode_answer(
+    tokenizer: Any, question: str, answer: str, max_tokens: int, plain: str | None = None
+) -> dict[str, list[int]] | None:
+    """One question with its answer as token ids, with labels on the answer alone.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: With a chat template, unless there is a plain format.
         question: Of the user.
         answer: Of the assistant.
         max_tokens: Cut behind so many.
+        plain: Instead of the chat template, see `RouterRecipe.plain_format`.
 
     Returns:
         `input_ids` and `labels`; None if no token of the answer is left.
 
     Raises:
-        ValueError: If there is no chat template, or it does not put the answer last.
+        ValueError: If there is neither a plain format nor a chat template, or this does not put the answer last.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError("routers are trained on chats, but this checkpoint has no chat template")
-    asked = [{"role": "user", "content": question}]
-    before = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": answer}], tokenize=False)
-    if not whole.startswith(before):
-        raise ValueError("the chat template changes the question when an answer follows; its loss cannot be masked")
+    start: list[int] = []
+    if plain is not None:
+        before, after = plain.split("{answer}")
+        before = before.replace("{question}", question)
+        # A space belongs to the word behind it, as it does where a prompt without it is continued.
+        asked = before.rstrip(" ")
+        answer = before[len(asked) :] + answer + after + (tokenizer.eos_token or "")
+        start = special_start(tokenizer)
+    else:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "routers are trained on chats, and this checkpoint has no chat template; give the recipe a plain "
+                f"format: --set 'plain_format={json.dumps(PLAIN_FORMAT)}'"
+            )
+        chat = [{"role": "user", "content": question}]
+        asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], tokenize=False)
+        if not whole.startswith(asked):
+            raise ValueError("the chat template changes the question when an answer follows; its loss cannot be masked")
+        answer = whole[len(asked) :]
     # In two parts, so that no token reaches over the border.
-    head = tokenizer(before, add_special_tokens=False)["input_ids"]
-    tail = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    head = start + tokenizer(asked, add_special_tokens=False)["input_ids"]
+    tail = tokenizer(answer, add_special_tokens=False)["input_ids"]
     input_ids = (head + tail)[:max_tokens]
     if len(input_ids) <= len(head):
         return None
@@ -183,7 +202,7 @@ def train(recipe: RouterRecipe) -> Path:
     pairs = read_instructions(recipe.instructions)
     random.Random(recipe.seed).shuffle(pairs)
     count = None if recipe.count is None else recipe.count + recipe.held_out
-    found = (encode_answer(tokenizer, *pair, recipe.max_tokens) for pair in pairs[:count])
+    found = (encode_answer(tokenizer, *pair, recipe.max_tokens, recipe.plain_format) for pair in pairs[:count])
     rows = [row for row in found if row is not None]
     if len(rows) <= recipe.held_out:
         raise ValueError(f"{len(rows)} answers do not go beyond the {recipe.held_out} held out; lower held_out")

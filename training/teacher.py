@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,19 @@ class PromptedBase:
         lm = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)
         model = getattr(lm, lm.base_model_prefix).to(device).eval()
         count = len(model.layers)
-        if not teacher.layers or min(teacher.layers) < 0 or max(teacher.layers) > count:
-            raise ValueError(f"teacher layers must be between 0 and {count}, got {teacher.layers}")
+        numbers = layer_numbers(teacher.layers, count)
         # The last hidden state of a model has passed its final norm: one layer more keeps it raw.
-        kept = min(max(teacher.layers) + 1, count)
+        kept = min(max(numbers) + 1, count)
         model.layers = model.layers[:kept]
         model.config.num_hidden_layers = kept
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[:kept]
-        return cls(model, AutoTokenizer.from_pretrained(base.path), teacher)
+        return cls(model, AutoTokenizer.from_pretrained(base.path), replace(teacher, layers=list(numbers)))
+
+    @property
+    def depth(self) -> int:
+        """Layers that were loaded."""
+        return len(self.model.layers)
 
     @torch.inference_mode()
     def vectors(self, texts: Sequence[str], kinds: Sequence[str] | None = None) -> np.ndarray:
@@ -82,13 +86,32 @@ class PromptedBase:
             kinds: Not used: the prompt is the same for all.
         """
         teacher = self.teacher
+        layers = layer_numbers(teacher.layers, self.depth)
         rows = self._reader.tokens(texts)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
-        out = np.zeros((len(rows), len(teacher.layers), self.model.config.hidden_size), np.float32)
+        out = np.zeros((len(rows), len(layers), self.model.config.hidden_size), np.float32)
         for start in range(0, len(order), teacher.batch_size):
             batch = order[start : start + teacher.batch_size]
-            out[batch] = self._reader.states([rows[i] for i in batch], teacher.layers).float().cpu().numpy()
+            out[batch] = self._reader.states([rows[i] for i in batch], layers).float().cpu().numpy()
         return out * np.float32(teacher.scale)
+
+
+def layer_numbers(layers: Sequence[int | float], depth: int) -> list[int]:
+    """Numbers of the hidden states that a recipe means.
+
+    Args:
+        layers: Numbers (0 is the embedding), or shares of the depth: 0.8 of 30 layers is layer 24, 1.0 the last one.
+        depth: Layers of the base.
+
+    Raises:
+        ValueError: If there are none, or the base has no such layer.
+    """
+    numbers = [round(layer * depth) if isinstance(layer, float) else layer for layer in layers]
+    if not numbers or min(numbers) < 0 or max(numbers) > depth:
+        raise ValueError(
+            f"teacher layers must be between 0 and {depth}, or shares of the depth from 0.0 to 1.0, got {list(layers)}"
+        )
+    return numbers
 
 
 @dataclass
@@ -411,6 +434,16 @@ def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int 
     return torch.cat([F.normalize((unit(b) - mean.float()) @ components.T * weights, dim=-1) for b in blocks])
 
 
+def _choose(recipe: ContrastiveRecipe, file: Path, pairs: int, device: str, *, write: bool) -> None:
+    from training import choosing
+
+    found = choosing.choose(recipe, resolve_base(recipe.base), pairs=pairs, device=device, say=logger.info)
+    logger.info("\n%s\n\n%s", choosing.table(found), "\n".join(choosing.keys(found[0]).values()))
+    if write:
+        choosing.write(found[0], file)
+        logger.info("\nwritten to %s", file)
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the teacher vectors of a recipe."""
@@ -418,9 +451,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shard = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
     parser.add_argument("--shard", default=shard, help="k/n: every n-th chunk, from chunk k; torchrun sets it")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--choose", action="store_true", help="find the best prompt and layers on the development sets")
+    parser.add_argument("--pairs", type=int, default=300, help="with --choose: pairs of each development set")
+    parser.add_argument("--write", action="store_true", help="with --choose: put them into the recipe's file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     recipe = read_recipe(ContrastiveRecipe, options.recipe, options.set)
+    if options.choose:
+        _choose(recipe, Path(options.recipe), options.pairs, options.device, write=options.write)
+        return
+    if options.write:
+        parser.error("--write goes with --choose")
     corpus = read_corpus(recipe)
     if not recipe.teachers or corpus is None:
         parser.error(f"{options.recipe} has no `teacher` with a loss that uses it")

@@ -130,6 +130,7 @@ def plan(
     both = shape.shared + shape.uni
     low_memory = both * kind.itemsize + shape.delta(wanted.rank) * kind.itemsize if wanted.rank else None
     cache = shape.cache_bytes(wanted.generate_batch, wanted.context_tokens, kind.itemsize)
+    prompt = shape.prompt_bytes(wanted.generate_batch, wanted.context_tokens, kind.itemsize)
     training = _training(shape, wanted)
     return {
         "name": str(base),
@@ -155,7 +156,8 @@ def plan(
             "both_views": (both + shape.bi) * kind.itemsize,
             "both_views_low_memory": low_memory,
             "cache": cache,
-            "total": (low_memory or (both + shape.bi) * kind.itemsize) + cache,
+            "activations": prompt,
+            "total": (low_memory or (both + shape.bi) * kind.itemsize) + cache + prompt,
         },
         "time": _time(shape, wanted),
         "setting": asdict(wanted),
@@ -285,6 +287,10 @@ class Shape:
         """Most that a pass without gradients holds beside the weights: three of (B, T, F) and four of (B, T, D)."""
         return batch * tokens * (3 * self.ffn_width + 4 * self.hidden) * item
 
+    def prompt_bytes(self, batch: int, tokens: int, item: int) -> int:
+        """Most that reading a prompt as long as the context holds beside weights and cache, with one token's scores."""
+        return self.forward_bytes(batch, tokens, item) + 2 * batch * self.config.vocab_size * 4
+
     def cache_bytes(self, batch: int, tokens: int, item: int) -> int:
         """Keys and values of every layer; sliding layers are counted as full ones."""
         return 2 * self.layers * batch * tokens * self.key_heads * self.head_width * item
@@ -364,7 +370,7 @@ def _training(shape: Shape, wanted: Setting) -> dict[str, Any]:
                   backward pass, the bf16 copies that autocast makes of the matrices (of one layer with checkpointing)
     gradients, optimizer   of the trained numbers, 4 and 8 bytes
     activations   `Shape.saved_bytes`; with checkpointing the input of every layer, and all of one layer
-    workspace     of the backward pass of one FFN: three of (B, T, F), two of (B, T, D)
+    workspace     of the backward pass of one FFN: two of (B, T, F), one of (B, T, D)
     gathered      with sharding: one layer's weights as a whole, and the next one's
     """
     mixed = wanted.precision == "bf16-mixed"
@@ -384,7 +390,7 @@ def _training(shape: Shape, wanted: Setting) -> dict[str, Any]:
         "gradients": trained * GRADIENT_BYTES // parts,
         "optimizer": trained * OPTIMIZER_BYTES // parts,
         "activations": recomputed if wanted.checkpointing else whole,
-        "workspace": wanted.batch * wanted.text_tokens * (3 * shape.ffn_width + 2 * shape.hidden) * run.itemsize,
+        "workspace": wanted.batch * wanted.text_tokens * (2 * shape.ffn_width + shape.hidden) * run.itemsize,
         "gathered": 2 * shape.matrices // shape.layers * run.itemsize if parts > 1 else 0,
     }
     result["total"] = sum(result.values())
