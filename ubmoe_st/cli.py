@@ -60,10 +60,15 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Duplicate = Literal["raise", "skip", "upsert"]
 Mode = Literal["dense", "bm25", "hybrid"]
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
+Format = Literal["hf", "multivector", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 RerankOption = Annotated[
-    int | None, typer.Option(min=1, help="Put so many first results in the order of the base model's own reading.")
+    str | None,
+    typer.Option(
+        metavar="N|METHOD",
+        help="New order of the first results: likelihood, yes_no (base model), maxsim (token vectors); N: likelihood.",
+    ),
 ]
+CandidatesOption = Annotated[int | None, typer.Option(min=1, help="Number of results to rerank; by default 20.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
 TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
@@ -299,6 +304,7 @@ def search(
     mode: Annotated[Mode, typer.Option(help="Way to search; bm25 and hybrid need a BM25 index.")] = "dense",
     where: FilterOption = None,
     rerank: RerankOption = None,
+    candidates: CandidatesOption = None,
     model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -308,7 +314,7 @@ def search(
         raise ValueError(
             f"--mode {mode} searches one index, got {len(folders)}: search them one by one, or --mode dense"
         )
-    options: dict[str, Any] = {"filter": _filter(where), **_reranking(rerank, folders)}
+    options: dict[str, Any] = {"filter": _filter(where), **_reranking(rerank, candidates)}
     if mode != "dense":
         options["mode"] = mode
     opened = _open_index(folders, model)
@@ -335,6 +341,7 @@ def ask(
     max_new_tokens: NewTokens = 160,
     where: FilterOption = None,
     rerank: RerankOption = None,
+    candidates: CandidatesOption = None,
     routing: RoutingOption = "uni",
     model: MovedModel = None,
     as_json: JsonFlag = False,
@@ -343,7 +350,7 @@ def ask(
     folders = _index_folders(paths, question, "QUESTION")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "routing": routing}
     spec = _filter(where)
-    order = _reranking(rerank, folders)
+    order = _reranking(rerank, candidates)
     opened = _open_index(folders, model)
     hits = find(opened, question, k, filter=spec, **order)
     if spec is not None and not hits:
@@ -551,12 +558,9 @@ def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     return together
 
 
-def _reranking(rerank: int | None, folders: Sequence[Path]) -> dict[str, Any]:
-    if rerank is None:
-        return {}
-    if len(folders) > 1:
-        raise ValueError(f"--rerank reads the results of one index, got {len(folders)}: search them one by one")
-    return {"rerank": rerank}
+def _reranking(rerank: str | None, candidates: int | None) -> dict[str, Any]:
+    given = {"rerank": int(rerank) if rerank and rerank.isdecimal() else rerank, "candidates": candidates}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _hit_facts(hit: Hit) -> dict[str, Any]:

@@ -119,6 +119,8 @@ class Embedder:
         limit = getattr(model, "max_seq_length", None)
         self.max_tokens = limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
         self._probes: np.ndarray | None = None
+        self._counter: TokenCounter | None = None
+        self._token_encoder: Any = None
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of documents, float32, (N, D). A row without direction or with NaN is NaN all over."""
@@ -168,6 +170,24 @@ class Embedder:
     def prompts(self) -> dict[str, str]:
         """The prompts of the model, by name."""
         return dict(getattr(self.model, "prompts", None) or {})
+
+    def counter(self) -> TokenCounter:
+        """Counts what the model reads of documents; threads may share it."""
+        if self._counter is None:
+            self._counter = TokenCounter(self.copy_tokenizer(), self.max_tokens, self.document_prompt())
+        return self._counter
+
+    def token_encoder(self) -> Any:
+        """The token vectors of the model, as a stock `MultiVectorEncoder`.
+
+        Raises:
+            TypeError: If the model has none.
+        """
+        if self._token_encoder is None:
+            from ..multi_vector import multi_vector_encoder
+
+            self._token_encoder = multi_vector_encoder(self.model)
+        return self._token_encoder
 
     def copy_tokenizer(self) -> Any:
         """The model's tokenizer for use in another thread, or None. A copy: tokenizers are not shared safely."""
