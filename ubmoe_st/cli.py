@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ubmoe_st.answers import answer, find, hit_table
+from ubmoe_st.answers import answer, find, hit_table, search_options
 from ubmoe_st.files import replacing_by_name
 from ubmoe_st.plan_command import plan
 from ubmoe_st.serving.command import serve
@@ -246,6 +246,9 @@ def index(
     title_field: Annotated[str, typer.Option("--title", help="Field of the corpus with the title.")] = "title",
     chunk_tokens: Annotated[int | None, typer.Option(help="Length of chunks, in tokens; by default uncut.")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Number of tokens that neighbouring chunks share.")] = 0,
+    late_chunking: Annotated[
+        bool, typer.Option("--late-chunking", help="Read documents in one piece, and pool their chunks from that.")
+    ] = False,
     on_duplicate: Annotated[Duplicate, typer.Option(help="What to do with a repeated id.")] = "raise",
     on_bad_row: Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unusable row.")] = "raise",
     truncate_dim: TruncateDim = None,
@@ -273,6 +276,7 @@ def index(
         title_field=title_field,
         chunk_tokens=chunk_tokens,
         overlap_tokens=overlap_tokens,
+        late_chunking=late_chunking,
         on_duplicate=on_duplicate,
         on_bad_row=on_bad_row,
         truncate_dim=truncate_dim,
@@ -346,13 +350,16 @@ def ask(
     model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer a question from the entries of an index (or several), with the same weights, and cite them."""
+    """Answer a question from the entries of an index (or several), with the same weights, and cite them.
+
+    An index with a BM25 part is searched by vectors and words together.
+    """
     folders = _index_folders(paths, question, "QUESTION")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "routing": routing}
     spec = _filter(where)
     order = _reranking(rerank, candidates)
     opened = _open_index(folders, model)
-    hits = find(opened, question, k, filter=spec, **order)
+    hits = find(opened, question, k, filter=spec, **search_options(opened), **order)
     if spec is not None and not hits:
         raise ValueError(f"no entry passes --filter {where}, so there is nothing to answer from")
     if as_json:

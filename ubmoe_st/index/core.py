@@ -67,6 +67,7 @@ class EmbeddingIndex:
         max_row_bytes: int = 4 << 20,
         chunk_tokens: int | None = None,
         overlap_tokens: int = 0,
+        late_chunking: bool = False,
         with_title: bool = True,
         on_duplicate: OnDuplicate = "raise",
         on_bad_row: OnBadRow = "raise",
@@ -106,6 +107,9 @@ class EmbeddingIndex:
                 needs; ids become `id#0`, `id#1`, ... None: documents stay whole, and
                 `info["sources"][n]["entries_cut"]` counts those of which the model reads only the beginning, if any.
             overlap_tokens: Tokens that neighbouring chunks share.
+            late_chunking: Let the model read a document in one piece, with full attention, and pool the vectors of its
+                chunks from that. What is longer than the model reads goes in pieces of whole chunks that overlap by a
+                quarter; a chunk is taken from where it has more around it. Takes the memory of the longest piece.
             with_title: Let the model read the title on a line before the text.
             on_duplicate: An id met again: `raise`, `skip` (the first stays) or `upsert` (the last wins).
             on_bad_row: `raise`, or `skip` and report in `bad_rows.txt` and `info["sources"]`.
@@ -144,6 +148,7 @@ class EmbeddingIndex:
         options = PipelineOptions(
             chunk_tokens=chunk_tokens,
             overlap_tokens=overlap_tokens,
+            late_chunking=late_chunking,
             with_title=with_title,
             on_duplicate=on_duplicate,
             on_bad_row=on_bad_row,
@@ -337,9 +342,9 @@ class EmbeddingIndex:
             filter: Only entries whose metadata passes: `{"lang": "en"}`, `{"lang": ["en", "de"]}`,
                 `{"year": {">=": 1990, "<": 2000}}` (all conditions must hold), or a function of the metadata. A row
                 has `id`, `title` and `parent` there too, where it has no field of its own of that name.
-            mode: `dense`, `bm25` (needs `build_bm25`), or `hybrid`: both, joined by their ranks or by `weight`. The order
-                is then that of BM25 or of the fusion; scores are cosines in every mode. `bm25` finds only entries that
-                share a word with the query; its shorter results end in NaN scores and empty ids.
+            mode: `dense`, `bm25` (needs `build_bm25`), or `hybrid`: both, joined by their ranks or by `weight`. The
+                order is then that of BM25 or of the fusion; scores are cosines in every mode. `bm25` finds only entries
+                that share a word with the query; its shorter results end in NaN scores and empty ids.
             weight: Share of the cosines, 0 to 1, in a sum of both scores, for `hybrid`. None: reciprocal rank fusion.
             exact: Compare with every entry, whatever the kind of index.
             parameters: nprobe, efSearch, rerank instead of the stored ones.
