@@ -193,7 +193,7 @@ def run(
                 value = score(collection, order, seed=seed, resamples=resamples)[0]
                 new.append({**value, **wanted, **cost, "first": first, "weight": chosen, "data": "local"})
             file.add(*new)
-            file.add(tables={f"reranking-{encoder.row}": make_table(file.content["scores"])})
+            file.add(tables={f"reranking-{encoder.row}{ending}": make_table(file.content["scores"])})
             shown = ", ".join(f"{one['first']} {one['value']:.1f}" for one in new)
             say(f"{encoder.row} {collection.name} {method}: {METRICS[0]} {shown}; {count} pairs in {seconds:.0f} s")
     return file.path

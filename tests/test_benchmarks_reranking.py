@@ -69,7 +69,7 @@ def test_a_run_measures_every_method_and_keeps_it(encoder, tmp_path, monkeypatch
     assert scores["dense", "likelihood"]["outcomes"] == expected["outcomes"]
     assert len({tuple(one["outcomes"]) for one in content["scores"]}) > 3
 
-    assert "| both, weighted | maxsim | 4 |" in own_tables([content])["reranking-tiny"]
+    assert "| both, weighted | maxsim | 4 |" in own_tables([content])["reranking-tiny-first3"]
     monkeypatch.setattr(reranking, "pair_scores", lambda *a: pytest.fail("a finished method ran again"))
     said: list[str] = []
     reranking.run(encoder, [collection], **options, say=said.append)
