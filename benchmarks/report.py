@@ -365,7 +365,7 @@ def render(name: str, results: Results) -> str:
         return own[name]
     if name in TABLES:
         return TABLES[name](results)
-    if name.startswith(("ablation", "dependence", "dimensions", "exports", "index", "training")):
+    if name.startswith(("ablation", "dependence", "dimensions", "exports", "index", "long", "reranking", "training")):
         return NOT_MEASURED
     known = [*TABLES, *own]
     raise ValueError(f"Expected a table name in `<!-- results:NAME -->`, got {name!r} ({nearest(name, known)}).")

@@ -196,6 +196,7 @@ class ResultFile:
     @staticmethod
     def _key(score: Mapping[str, Any]) -> tuple[Any, ...]:
         keys = ("task", "split", "metric", "data", "limit", "seed", "dimension", "precision")
+        keys += ("first", "method", "candidates", "length")
         return tuple(score.get(key) for key in keys)
 
     @property

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from space.stdlib_corpus import write_corpus
-from ubmoe_st.answers import answer, hit_table
+from ubmoe_st.answers import answer, hit_table, search_options
 
 QUESTIONS = [
     "read a csv file row by row",
@@ -65,10 +66,12 @@ def main(model_folder: str) -> None:
         overwrite=True,
         model_id=str(Path(model_folder).resolve()),
     )
+    if importlib.util.find_spec("bm25s") is not None:
+        index.build_bm25()
     console.print(f"{count:,} docstrings indexed in {time.perf_counter() - start:,.0f} s")
 
     console.rule("3. search")
-    answers = index.search_entries(QUESTIONS, k=4)
+    answers = index.search_entries(QUESTIONS, k=4, **search_options(index))
     for question, hits in zip(QUESTIONS, answers, strict=True):
         console.print(hit_table(hits, title=f"\n{question}"))
 

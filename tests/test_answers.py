@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from ubmoe_st.answers import ENTRY_CHARACTERS, answer, answer_prompt, find, hit_table
+from ubmoe_st.answers import ENTRY_CHARACTERS, VECTORS_SHARE, answer, answer_prompt, find, hit_table, search_options
 
 
 def hit(identity: str, text: str, title: str | None = None) -> SimpleNamespace:
@@ -77,3 +77,11 @@ def test_a_table_shows_texts_of_others_as_they_are():
     for text in ("[/what] is it?", "binaries are in [/usr/bin]", "dict[str, int] :smile: {x}", "[bold]", "yyy..."):
         assert text in shown
     assert [f"[{number}]" in shown for number in (1, 2, 3, 4)] == [True, True, True, False]
+
+
+def test_what_has_words_and_vectors_is_searched_by_both():
+    pytest.importorskip("bm25s")
+    both = SimpleNamespace(info={"bm25": {"folder": "bm25-000001"}})
+    assert search_options(both) == {"mode": "hybrid", "weight": VECTORS_SHARE}
+    assert search_options(SimpleNamespace(info={"bm25": None})) == {}
+    assert search_options(SimpleNamespace(indexes=[both])) == {}

@@ -17,6 +17,7 @@ ORDER = [
     "forking",
     "configuration",
     "shards",
+    "multi_vector",
     "experts",
     "generator",
     "checkpoint",

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from ubmoe_st import UBMoE
 from ubmoe_st.cli import app
+from ubmoe_st.multi_vector import multi_vector_encoder
 
 ROWS = [{"id": f"t{n}", "text": text} for n, text in enumerate([*TEXTS, "a blue house", "the old bird"])]
 
@@ -51,8 +52,16 @@ def test_reranking_on_the_command_line(made, checkpoint):
     assert found == [plain[result["corpus_id"]] for result in ranked] != plain[:3]
     asked = run("ask", made / "whole", query, "--rerank", 6, "--max-new-tokens", 3, "--json").stdout
     assert [hit["id"] for hit in json.loads(asked)["entries"]] == [hit["id"] for hit in found]
-    refused = run("search", made / "one", made / "two", query, "--rerank", 6, code=1)
-    assert "--rerank reads the results of one index, got 2" in refused.output
+    parts = json.loads(run("search", made / "one", made / "two", query, "-k", 3, "--rerank", 6, "--json").stdout)
+    assert [hit["id"] for hit in parts] == [hit["id"] for hit in found]
+    tokens = ["--rerank", "maxsim", "--candidates", 6, "-k", 6, "--json"]
+    by_tokens = json.loads(run("search", made / "whole", query, *tokens).stdout)
+    encoder = multi_vector_encoder(UBMoE(str(checkpoint), device="cpu"))
+    said = encoder.encode_document([hit["text"] for hit in plain])
+    scores = encoder.similarity(encoder.encode_query([query]), said)[0].tolist()
+    assert by_tokens == [hit for _, hit in sorted(zip(scores, plain), key=lambda pair: -pair[0])] != plain
+    refused = run("search", made / "one", query, "--rerank", "tokens", code=1)
+    assert "one of likelihood, yes_no, maxsim; got 'tokens'" in " ".join(refused.output.split())
 
 
 def test_a_filter_of_the_command_line(checkpoint, tmp_path):

@@ -366,6 +366,22 @@ def test_hybrid_is_reciprocal_rank_fusion_of_bm25_and_cosines(encoder, tmp_path)
     assert ids[0] == sorted(points, key=lambda name: (-points[name], int(name)))[:10]
     assert ids[0] != dense[:10]
     np.testing.assert_allclose(scores[0], [cosines[name] for name in ids[0]], atol=1e-6)
+    parts = [{name: cosines[name] for name in dense}, {name: expected[int(name)] for name in keywords}]
+    found = []
+    for weight in (0.7, 0.0):
+        summed = dict.fromkeys([*dense, *keywords], 0.0)
+        for share, part in zip((weight, 1 - weight), parts):
+            low, high = min(part.values()), max(part.values())
+            for name, value in part.items():
+                summed[name] += share * (value - low) / (high - low)
+        _, ids = index.search(query, 10, mode="hybrid", weight=weight)
+        best = sorted(summed.values(), reverse=True)[:10]
+        assert [summed[name] for name in ids[0]] == pytest.approx(best, abs=1e-5)
+        found.append(ids)
+    assert found[0] != found[1]
+    for options in ({"weight": 0.5}, {"mode": "hybrid", "weight": 1.5}):
+        with pytest.raises(ValueError, match="weight is the share of the vectors in mode='hybrid', 0 to 1"):
+            index.search(query, **options)
     assert all(int(name) % 2 for name in index.search(query, 10, mode="hybrid", filter={"half": 1})[1][0])
     scores, ids = index.search("unheard", 5, mode="bm25")
     assert ids == [[""] * 5]

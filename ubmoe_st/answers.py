@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ ENTRY_CHARACTERS = 600
 """How much of an entry is put into the prompt."""
 SHOWN_CHARACTERS = 160
 """How much of an entry is shown in a table."""
+VECTORS_SHARE = 0.5
+"""Share of the vectors in the search for an answer, beside BM25."""
 _PROMPT = (
     "Answer the question with the help of the numbered entries. Cite the entry you used by its number in square "
     "brackets, like [1].\n\n{entries}\n\nQuestion: {question}"
@@ -37,6 +40,13 @@ def find(index: EmbeddingIndex | IndexGroup, question: str, k: int = 3, **option
     if not question.strip():
         raise ValueError("the question is empty: say what to look for")
     return index.search_entries([question], k, **options)[0]
+
+
+def search_options(index: EmbeddingIndex | IndexGroup) -> dict[str, Any]:
+    """How to look for an answer: by vectors and words together, where the index has both."""
+    info = getattr(index, "info", None)  # a group has none: it searches by vectors
+    both = info is not None and info["bm25"] is not None and importlib.util.find_spec("bm25s") is not None
+    return {"mode": "hybrid", "weight": VECTORS_SHARE} if both else {}
 
 
 def answer(

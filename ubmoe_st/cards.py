@@ -75,7 +75,7 @@ def export_card(
         config: What the checkpoint says of itself.
         prompts: Of the checkpoint, by name.
         view: `encoder` or `generator`.
-        format: `hf`, `cross-encoder`, `onnx` or `openvino`.
+        format: `hf`, `multivector`, `cross-encoder`, `onnx` or `openvino`.
         quantize: None or `int8`.
     """
     base = (config.base_model if config else "unknown") or "a changed base"
@@ -161,6 +161,12 @@ def _snippet(view: str, format: str) -> str:
         return """from sentence_transformers import SentenceTransformer
 
 print(SentenceTransformer(".").encode(["a text", "another text"]).shape)"""
+    if format == "multivector":
+        return """from sentence_transformers import MultiVectorEncoder
+
+model = MultiVectorEncoder(".")
+queries, documents = model.encode_query(["a cat"]), model.encode_document(["a kitten", "a train"])
+print(model.similarity(queries, documents))"""
     if format == "cross-encoder":
         return """from sentence_transformers import CrossEncoder
 

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ubmoe_st.answers import answer, find, hit_table
+from ubmoe_st.answers import answer, find, hit_table, search_options
 from ubmoe_st.files import replacing_by_name
 from ubmoe_st.plan_command import plan
 from ubmoe_st.serving.command import serve
@@ -60,10 +60,15 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Duplicate = Literal["raise", "skip", "upsert"]
 Mode = Literal["dense", "bm25", "hybrid"]
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
+Format = Literal["hf", "multivector", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 RerankOption = Annotated[
-    int | None, typer.Option(min=1, help="Put so many first results in the order of the base model's own reading.")
+    str | None,
+    typer.Option(
+        metavar="N|METHOD",
+        help="New order of the first results: likelihood, yes_no (base model), maxsim (token vectors); N: likelihood.",
+    ),
 ]
+CandidatesOption = Annotated[int | None, typer.Option(min=1, help="Number of results to rerank; by default 20.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
 TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
@@ -241,6 +246,9 @@ def index(
     title_field: Annotated[str, typer.Option("--title", help="Field of the corpus with the title.")] = "title",
     chunk_tokens: Annotated[int | None, typer.Option(help="Length of chunks, in tokens; by default uncut.")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Number of tokens that neighbouring chunks share.")] = 0,
+    late_chunking: Annotated[
+        bool, typer.Option("--late-chunking", help="Read documents in one piece, and pool their chunks from that.")
+    ] = False,
     on_duplicate: Annotated[Duplicate, typer.Option(help="What to do with a repeated id.")] = "raise",
     on_bad_row: Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unusable row.")] = "raise",
     truncate_dim: TruncateDim = None,
@@ -268,6 +276,7 @@ def index(
         title_field=title_field,
         chunk_tokens=chunk_tokens,
         overlap_tokens=overlap_tokens,
+        late_chunking=late_chunking,
         on_duplicate=on_duplicate,
         on_bad_row=on_bad_row,
         truncate_dim=truncate_dim,
@@ -299,6 +308,7 @@ def search(
     mode: Annotated[Mode, typer.Option(help="Way to search; bm25 and hybrid need a BM25 index.")] = "dense",
     where: FilterOption = None,
     rerank: RerankOption = None,
+    candidates: CandidatesOption = None,
     model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -308,7 +318,7 @@ def search(
         raise ValueError(
             f"--mode {mode} searches one index, got {len(folders)}: search them one by one, or --mode dense"
         )
-    options: dict[str, Any] = {"filter": _filter(where), **_reranking(rerank, folders)}
+    options: dict[str, Any] = {"filter": _filter(where), **_reranking(rerank, candidates)}
     if mode != "dense":
         options["mode"] = mode
     opened = _open_index(folders, model)
@@ -335,17 +345,21 @@ def ask(
     max_new_tokens: NewTokens = 160,
     where: FilterOption = None,
     rerank: RerankOption = None,
+    candidates: CandidatesOption = None,
     routing: RoutingOption = "uni",
     model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Answer a question from the entries of an index (or several), with the same weights, and cite them."""
+    """Answer a question from the entries of an index (or several), with the same weights, and cite them.
+
+    An index with a BM25 part is searched by vectors and words together.
+    """
     folders = _index_folders(paths, question, "QUESTION")
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "routing": routing}
     spec = _filter(where)
-    order = _reranking(rerank, folders)
+    order = _reranking(rerank, candidates)
     opened = _open_index(folders, model)
-    hits = find(opened, question, k, filter=spec, **order)
+    hits = find(opened, question, k, filter=spec, **search_options(opened), **order)
     if spec is not None and not hits:
         raise ValueError(f"no entry passes --filter {where}, so there is nothing to answer from")
     if as_json:
@@ -551,12 +565,9 @@ def _open_index(paths: Sequence[Path], model: str | None) -> Any:
     return together
 
 
-def _reranking(rerank: int | None, folders: Sequence[Path]) -> dict[str, Any]:
-    if rerank is None:
-        return {}
-    if len(folders) > 1:
-        raise ValueError(f"--rerank reads the results of one index, got {len(folders)}: search them one by one")
-    return {"rerank": rerank}
+def _reranking(rerank: str | None, candidates: int | None) -> dict[str, Any]:
+    given = {"rerank": int(rerank) if rerank and rerank.isdecimal() else rerank, "candidates": candidates}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _hit_facts(hit: Hit) -> dict[str, Any]:

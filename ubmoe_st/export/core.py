@@ -22,6 +22,7 @@ from ubmoe_st.export.folders import (
     write_cross_encoder_files,
     write_encoder_files,
     write_generator_files,
+    write_multi_vector_files,
     write_safetensors,
 )
 from ubmoe_st.export.gguf import write_gguf
@@ -31,11 +32,12 @@ from ubmoe_st.model import UBMoE
 from ubmoe_st.streaming import StreamedUBMoE
 
 View = Literal["encoder", "generator"]
-Format = Literal["hf", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
+Format = Literal["hf", "multivector", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 Quantization = Literal["f16", "int8"]
 
 _NEEDS = {
     "hf": (),
+    "multivector": (),
     "cross-encoder": (),
     "gguf": ("gguf",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -48,6 +50,7 @@ _FILES = ("gguf", "gguf-lora")
 """Formats of one file."""
 _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "hf": (),
+    "multivector": (),
     "cross-encoder": (),
     "gguf": ("f16", "int8"),
     "onnx": ("int8",),
@@ -56,7 +59,7 @@ _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "gguf-lora": (),
 }
 _PARTS = re.compile(
-    r"onnx|openvino|adapter_config\.json|\d+_(Pooling|Dense|Normalize|LogitScore)|.+\.safetensors"
+    r"onnx|openvino|adapter_config\.json|\d+_(Pooling|Dense|Normalize|LogitScore|MultiVectorMask)|.+\.safetensors"
     r"|model\.safetensors\.index\.json|chat_template\.jinja"
     r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json"
 )
@@ -80,11 +83,12 @@ def export(
         out: Folder to write; for `gguf` and `gguf-lora` a file that ends in `.gguf`.
         view: `encoder` (full attention, `bi` experts) or `generator` (the base model).
         format: `hf`: safetensors for transformers and sentence-transformers, in the dtype of the checkpoint.
-            `cross-encoder`: the generator for `CrossEncoder` of sentence-transformers, with the scores of `UBMoE.rank`
-            by `yes_no`; whatever the `view`. `onnx`,
-            `openvino`: a graph in fp32 with dynamic batch and length; of the generator without KV cache. `gguf`: one
-            file for llama.cpp, in fp32. `peft`, `gguf-lora`: the low-rank experts alone, as an adapter on the base for
-            PEFT, and for llama.cpp beside the base's own GGUF.
+            `multivector`: the encoder for `MultiVectorEncoder` of sentence-transformers, a unit vector for each token,
+            compared by MaxSim. `cross-encoder`: the generator for `CrossEncoder` of sentence-transformers, with the
+            scores of `UBMoE.rank` by `yes_no`; whatever the `view`. `onnx`, `openvino`: a graph in fp32 with dynamic
+            batch and length; of the generator without KV cache. `gguf`: one file for llama.cpp, in fp32. `peft`,
+            `gguf-lora`: the low-rank experts alone, as an adapter on the base for PEFT, and for llama.cpp beside the
+            base's own GGUF.
         quantize: `int8`: 8-bit weights (and activations, for `onnx` and `openvino`, of the encoder only). `f16`:
             16-bit weights, for `gguf`. None: no quantisation.
         calibration: Texts to measure activations with, for `int8` of `onnx` and `openvino`. None: those of
@@ -128,11 +132,13 @@ def export(
         with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
             if format == "cross-encoder":
                 write_cross_encoder_files(model, folder)
+            elif format == "multivector":
+                write_multi_vector_files(model, folder)
             elif view == "encoder":
                 write_encoder_files(model, folder, baked=format != "hf")
             else:
                 write_generator_files(model, folder)
-            if format in ("hf", "cross-encoder"):
+            if format in ("hf", "multivector", "cross-encoder"):
                 write_safetensors(model, folder, view)
             else:
                 kept = write_graph(model, folder, view, format, quantize, calibration, peak_limit)
@@ -158,6 +164,8 @@ def _check_arguments(target: Path, view: str, format: str, quantize: str | None,
             f"formats with {quantize}: {', '.join(known)}" if known else f"known: {', '.join(get_args(Quantization))}"
         )
         raise ValueError(f"format {format} cannot be written as {quantize}; {hint}")
+    if format == "multivector" and view == "generator":
+        raise ValueError("format multivector holds the token vectors of the encoder; leave view='encoder'")
     if format in _ADAPTERS and view == "generator":
         raise ValueError(f"format {format} holds the bi experts; the generator is the base itself, without any adapter")
     if quantize == "int8" and view == "generator" and format in ("onnx", "openvino"):

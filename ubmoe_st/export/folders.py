@@ -14,6 +14,7 @@ from torch import Tensor
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import save_tokenizer
 from ubmoe_st.model import REQUIREMENTS, UBMoE
+from ubmoe_st.multi_vector import token_modules
 from ubmoe_st.ranking import answer_tokens, pair_template
 from ubmoe_st.streaming import StreamedTransformer
 
@@ -37,24 +38,7 @@ def write_encoder_files(model: UBMoE, folder: Path, *, baked: bool) -> None:
         folder: Where to.
         baked: Whether full attention is part of a graph, and not something that transformers has to honour.
     """
-    views: Any = model[0]
-    config = views.model.config
-    stock = config.to_dict() | {"is_causal": False, "architectures": [type(views.model).__name__]}
-    stock = {key: value for key, value in stock.items() if key not in ("_name_or_path", "_attn_implementation")}
-    rope = stock.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        # The key of transformers before version 5; text-embeddings-inference and others read no other.
-        stock["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            stock["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if config.model_type == "llama":
-        # What text-embeddings-inference reads in the place of `is_causal`. Gemma gives this key another meaning.
-        stock["use_bidirectional_attention"] = True
-    _write_json(folder / "config.json", stock)
-    _write_tokenizer(model, folder, batches=baked)
-    _write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": model[0].max_seq_length, "do_lower_case": False}
-    )
+    _write_encoder_config(model, folder, batches=baked)
     modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
     behind: list[Any] = list(model)[1:]
     for index, module in enumerate(behind, 1):
@@ -74,13 +58,56 @@ def write_encoder_files(model: UBMoE, folder: Path, *, baked: bool) -> None:
             {"idx": index, "name": str(index), "path": path.name, "type": f"sentence_transformers.models.{name}"}
         )
     (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    _write_settings(model, folder, "SentenceTransformer", model.similarity_fn_name, requirements=not baked)
+
+
+def write_multi_vector_files(model: UBMoE, folder: Path) -> None:
+    """The encoder as a `MultiVectorEncoder`: the modules of `multi_vector_encoder`."""
+    _write_encoder_config(model, folder, batches=False)
+    modules = [{"idx": 0, "name": "0", "path": "", "type": f"{Transformer.__module__}.{Transformer.__qualname__}"}]
+    behind: list[Any] = token_modules(model)
+    for index, module in enumerate(behind, 1):
+        kind = type(module)
+        path = folder / f"{index}_{kind.__name__}"
+        path.mkdir()
+        module.save(str(path))
+        modules.append(
+            {"idx": index, "name": str(index), "path": path.name, "type": f"{kind.__module__}.{kind.__qualname__}"}
+        )
+    (folder / "modules.json").write_text(json.dumps(modules, indent=2) + "\n", encoding="utf-8")
+    _write_settings(model, folder, "MultiVectorEncoder", "maxsim", requirements=True)
+
+
+def _write_encoder_config(model: UBMoE, folder: Path, *, batches: bool) -> None:
+    """Config and tokenizer of the encoder, and how long its texts are."""
+    views: Any = model[0]
+    config = views.model.config
+    stock = config.to_dict() | {"is_causal": False, "architectures": [type(views.model).__name__]}
+    stock = {key: value for key, value in stock.items() if key not in ("_name_or_path", "_attn_implementation")}
+    rope = stock.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        # The key of transformers before version 5; text-embeddings-inference and others read no other.
+        stock["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            stock["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if config.model_type == "llama":
+        # What text-embeddings-inference reads in the place of `is_causal`. Gemma gives this key another meaning.
+        stock["use_bidirectional_attention"] = True
+    _write_json(folder / "config.json", stock)
+    _write_tokenizer(model, folder, batches=batches)
+    _write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": model[0].max_seq_length, "do_lower_case": False}
+    )
+
+
+def _write_settings(model: UBMoE, folder: Path, kind: str, similarity: str | None, *, requirements: bool) -> None:
     settings: dict[str, Any] = {
-        "model_type": "SentenceTransformer",
+        "model_type": kind,
         "prompts": dict(model.prompts),
         "default_prompt_name": model.default_prompt_name,
-        "similarity_fn_name": model.similarity_fn_name,
+        "similarity_fn_name": similarity,
     }
-    if not baked:
+    if requirements:
         settings["requirements"] = REQUIREMENTS
     _write_json(folder / "config_sentence_transformers.json", settings)
 

@@ -24,6 +24,7 @@ from ..files import remove, replacing, sha256_of
 from .corpus import Corpus, CorpusChangedError, CorpusError, Document
 from .embedder import Embedder, TokenCounter, check_probes, weights_fingerprint
 from .kinds import Request, check_factory, write_faiss
+from .late import check_late
 from .manifest import (
     FaissRecord,
     FileRecord,
@@ -141,6 +142,8 @@ class Build:
         options = asdict(self._options)
         for name in self._rules():
             options.pop(name)
+        if not self._options.late_chunking:
+            options.pop("late_chunking")  # as in indexes of before there was any
         counter = TokenCounter(self._embedder.copy_tokenizer(), self._embedder.max_tokens)
         return RunConfig(
             operation="build" if self._base is None else "add",
@@ -192,11 +195,13 @@ class Build:
         return source.config.same_input(self.config()) and same_rows(source, corpus)
 
     def check_chunks(self) -> None:
-        """Refuse chunks that the model would not read whole.
+        """Refuse chunks that the model would not read whole, or that it cannot pool late.
 
         Raises:
             ValueError: If `chunk_tokens` is more than the model reads beside its special tokens and its prompt.
         """
+        if self._options.late_chunking:
+            check_late(self._embedder)
         embedder, wanted = self._embedder, self._options.chunk_tokens
         counter = TokenCounter(embedder.copy_tokenizer(), embedder.max_tokens, embedder.document_prompt())
         room = counter.room(None)

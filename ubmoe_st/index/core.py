@@ -21,8 +21,8 @@ from .kinds import FEWEST_ROWS, Request, choose
 from .manifest import Manifest
 from .progress import ProgressCallback
 from .ray_engine import RayEngine
-from .rerank import check_rerank, reranked
-from .search import Hit, Mode, Searcher, SearchSettings, check_k
+from .rerank import Method, search_rows
+from .search import Hit, Mode, Searcher, SearchSettings
 from .storage import problems_of, require_libraries
 from .store import Entry, Namespace, Snapshot, open_snapshot
 from .tuning import TuningReport, tune
@@ -67,6 +67,7 @@ class EmbeddingIndex:
         max_row_bytes: int = 4 << 20,
         chunk_tokens: int | None = None,
         overlap_tokens: int = 0,
+        late_chunking: bool = False,
         with_title: bool = True,
         on_duplicate: OnDuplicate = "raise",
         on_bad_row: OnBadRow = "raise",
@@ -106,6 +107,9 @@ class EmbeddingIndex:
                 needs; ids become `id#0`, `id#1`, ... None: documents stay whole, and
                 `info["sources"][n]["entries_cut"]` counts those of which the model reads only the beginning, if any.
             overlap_tokens: Tokens that neighbouring chunks share.
+            late_chunking: Let the model read a document in one piece, with full attention, and pool the vectors of its
+                chunks from that. What is longer than the model reads goes in pieces of whole chunks that overlap by a
+                quarter; a chunk is taken from where it has more around it. Takes the memory of the longest piece.
             with_title: Let the model read the title on a line before the text.
             on_duplicate: An id met again: `raise`, `skip` (the first stays) or `upsert` (the last wins).
             on_bad_row: `raise`, or `skip` and report in `bad_rows.txt` and `info["sources"]`.
@@ -144,6 +148,7 @@ class EmbeddingIndex:
         options = PipelineOptions(
             chunk_tokens=chunk_tokens,
             overlap_tokens=overlap_tokens,
+            late_chunking=late_chunking,
             with_title=with_title,
             on_duplicate=on_duplicate,
             on_bad_row=on_bad_row,
@@ -252,7 +257,7 @@ class EmbeddingIndex:
     @property
     def model(self) -> Any:
         """The embedding model; loaded from where it was when the index was built, if none was given."""
-        return self._model().model
+        return self.embedder.model
 
     def use_model(self, model: Any) -> None:
         """Take `model` for text queries, after checking that it is the one the index was built with.
@@ -287,7 +292,9 @@ class EmbeddingIndex:
         """
         check_probes(self._snapshot.probes, other._snapshot.probes)
 
-    def _model(self) -> Embedder:
+    @property
+    def embedder(self) -> Embedder:
+        """The embedding model, with what the index needs of it."""
         with self._lock:
             if self._embedder is None:
                 self.use_model(self.find_model())
@@ -312,7 +319,7 @@ class EmbeddingIndex:
             TypeError: If it is something else, naming the position.
             ValueError: If the dimension is not the index's, or a vector is zero or not finite.
         """
-        return query_vectors(queries, self.dimension, self._model)
+        return query_vectors(queries, self.dimension, lambda: self.embedder)
 
     def search(
         self,
@@ -321,9 +328,11 @@ class EmbeddingIndex:
         *,
         filter: Filter | None = None,
         mode: Mode = "dense",
+        weight: float | None = None,
         exact: bool = False,
         parameters: dict[str, int] | None = None,
-        rerank: int | None = None,
+        rerank: int | Method | None = None,
+        candidates: int | None = None,
     ) -> tuple[np.ndarray, list[list[str]]]:
         """Cosines and ids of the nearest entries of each query, best first; equal scores in corpus order.
 
@@ -333,18 +342,21 @@ class EmbeddingIndex:
             filter: Only entries whose metadata passes: `{"lang": "en"}`, `{"lang": ["en", "de"]}`,
                 `{"year": {">=": 1990, "<": 2000}}` (all conditions must hold), or a function of the metadata. A row
                 has `id`, `title` and `parent` there too, where it has no field of its own of that name.
-            mode: `dense`, `bm25` (needs `build_bm25`), or `hybrid`: both, joined by reciprocal rank fusion. The order
-                is then that of BM25 or of the fusion; scores are cosines in every mode. `bm25` finds only entries that
-                share a word with the query; its shorter results end in NaN scores and empty ids.
+            mode: `dense`, `bm25` (needs `build_bm25`), or `hybrid`: both, joined by their ranks or by `weight`. The
+                order is then that of BM25 or of the fusion; scores are cosines in every mode. `bm25` finds only entries
+                that share a word with the query; its shorter results end in NaN scores and empty ids.
+            weight: Share of the cosines, 0 to 1, in a sum of both scores, for `hybrid`. None: reciprocal rank fusion.
             exact: Compare with every entry, whatever the kind of index.
             parameters: nprobe, efSearch, rerank instead of the stored ones.
-            rerank: So many of the first results come in the order of `model.rank` instead, which reads query and
-                text together; scores stay cosines. None: none.
+            rerank: `likelihood` or `yes_no`: the first results come in the order of `model.rank`, which reads query and
+                text together. `maxsim`: in the order of MaxSim over token vectors, which the encoder computes of the
+                candidates at query time. A number: `likelihood` of so many. Scores stay cosines. None: no new order.
+            candidates: How many of the first results `rerank` puts in a new order. None: 20.
 
         Returns:
             Scores, float32, (Q, K), and ids, Q lists of K.
         """
-        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters, rerank)
+        scores, rows = self._search_rows(queries, k, rerank, candidates, filter, mode, weight, exact, parameters)
         names = iter(self.ids_at(rows[rows >= 0]))
         return scores, [[next(names) if row >= 0 else "" for row in line] for line in rows.tolist()]
 
@@ -355,43 +367,21 @@ class EmbeddingIndex:
         *,
         filter: Filter | None = None,
         mode: Mode = "dense",
+        weight: float | None = None,
         exact: bool = False,
         parameters: dict[str, int] | None = None,
-        rerank: int | None = None,
+        rerank: int | Method | None = None,
+        candidates: int | None = None,
     ) -> list[list[Hit]]:
         """The nearest entries of each query with texts, spans and metadata, best first. Arguments as in `search`."""
-        scores, rows = self._search_rows(queries, k, filter, mode, exact, parameters, rerank)
+        scores, rows = self._search_rows(queries, k, rerank, candidates, filter, mode, weight, exact, parameters)
         return [
             [self.hit_at(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
             for line, values in zip(rows, scores)
         ]
 
-    def _search_rows(
-        self,
-        queries: Any,
-        k: int,
-        spec: Filter | None,
-        mode: Mode,
-        exact: bool,
-        parameters: dict[str, int] | None,
-        rerank: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (Q, K) and rows (Q, K); -1 is no row."""
-        if rerank is not None:
-            check_k(k)
-            asked = check_rerank(rerank, queries, self.model)
-            found = self._search_rows(queries, max(k, rerank), spec, mode, exact, parameters)
-            return reranked(self.model, asked, found, k, rerank, self._snapshot.entry_at)
-        if mode not in ("dense", "bm25", "hybrid"):
-            raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
-        texts = [queries] if isinstance(queries, str) else queries
-        if mode != "dense" and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
-            raise TypeError(f"mode={mode!r} needs queries as texts, got {type(queries).__name__}")
-        vectors = self.query_vectors(queries)
-        if mode == "dense":
-            return self.nearest(vectors, k, filter=spec, exact=exact, parameters=parameters)
-        hybrid = mode == "hybrid"
-        return self._searcher.search_words(texts, vectors, k, spec, hybrid, exact, parameters)
+    def _search_rows(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        return search_rows(self._searcher, lambda: self.embedder, self.query_vectors, *arguments)
 
     def nearest(
         self,
@@ -420,6 +410,10 @@ class EmbeddingIndex:
     def ids_at(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of some rows of this version."""
         return self._snapshot.ids_at(rows)
+
+    def entry_at(self, row: int) -> Entry:
+        """A row of this version."""
+        return self._snapshot.entry_at(row)
 
     def hit_at(self, row: int, score: float) -> Hit:
         """A row of this version as a search result with this score."""
@@ -496,7 +490,7 @@ class EmbeddingIndex:
         """
         snapshot, entries = changes.add(
             self.path,
-            self._model(),
+            self.embedder,
             corpus,
             on_duplicate=on_duplicate,
             on_bad_row=on_bad_row,

@@ -119,6 +119,9 @@ class Embedder:
         limit = getattr(model, "max_seq_length", None)
         self.max_tokens = limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
         self._probes: np.ndarray | None = None
+        self._counter: TokenCounter | None = None
+        self._token_encoder: Any = None
+        self._unpooled_encoder: Any = None
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of documents, float32, (N, D). A row without direction or with NaN is NaN all over."""
@@ -137,6 +140,10 @@ class Embedder:
         vectors = np.asarray(vectors)
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise ValueError(f"the model returned shape {vectors.shape} for {len(texts)} texts, expected (N, D)")
+        return self.finished(vectors)
+
+    def finished(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors as they are stored: cut to `truncate_dim`, of unit length; a row without direction is NaN, (N, D)."""
         if self.truncate_dim is not None:
             if vectors.shape[1] < self.truncate_dim:
                 raise ValueError(
@@ -168,6 +175,32 @@ class Embedder:
     def prompts(self) -> dict[str, str]:
         """The prompts of the model, by name."""
         return dict(getattr(self.model, "prompts", None) or {})
+
+    def counter(self) -> TokenCounter:
+        """Counts what the model reads of documents; threads may share it."""
+        if self._counter is None:
+            self._counter = TokenCounter(self.copy_tokenizer(), self.max_tokens, self.document_prompt())
+        return self._counter
+
+    def token_encoder(self) -> Any:
+        """The token vectors of the model, as a stock `MultiVectorEncoder`.
+
+        Raises:
+            TypeError: If the model has none.
+        """
+        if self._token_encoder is None:
+            from ..multi_vector import multi_vector_encoder
+
+            self._token_encoder = multi_vector_encoder(self.model)
+        return self._token_encoder
+
+    def unpooled_encoder(self) -> Any:
+        """What the model pools, as a stock `MultiVectorEncoder` of its transformer."""
+        if self._unpooled_encoder is None:
+            from ..multi_vector import unpooled_encoder
+
+            self._unpooled_encoder = unpooled_encoder(self.model)
+        return self._unpooled_encoder
 
     def copy_tokenizer(self) -> Any:
         """The model's tokenizer for use in another thread, or None. A copy: tokenizers are not shared safely."""
@@ -282,6 +315,16 @@ class TokenCounter:
         if self.limit is None:
             return None
         return self.limit - (self.sizes([f"{title}\n"])[0] if title else self.special_tokens)
+
+    def places(self, text: str) -> np.ndarray:
+        """Where the tokens that the model reads of a text stand; needs a fast tokenizer.
+
+        Returns:
+            First character, the one after the last, and 1 for a special token, (T, 3).
+        """
+        encoding = self._tokenizer.backend_tokenizer.encode(text)
+        spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return np.column_stack([spans, np.array(encoding.special_tokens_mask, np.int64)])
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Start and end of each token in `text`, in characters; words where there is no fast tokenizer."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from .core import EmbeddingIndex
 from .filters import Filter
-from .search import Hit
+from .rerank import Method, Reranking
+from .search import Hit, check_k
 
 
 class IndexGroup:
@@ -83,13 +84,15 @@ class IndexGroup:
         filter: Filter | None = None,
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        rerank: int | Method | None = None,
+        candidates: int | None = None,
     ) -> tuple[np.ndarray, list[list[str]]]:
         """Cosines and ids of the nearest entries of all indexes, best first. Arguments as in `EmbeddingIndex.search`.
 
         Returns:
             Scores, float32, (Q, K), and ids, Q lists of K.
         """
-        scores, members, rows = self._nearest(queries, k, filter, exact, parameters)
+        scores, members, rows = self._reranked(queries, k, filter, exact, parameters, Reranking.of(rerank, candidates))
         ids = [[""] * len(line) for line in rows]
         for number, index in enumerate(self.indexes):
             places = np.argwhere(members == number)
@@ -105,13 +108,36 @@ class IndexGroup:
         filter: Filter | None = None,
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        rerank: int | Method | None = None,
+        candidates: int | None = None,
     ) -> list[list[Hit]]:
         """The nearest entries of all indexes, best first; `Hit.index` says which each is from."""
-        found = self._nearest(queries, k, filter, exact, parameters)
+        found = self._reranked(queries, k, filter, exact, parameters, Reranking.of(rerank, candidates))
         return [
             [self.indexes[member].hit_at(row, score) for score, member, row in zip(*line)]
             for line in zip(*(part.tolist() for part in found))
         ]
+
+    def _reranked(
+        self,
+        queries: Any,
+        k: int,
+        spec: Filter | None,
+        exact: bool,
+        parameters: dict[str, int] | None,
+        order: Reranking | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `_nearest`, the first results in the order of `order`."""
+        if order is None:
+            return self._nearest(queries, k, spec, exact, parameters)
+        check_k(k)
+        asked = order.check(queries, self.model)
+        found = self._nearest(queries, max(k, order.candidates), spec, exact, parameters)
+        _, members, rows = (part[:, : order.candidates].tolist() for part in found)
+        entries = [[self.indexes[member].entry_at(row) for member, row in zip(*line)] for line in zip(members, rows)]
+        places = order.order(self.indexes[0].embedder, asked, entries, found[0].shape[1])[:, :k]
+        scores, members, rows = (np.take_along_axis(part, places, 1) for part in found)
+        return scores, members, rows
 
     def _nearest(
         self, queries: Any, k: int, spec: Filter | None, exact: bool, parameters: dict[str, int] | None

@@ -1,4 +1,4 @@
-"""Hybrid search: BM25 over the texts, joined with the vectors by reciprocal rank fusion."""
+"""Hybrid search: BM25 over the texts, joined with the vectors by reciprocal rank fusion or by weighted scores."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class KeywordSearch:
         self._engine: Any = None
         self._lock = ForkSafeLock()
 
-    def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None) -> list[np.ndarray]:
-        """Rows by falling BM25 score, at most K and only such that share a word with the query, per query.
+    def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Rows by falling BM25 score, and these scores; per query at most K, and only such that share a word with it.
 
         Raises:
             ValueError: If the index has no BM25 part.
@@ -88,7 +88,7 @@ class KeywordSearch:
                 scores = scores * weight
             rows = np.flatnonzero(scores > 0)
             order = np.lexsort((rows, -scores[rows]))[:k]
-            found.append(rows[order].astype(np.int64))
+            found.append((rows[order].astype(np.int64), scores[rows[order]]))
         return found
 
     def _opened(self, bm25s: Any, folder: Path) -> Any:
@@ -114,5 +114,27 @@ def fuse(lists: Sequence[np.ndarray], k: int) -> np.ndarray:
     for rows in lists:
         for rank, row in enumerate(rows.tolist(), start=1):
             points[row] = points.get(row, 0.0) + 1.0 / (RRF_CONSTANT + rank)
+    ordered = sorted(points, key=lambda row: (-points[row], row))
+    return np.array(ordered[:k], np.int64)
+
+
+def fuse_weighted(lists: Sequence[tuple[np.ndarray, np.ndarray]], weights: Sequence[float], k: int) -> np.ndarray:
+    """Rows by falling weighted sum of their scores, ties by row, at most K.
+
+    The scores of each list are scaled to 0 to 1, so its last row counts as much as one that is not in it: nothing.
+
+    Args:
+        lists: Rows with their scores.
+        weights: Of each list.
+        k: How many.
+    """
+    points: dict[int, float] = {}
+    for (rows, scores), weight in zip(lists, weights):
+        if not len(rows):
+            continue
+        low, high = float(scores.min()), float(scores.max())
+        for row, score in zip(rows.tolist(), scores.tolist()):
+            scaled = (score - low) / (high - low) if high > low else 1.0
+            points[row] = points.get(row, 0.0) + weight * scaled
     ordered = sorted(points, key=lambda row: (-points[row], row))
     return np.array(ordered[:k], np.int64)

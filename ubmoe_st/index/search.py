@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..forking import ForkSafeLock
 from .exact import SLACK, TopK, exact_search, pair_scores
 from .filters import Filter, FilterEngine
-from .hybrid import KeywordSearch, fuse
+from .hybrid import KeywordSearch, fuse, fuse_weighted
 from .kinds import can_select, candidates, read_index
 from .manifest import FileRecord, Manifest
 from .store import BLOCK_BYTES, Snapshot
@@ -186,6 +186,41 @@ class Searcher:
             exact_search(snapshot.blocks(0, self.settings.block_bytes), allowed, again)
             found.replace(short, again)
 
+    def find(
+        self,
+        queries: Any,
+        to_vectors: Callable[[Any], np.ndarray],
+        k: int,
+        spec: Filter | None,
+        mode: Mode,
+        weight: float | None,
+        exact: bool,
+        parameters: dict[str, int] | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores, float32, (Q, K), and rows, (Q, K), as `EmbeddingIndex.search` wants them; -1 is no row.
+
+        Args:
+            queries: As in `EmbeddingIndex.search`, like the rest.
+            to_vectors: Queries to unit vectors, (Q, D).
+            k: How many.
+            spec: Only rows that pass.
+            mode: How to search.
+            weight: Share of the vectors in `hybrid`.
+            exact: Compare with every row.
+            parameters: Search parameters instead of the stored ones.
+        """
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
+        if weight is not None and (mode != "hybrid" or not 0 <= weight <= 1):
+            raise ValueError(f"weight is the share of the vectors in mode='hybrid', 0 to 1; got {weight!r}, {mode!r}")
+        texts = [queries] if isinstance(queries, str) else queries
+        if mode != "dense" and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
+            raise TypeError(f"mode={mode!r} needs queries as texts, got {type(queries).__name__}")
+        vectors = to_vectors(queries)
+        if mode == "dense":
+            return self.search(vectors, k, self.allowed(spec), exact, parameters)
+        return self.search_words(texts, vectors, k, spec, mode == "hybrid", weight, exact, parameters)
+
     def search_words(
         self,
         texts: Sequence[str],
@@ -193,10 +228,11 @@ class Searcher:
         k: int,
         spec: Filter | None,
         hybrid: bool,
+        weight: float | None = None,
         exact: bool = False,
         parameters: dict[str, int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows in the order of BM25, or of its reciprocal rank fusion with the cosines, with their cosines.
+        """Rows in the order of BM25, or of its fusion with the cosines, with their cosines.
 
         Args:
             texts: The queries, Q.
@@ -204,6 +240,7 @@ class Searcher:
             k: How many.
             spec: Only rows that pass.
             hybrid: Whether to join them with the nearest rows.
+            weight: Share of the nearest rows in the fusion. None: reciprocal rank fusion.
             exact: As in `search`, for these.
             parameters: As in `search`, for these.
 
@@ -213,15 +250,18 @@ class Searcher:
         check_k(k)
         allowed = self.allowed(spec)
         depth = max(FUSION_DEPTH, 4 * k)
-        lists = [[rows] for rows in self._keywords.search(texts, depth, allowed)]
-        if hybrid:
-            _, dense = self.search(vectors, depth, allowed, exact, parameters)
-            lists = [[*found, rows] for found, rows in zip(lists, dense)]
+        words = self._keywords.search(texts, depth, allowed)
+        cosines, dense = self.search(vectors, depth, allowed, exact, parameters) if hybrid else (None, None)
         width = min(k, len(self.snapshot) if allowed is None else int(np.count_nonzero(allowed)))
         scores = np.full((len(vectors), width), np.nan, np.float32)
         rows = np.full((len(vectors), width), -1, np.int64)
-        for number, found in enumerate(lists):
-            line = fuse(found, width)
+        for number, (found, points) in enumerate(words):
+            if cosines is None or dense is None:
+                line = found[:width]
+            elif weight is None:
+                line = fuse([found, dense[number]], width)
+            else:
+                line = fuse_weighted([(dense[number], cosines[number]), (found, points)], [weight, 1 - weight], width)
             rows[number, : len(line)] = line
             scores[number, : len(line)] = pair_scores(vectors[number], self.snapshot.vectors_at(line))
         return scores, rows

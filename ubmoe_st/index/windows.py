@@ -23,6 +23,7 @@ from ..files import remove
 from .budget import BATCH_TOKENS, WINDOW_BYTES, WINDOW_ROWS, WINDOW_TOKENS
 from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of
 from .embedder import Embedder, TokenCounter, chunk_spans
+from .late import Pass, late_vectors, passes_of
 from .manifest import Manifest, PartRecord, Position
 from .storage import write_npy
 from .store import Entry, EntryFile, Snapshot, entry_batch, names_in, write_entries
@@ -53,6 +54,8 @@ class PipelineOptions:
     """Cut documents into chunks of this many tokens. None: a document is a row."""
     overlap_tokens: int = 0
     """Tokens that neighbouring chunks share."""
+    late_chunking: bool = False
+    """Let the model read a document in one piece, and pool its chunks from that."""
     with_title: bool = True
     """Put the title on a line before the text the model reads."""
     batch_tokens: int = BATCH_TOKENS
@@ -81,6 +84,8 @@ class PipelineOptions:
                 f"overlap_tokens must be at least 0 and below chunk_tokens={self.chunk_tokens}, "
                 f"got {self.overlap_tokens}"
             )
+        if self.late_chunking and self.chunk_tokens is None:
+            raise ValueError("late_chunking pools the chunks of documents: say how long they are with chunk_tokens")
         if self.on_duplicate not in ("raise", "skip", "upsert"):
             raise ValueError(f"on_duplicate is raise, skip or upsert, got {self.on_duplicate!r}")
         if self.on_bad_row not in ("raise", "skip"):
@@ -97,6 +102,8 @@ class Window:
     entries: list[Entry] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     """Tokens of each entry as the model reads it."""
+    passes: list[Pass] = field(default_factory=list)
+    """What the model reads, with late chunking: whole documents, their chunks by position in `entries`."""
     dead: list[int] = field(default_factory=list)
     """Rows of the index, first of their document, that this window replaces."""
     bad: list[str] = field(default_factory=list)
@@ -220,7 +227,8 @@ class WindowMaker:
             if item is None:
                 window.duplicates += 1
                 continue
-            entry, size_in_tokens, replaced, position, width = item
+            entry, size_in_tokens, replaced, position, width, passes = item
+            window.passes.extend(one.moved(len(window.entries)) for one in passes)
             (length,) = self._counter.seen([size_in_tokens])
             window.cut += self._counter.limit is not None and size_in_tokens > self._counter.limit
             if replaced is not None:
@@ -229,6 +237,8 @@ class WindowMaker:
             window.lengths.append(length)
             window.position = position
             tokens, size = tokens + length, size + width
+            if self._options.late_chunking and position.chunk:
+                continue  # a document is read in one piece, so it is not parted
             if (
                 tokens >= self._options.window_tokens
                 or len(window.entries) >= self._options.window_rows
@@ -248,12 +258,12 @@ class WindowMaker:
 
         def flush() -> Iterator[Any]:
             entries = [item for item in pending if isinstance(item, tuple)]
-            counts = iter(self._counter.sizes([text for _, text, _, _ in entries]))
+            counts = iter(self._counter.sizes([text for _, text, *_ in entries]))
             for item in pending:
                 if isinstance(item, tuple):
-                    entry, text, replaced, position = item
+                    entry, text, replaced, position, passes = item
                     size = len(text.encode()) + len(entry.id) + len(entry.metadata or "")
-                    yield entry, next(counts), replaced, position, size
+                    yield entry, next(counts), replaced, position, size, passes
                 else:
                     yield item
             pending.clear()
@@ -272,7 +282,10 @@ class WindowMaker:
         yield from flush()
 
     def _rows(self) -> Iterator[Any]:
-        """(entry, model input, replaced row, position) or `BadRow`, or None for a skipped duplicate, or `Position`."""
+        """Rows as (entry, model input, replaced row, position, passes).
+
+        Between them `BadRow`, None for a skipped duplicate, and `Position`.
+        """
         options = self._options
         digest = hashlib.sha256()
         number = -1
@@ -309,11 +322,14 @@ class WindowMaker:
                 if replaced is not None:
                     self._seen.move(item.id, self._row)
             spans = self._spans(item)
+            passes: Sequence[Pass] = ()
+            if options.late_chunking:
+                passes = passes_of(item.text, spans, item.title if options.with_title else None, self._counter)
             for chunk in range(skip, len(spans)):
                 entry = self._entry(item, chunk, *spans[chunk])
                 done = after if chunk == len(spans) - 1 else Position(number, chunk + 1, before)
-                yield entry, entry.model_input(options.with_title), replaced, done
-                replaced = None
+                yield entry, entry.model_input(options.with_title), replaced, done, passes
+                replaced, passes = None, ()
                 self._row += 1
             if not spans:
                 yield after
@@ -470,12 +486,24 @@ class PartMaker:
             done: Called after each batch.
         """
         vectors = np.empty((len(window.entries), self.dimension), np.float32)
-        for batch in window.batches(self.options):
-            vectors[batch] = embedder.documents([window.entries[i].model_input(self.options.with_title) for i in batch])
-            if done is not None:
-                done(len(batch), sum(window.lengths[i] for i in batch), window.fraction)
+        if self.options.late_chunking:
+            lengths = [one.length for one in window.passes]
+            for batch in token_batches(lengths, self.options.batch_tokens, self.options.batch_rows):
+                passes = [window.passes[number] for number in batch]
+                for one, found in zip(passes, late_vectors(embedder, passes)):
+                    vectors[[position for position, _, _ in one.chunks]] = embedder.finished(found)
+                if done is not None:
+                    rows = sum(len(one.chunks) for one in passes)
+                    done(rows, sum(one.length for one in passes), window.fraction)
+        else:
+            lengths = window.lengths
+            for batch in window.batches(self.options):
+                texts = [window.entries[i].model_input(self.options.with_title) for i in batch]
+                vectors[batch] = embedder.documents(texts)
+                if done is not None:
+                    done(len(batch), sum(lengths[i] for i in batch), window.fraction)
         record = PartRecord(f"part-{window.number:08d}{self.suffix}", len(window.entries), {})
-        tokens = sum(window.lengths)
+        tokens = sum(lengths)
         part = Part(
             window.number, record, tokens, window.position, window.fraction, window.duplicates, window.dead, window.bad
         )

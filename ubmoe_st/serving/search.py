@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ubmoe_st.answers import answer_prompt, find
+from ubmoe_st.answers import answer_prompt, find, search_options
 
 from .completions import answer, chat_job
 from .errors import ApiError
@@ -40,7 +40,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/ask", summary="An answer from the entries of the index, as a chat completion with its `entries`")
     async def ask(body: AskRequest, request: Request) -> Response:
         service.check_model(body.model)
-        hits = await found(request, body.question, body.k, filter=body.filter)
+        hits = await found(request, body.question, body.k, filter=body.filter, **search_options(index))
         if not hits:
             raise ApiError(400, "no entry was found, so there is nothing to answer from", param="filter")
         entries = [hit.as_dict() for hit in hits]

@@ -1,0 +1,78 @@
+"""Reranked searches: new orders worked out by hand, a run on a tiny model, and what is kept of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from helpers.benchmark_data import make_base, make_data
+from helpers.models import make_checkpoint
+
+pytest.importorskip("ir_measures")
+pytest.importorskip("bm25s")
+
+from benchmarks import reranking, retrieval
+from benchmarks.data import open_collection
+from benchmarks.peers import open_encoder
+from benchmarks.report import own_tables
+from benchmarks.results import read_json
+from ubmoe_st import UBMoE
+
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("reranking")
+    base = make_base(folder / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(base)
+    checkpoint = make_checkpoint(base, folder / "tiny")
+    return replace(open_encoder(str(checkpoint)), model=UBMoE(str(checkpoint), device="cpu"))
+
+
+def test_the_first_are_reordered_and_the_others_stay():
+    ranking = {"q": {"a": 9.0, "b": 8.0, "c": 7.0, "d": 6.0}, "none": {}}
+    moved = reranking.reordered(ranking, {"q": {"a": 0.1, "b": 0.3, "c": 0.2}, "none": {}}, 3)
+    assert reranking.best(moved["q"], 4) == ["b", "c", "a", "d"]
+    assert reranking.best(moved["q"], 1) == ["b"]
+    assert moved["none"] == {}
+
+
+def test_a_run_measures_every_method_and_keeps_it(encoder, tmp_path, monkeypatch):
+    data = make_data(tmp_path / "data")
+    collection = open_collection(data, "toy")
+    options = {"weight": 0.5, "candidates": 4, "queries": 3, "out": tmp_path, "indexes": tmp_path / "indexes"}
+    options["resamples"] = 20
+    path = reranking.run(encoder, [collection], **options)
+    assert path.name == "reranking-tiny-first3.json"
+    content = read_json(path)
+    scores = {(one["first"], one["method"]): one for one in content["scores"]}
+    assert set(scores) == {(first, method) for first in reranking.FIRST for method in reranking.METHODS}
+    assert {one["n"] for one in content["scores"]} == {3}
+    assert all((one["ms_per_query"] > 0) == (method != "none") for (_, method), one in scores.items())
+
+    small = reranking.first_queries(collection, 3)
+    found = retrieval.rank_dense(encoder.model, small, tmp_path / "again")
+    asked = {}
+    for query, text in small.queries.items():
+        names = reranking.best(found[query], 4)
+        ranked = encoder.model.rank(text, [small.documents[name] for name in names])
+        order = [names[result["corpus_id"]] for result in ranked]
+        asked[query] = {
+            name: -float(place) for place, name in enumerate([*order, *reranking.best(found[query], 99)[4:]])
+        }
+    expected = retrieval.score(small, asked, seed=0, resamples=2)[0]
+    assert scores["dense", "likelihood"]["outcomes"] == expected["outcomes"]
+    assert len({tuple(one["outcomes"]) for one in content["scores"]}) > 3
+
+    assert "| both, weighted | maxsim | 4 |" in own_tables([content])["reranking-tiny-first3"]
+    monkeypatch.setattr(reranking, "pair_scores", lambda *a: pytest.fail("a finished method ran again"))
+    said: list[str] = []
+    reranking.run(encoder, [collection], **options, say=said.append)
+    assert [line.endswith("kept") for line in said] == [True] * 4
+    with pytest.raises(ValueError, match="Give --weight"):
+        reranking.run(encoder, [collection], **options | {"weight": None})
