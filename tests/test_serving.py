@@ -26,6 +26,7 @@ from ubmoe_st import UBMoE
 from ubmoe_st.serving import Settings, create_app
 from ubmoe_st.serving.batching import choose
 from ubmoe_st.serving.engine import Sampler, TorchEngine
+from ubmoe_st.serving.rerank import relevance
 from ubmoe_st.serving.text import TextStream
 
 KEY = "a-key-for-tests"
@@ -271,6 +272,103 @@ def test_several_prompts_are_answered_in_order(url):
     assert [choice["index"] for choice in found["choices"]] == [0, 1]
 
 
+# --- reranking -------------------------------------------------------------------------------------------------------
+
+DOCUMENTS = ["a cat sits on the mat", "a red bird sleeps in the old tree", "train", "dog and cat"]
+
+
+@pytest.mark.parametrize("path", ["v1/rerank", "v2/rerank", "rerank"])
+def test_a_reranking_is_that_of_rank(url, model, path):
+    expected = model.rank("the red bird", DOCUMENTS)
+    assert [result["corpus_id"] for result in expected] != [0, 1, 2, 3]
+    body = {"model": "tiny", "query": "the red bird", "documents": DOCUMENTS}
+    found = client.post(f"{url}/{path}", json=body).json()
+    assert [result["index"] for result in found["results"]] == [result["corpus_id"] for result in expected]
+    scores = [result["relevance_score"] for result in found["results"]]
+    np.testing.assert_allclose(np.log(scores), [result["score"] for result in expected], atol=1e-4)
+    assert set(found["results"][0]) == {"index", "relevance_score"}
+    assert found["usage"]["total_tokens"] > sum(len(model.token_ids(text)) for text in DOCUMENTS)
+    objects = [{"text": text} for text in DOCUMENTS]
+    best = client.post(f"{url}/{path}", json={**body, "documents": objects, "top_n": 2, "return_documents": True})
+    assert best.json()["results"] == [
+        {**result, "document": {"text": DOCUMENTS[result["index"]]}} for result in found["results"][:2]
+    ]
+
+
+def test_relevance_is_between_0_and_1_in_the_order_of_the_scores():
+    for method, scores in {"likelihood": [-1e9, -700.0, -3.0, 0.0], "yes_no": [-800.0, -1.0, 0.0, 2.0, 800.0]}.items():
+        values = [relevance(score, method) for score in scores]
+        assert values == sorted(values)
+        assert values[0] == 0.0
+        assert values[-1] == 1.0
+    assert relevance(2.0, "yes_no") == pytest.approx(torch.tensor(2.0).sigmoid().item())
+
+
+def test_a_long_document_is_refused_or_cut_as_asked(url, model):
+    long = "the cat " * 100
+    error = post(url, "rerank", 400, query="the red bird", documents=["train", long])["error"]
+    assert "position 1" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+    found = post(url, "rerank", query="the red bird", documents=["train", long], truncate=True)["results"]
+    with pytest.warns(UserWarning, match="1 of 2 documents"):
+        expected = model.rank("the red bird", ["train", long])
+    assert [result["index"] for result in found] == [result["corpus_id"] for result in expected]
+
+
+def test_a_client_that_goes_away_stops_its_ranking(engine):
+    class Patient:
+        """An engine that ranks until it is told to stop."""
+
+        began, ended = threading.Event(), threading.Event()
+
+        def __getattr__(self, name):
+            return getattr(engine, name)
+
+        def rank(self, reading, go_on):
+            self.began.set()
+            while go_on():
+                time.sleep(0.005)
+            self.ended.set()
+            return [0.0] * len(reading.rows)
+
+    patient = Patient()
+    settings = Settings(generations=1, max_waiting=1)
+    with running(create_app(patient, settings=settings)) as url, ThreadPoolExecutor(2) as pool:
+        body = {"query": "a", "documents": ["train", "cat"]}
+        first = pool.submit(lambda: httpx.post(f"{url}/v1/rerank", json=body, timeout=0.5))
+        assert patient.began.wait(20)
+        with pytest.raises(httpx.TimeoutException):
+            first.result()
+        assert patient.ended.wait(20)
+        # The turn is free again.
+        assert post(url, "completions", prompt="the cat", max_tokens=2)["choices"]
+
+
+def test_rankings_wait_for_their_turn_and_too_many_are_answered_with_429(engine):
+    class Held:
+        """An engine whose rankings last until the test lets them end."""
+
+        free = threading.Event()
+
+        def __getattr__(self, name):
+            return getattr(engine, name)
+
+        def rank(self, reading, go_on):
+            self.free.wait(20)
+            return engine.rank(reading, go_on)
+
+    held, body = Held(), {"query": "the red bird", "documents": DOCUMENTS}
+    app = create_app(held, settings=Settings(generations=1, max_waiting=1))
+    with running(app) as url, ThreadPoolExecutor(2) as pool:
+        taken = [pool.submit(post, url, "rerank", **body) for _ in range(2)]
+        generations = app.state.service.generations
+        while not (generations.running and generations.waiting):
+            time.sleep(0.005)
+        assert post(url, "rerank", 429, **body)["error"]["code"] == "server_busy"
+        held.free.set()
+        assert [len(answer.result()["results"]) for answer in taken] == [4, 4]
+
+
 # --- together --------------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +583,13 @@ def test_a_request_that_is_too_long_is_refused(engine, chunked):
         ("completions", {"prompt": "the cat " * 70}, "holds 128 tokens"),
         ("completions", {"prompt": "the cat", "n": 2}, "n is not supported"),
         ("completions", {"prompt": "the cat", "stream_options": {"include_usage": True}}, "stream: true"),
+        ("rerank", {"query": "a", "documents": []}, "documents"),
+        ("rerank", {"query": " ", "documents": ["a"]}, "query is empty"),
+        ("rerank", {"query": "a", "documents": ["a"] * 2049}, "1 to 2048"),
+        ("rerank", {"query": "a", "documents": ["a", 3]}, "documents"),
+        ("rerank", {"query": "a", "documents": ["a"], "top_n": 0}, "top_n"),
+        ("rerank", {"query": "a", "documents": ["a"], "method": "yes_no"}, "yes from no"),
+        ("rerank", {"query": "the cat " * 100, "documents": ["a"]}, "shorten the query"),
         ("chat/completions", {"messages": []}, "messages"),
         ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "f"}]}, "tools"),
@@ -517,7 +622,7 @@ def test_health_models_and_metrics(url, engine):
     assert float(values["ubmoe_embedded_tokens_total"]) >= 20
     assert float(values["ubmoe_running_generations"]) == 0
     paths = client.get(f"{url}/openapi.json").json()["paths"]
-    assert {"/v1/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health"} <= set(paths)
+    assert {"/v1/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/rerank", "/health"} <= set(paths)
     assert client.get(f"{url}/docs").status_code == 200
 
 

@@ -127,6 +127,9 @@ def test_the_same_app_serves_it(native, files):
         body = {"prompt": "the cat", "max_tokens": 8}
         text = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
         assert text == native.generate("the cat", max_new_tokens=8)
+        ranked = client.post("/v1/rerank", json={"query": "a cat", "documents": ["a", "b"]})
+        assert ranked.status_code == 501
+        assert "--engine torch" in ranked.json()["error"]["message"]
         long = client.post("/v1/embeddings", json={"input": "the cat " * 100})
         assert "64 tokens" in long.json()["error"]["message"]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +16,8 @@ from ubmoe_st.generation import ChatOptions, chat_text
 from ubmoe_st.transformer import UBMoETransformer
 
 Method = Literal["likelihood", "yes_no"]
+Scored = Callable[[list[list[int]]], Tensor]
+"""From B rows to their scores, (B,)."""
 
 DOCUMENT_CUE = "Passage: "
 """Before the document, for `likelihood`."""
@@ -37,9 +41,17 @@ def rank(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """Documents by relevance, best first; see `UBMoE.rank`."""
-    _check(query, documents, top_k, method, batch_size)
-    score = _likelihoods if method == "likelihood" else _log_odds
-    scores = score(views, query, list(documents), batch_size)
+    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    reading = read(views, query, documents, method)
+    if reading.cut:
+        warnings.warn(
+            f"{len(reading.cut)} of {len(documents)} documents do not fit into the {reading.room} tokens that this "
+            "model has for them and are ranked by their beginning; rank shorter passages to avoid it",
+            stacklevel=3,
+        )
+    scores = score(views, reading, batch_size)
     results: list[dict[str, Any]] = [
         {"corpus_id": number, "score": value, **({"text": documents[number]} if return_documents else {})}
         for number, value in enumerate(scores)
@@ -47,7 +59,67 @@ def rank(
     return sorted(results, key=lambda result: result["score"], reverse=True)[:top_k]
 
 
-def _check(query: object, documents: object, top_k: int | None, method: str, batch_size: int) -> None:
+@dataclass(frozen=True)
+class Reading:
+    """What the base model reads to rank documents.
+
+    Attributes:
+        rows: Token ids for each of the documents, at least one token each.
+        tail: Token ids that follow each row, whose likelihood counts. None: the answer that follows a row counts.
+        asked: How many of the last tokens of `tail` are the query's.
+        cut: Positions of the documents that were too long and are read in part.
+        room: Tokens that there are for a row.
+    """
+
+    rows: list[list[int]]
+    tail: list[int] | None
+    asked: int
+    cut: list[int]
+    room: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are read in all."""
+        return sum(len(row) + len(self.tail or ()) for row in self.rows)
+
+
+def read(views: UBMoETransformer, query: str, documents: Sequence[str], method: Method) -> Reading:
+    """What is read to rank documents.
+
+    Args:
+        views: The model.
+        query: One text.
+        documents: At least one.
+        method: See `UBMoE.rank`.
+
+    Raises:
+        TypeError: If query or documents are no texts.
+        ValueError: If one of them is empty, the query leaves no room for a document, or `yes_no` meets a base without
+            chat template.
+    """
+    _check(query, documents, method)
+    return (_read_to_continue if method == "likelihood" else _read_to_answer)(views, query, list(documents))
+
+
+def score(
+    views: UBMoETransformer, reading: Reading, batch_size: int, go_on: Callable[[], bool] = lambda: True
+) -> list[float]:
+    """The score of each document, in their order.
+
+    Args:
+        views: The model.
+        reading: What `read` gave.
+        batch_size: Documents computed together.
+        go_on: Asked before each batch.
+
+    Raises:
+        CancelledError: If `go_on` says no.
+    """
+    scored = _mean_log_probabilities(views, reading) if reading.tail else _log_odds(views)
+    return _in_batches(reading.rows, batch_size, scored, go_on)
+
+
+def _check(query: object, documents: object, method: str) -> None:
     if not isinstance(query, str):
         raise TypeError(f"query must be one text, got {type(query).__name__}")
     if not query.strip():
@@ -61,29 +133,32 @@ def _check(query: object, documents: object, top_k: int | None, method: str, bat
             raise TypeError(f"the document at position {position} must be a text, got {type(document).__name__}")
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _likelihoods(views: UBMoETransformer, query: str, documents: list[str], batch_size: int) -> list[float]:
+def _read_to_continue(views: UBMoETransformer, query: str, documents: list[str]) -> Reading:
+    limit = _context(views.generator("uni"))
+    cue = views.token_ids(QUERY_CUE, add_special_tokens=False)
+    asked = views.token_ids(query, add_special_tokens=False)
+    room = limit - len(cue) - len(asked)
+    if room < len(views.token_ids(DOCUMENT_CUE)) + 1:
+        raise ValueError(
+            f"the query has {len(asked)} tokens, which leaves no room for a document in the {limit} tokens of this "
+            "model; shorten the query"
+        )
+    whole = [views.token_ids(DOCUMENT_CUE + document) for document in documents]
+    cut = [position for position, ids in enumerate(whole) if len(ids) > room]
+    return Reading([ids[:room] for ids in whole], cue + asked, len(asked), cut, room)
+
+
+def _mean_log_probabilities(views: UBMoETransformer, reading: Reading) -> Scored:
     """Mean log-probability of a token of the query after each document.
 
     A document is computed once and leaves its keys and values; the query, which is the same for all, goes through
     behind them without padding, and only its positions meet the vocabulary.
     """
     lm: Any = views.generator("uni")
-    cue = views.token_ids(QUERY_CUE, add_special_tokens=False)
-    asked = views.token_ids(query, add_special_tokens=False)
-    room = _context(lm) - len(cue) - len(asked)
-    if room < len(views.token_ids(DOCUMENT_CUE)) + 1:
-        raise ValueError(
-            f"the query has {len(asked)} tokens, which leaves no room for a document in the {_context(lm)} tokens of "
-            "this model; shorten the query"
-        )
-    whole = [views.token_ids(DOCUMENT_CUE + document) for document in documents]
-    _warn_of_cuts(sum(len(ids) > room for ids in whole), len(documents), room)
-    tail = torch.tensor([cue + asked], device=lm.device)  # (1, C + Q)
+    tail = torch.tensor([reading.tail], device=lm.device)  # (1, C + Q)
+    asked = reading.asked
 
     def scored(rows: list[list[int]]) -> Tensor:
         ids, mask, positions = _left_padded(rows, lm.device)
@@ -96,27 +171,31 @@ def _likelihoods(views: UBMoETransformer, query: str, documents: list[str], batc
             attention_mask=torch.cat([mask, torch.ones_like(follow)], 1),
             position_ids=mask.sum(1, keepdim=True) + torch.arange(follow.shape[1], device=lm.device),
             past_key_values=past,
-            logits_to_keep=len(asked) + 1,
+            logits_to_keep=asked + 1,
         ).logits[:, :-1]  # (B, Q, V)
-        chances = logits.float().log_softmax(-1).gather(2, follow[:, -len(asked) :, None])  # (B, Q, 1)
+        chances = logits.float().log_softmax(-1).gather(2, follow[:, -asked:, None])  # (B, Q, 1)
         return chances.mean((1, 2))
 
-    return _in_batches([ids[:room] for ids in whole], batch_size, scored)
+    return scored
 
 
-def _log_odds(views: UBMoETransformer, query: str, documents: list[str], batch_size: int) -> list[float]:
+def _read_to_answer(views: UBMoETransformer, query: str, documents: list[str]) -> Reading:
+    limit = _context(views.generator("uni"))
+    answer_tokens(views)
+    rows, cut = [], []
+    for position, document in enumerate(documents):
+        ids = _asked(views, query, document)
+        if len(ids) > limit:
+            cut.append(position)
+            ids = _asked_shorter(views, query, document, limit)
+        rows.append(ids)
+    return Reading(rows, None, 0, cut, limit)
+
+
+def _log_odds(views: UBMoETransformer) -> Scored:
     """How much likelier the base model answers yes than no, as difference of the two logits."""
     lm: Any = views.generator("uni")
     yes, no = answer_tokens(views)
-    cut = 0
-    rows = []
-    for document in documents:
-        ids = _asked(views, query, document)
-        if len(ids) > _context(lm):
-            cut += 1
-            ids = _asked_shorter(views, query, document, _context(lm))
-        rows.append(ids)
-    _warn_of_cuts(cut, len(documents), _context(lm))
 
     def scored(batch: list[list[int]]) -> Tensor:
         ids, mask, positions = _left_padded(batch, lm.device)
@@ -125,7 +204,7 @@ def _log_odds(views: UBMoETransformer, query: str, documents: list[str], batch_s
         ).logits[:, -1]  # (B, V)
         return (logits[:, yes] - logits[:, no]).float()
 
-    return _in_batches(rows, batch_size, scored)
+    return scored
 
 
 def answer_tokens(views: UBMoETransformer) -> tuple[int, int]:
@@ -185,15 +264,6 @@ def _context(lm: Any) -> int:
     return int(lm.config.max_position_embeddings)
 
 
-def _warn_of_cuts(cut: int, total: int, room: int) -> None:
-    if cut:
-        warnings.warn(
-            f"{cut} of {total} documents do not fit into the {room} tokens that this model has for them and are ranked "
-            "by their beginning; rank shorter passages to avoid it",
-            stacklevel=4,
-        )
-
-
 def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, mask and positions, (B, T) each. Padding on the left: what follows stands at one place for all."""
     length = max(map(len, rows))
@@ -202,12 +272,14 @@ def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, T
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _in_batches(rows: list[list[int]], batch_size: int, scored: Callable[[list[list[int]]], Tensor]) -> list[float]:
+def _in_batches(rows: list[list[int]], batch_size: int, scored: Scored, go_on: Callable[[], bool]) -> list[float]:
     """Scores in the order of `rows`, computed with rows of similar length together."""
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
     scores = [0.0] * len(rows)
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
+            if not go_on():
+                raise CancelledError
             batch = order[start : start + batch_size]
             for number, value in zip(batch, scored([rows[number] for number in batch]).tolist()):
                 scores[number] = value

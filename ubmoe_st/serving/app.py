@@ -13,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ubmoe_st import __version__
 
-from . import completions, embeddings, search
+from . import completions, embeddings, rerank, search
 from .engine import Engine
 from .errors import add_handlers
 from .middleware import Gate, Observed
@@ -56,7 +56,7 @@ def create_app(
     settings: Settings | None = None,
     local: bool = False,
 ) -> FastAPI:
-    """Embeddings, chats, completions, and search where there is an index, by the OpenAI protocol.
+    """Embeddings, chats, completions by the OpenAI protocol, rankings by Cohere's, and search where there is an index.
 
     Args:
         engine: The model.
@@ -82,6 +82,7 @@ def create_app(
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES)
     app.include_router(embeddings.router(service))
     app.include_router(completions.router(service))
+    app.include_router(rerank.router(service))
     if index is not None:
         app.include_router(search.router(service))
 

@@ -8,13 +8,18 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .engine import Engine, Sampling, Tokens
 from .settings import Settings
 from .text import TextStream
+
+if TYPE_CHECKING:
+    from ubmoe_st.ranking import Reading
+
+T = TypeVar("T")
 
 
 class Busy(Exception):
@@ -179,32 +184,16 @@ class Generations:
             Busy: If too many requests wait already.
             TimeoutError: If it takes longer than the settings allow, waiting included.
         """
-        self.check_room()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._settings.timeout_s
-        self.waiting += 1
-        try:
-            await asyncio.wait_for(self._slots.acquire(), self._settings.timeout_s)
-        finally:
-            self.waiting -= 1
         pieces: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
         stopped = threading.Event()
-        self._cancelled.add(stopped)
-        self.running += 1
-        work = loop.run_in_executor(
-            self._threads,
+        await self._begin(
             lambda: self._generate(
                 ids, sampling, stops, stopped, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
             ),
+            stopped,
         )
-
-        def over(_: Any) -> None:
-            self.running -= 1
-            self._cancelled.discard(stopped)
-            self._slots.release()
-
-        # The slot is free when the thread is, not when the client is gone.
-        work.add_done_callback(over)
         try:
             while True:
                 piece = await asyncio.wait_for(pieces.get(), max(deadline - loop.time(), 0.001))
@@ -215,6 +204,50 @@ class Generations:
                     return
         finally:
             stopped.set()
+
+    async def rank(self, reading: Reading) -> list[float]:
+        """The score of each document; takes the turn of a text, because the same view computes it.
+
+        Cancelling it stops the work.
+
+        Args:
+            reading: What to rank.
+
+        Raises:
+            Busy: If too many requests wait already.
+            TimeoutError: If it takes longer than the settings allow, waiting included.
+        """
+        deadline = asyncio.get_running_loop().time() + self._settings.timeout_s
+        stopped = threading.Event()
+        try:
+            work = await self._begin(lambda: self._engine.rank(reading, lambda: not stopped.is_set()), stopped)
+            left = deadline - asyncio.get_running_loop().time()
+            return await asyncio.wait_for(asyncio.shield(work), max(left, 0.001))
+        finally:
+            stopped.set()
+
+    async def _begin(self, work: Callable[[], T], stopped: threading.Event) -> asyncio.Future[T]:
+        """Wait for a turn, then start `work` in a thread."""
+        self.check_room()
+        self.waiting += 1
+        try:
+            await asyncio.wait_for(self._slots.acquire(), self._settings.timeout_s)
+        finally:
+            self.waiting -= 1
+        self._cancelled.add(stopped)
+        self.running += 1
+        begun = asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+        def over(done: asyncio.Future[T]) -> None:
+            self.running -= 1
+            self._cancelled.discard(stopped)
+            self._slots.release()
+            if not done.cancelled():
+                done.exception()  # Looked at, also where nobody waits for it any more.
+
+        # The slot is free when the thread is, not when the client is gone.
+        begun.add_done_callback(over)
+        return begun
 
     def _generate(
         self,

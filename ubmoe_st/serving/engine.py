@@ -10,10 +10,13 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ubmoe_st.model import UBMoE
+    from ubmoe_st.ranking import Method, Reading
 
 Message = dict[str, str]
 OnToken = Callable[[int], bool]
 """Takes a new token, says whether to go on."""
+_RANKED_TOGETHER = 8
+"""Documents of a batch: so soon a ranking stops whose client is gone."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,32 @@ class Engine(Protocol):
             ids: The prompt.
             sampling: How to choose.
             on_token: Called with each new token, an end token included.
+        """
+        ...
+
+    def read_to_rank(self, query: str, documents: Sequence[str], method: Method) -> Reading:
+        """What the base model reads to rank documents, see `ubmoe_st.ranking.read`.
+
+        Args:
+            query: One text.
+            documents: At least one.
+            method: `likelihood` or `yes_no`.
+
+        Raises:
+            ValueError: If there is nothing to rank, or the base cannot be asked so.
+            NotImplementedError: If this engine does not rank.
+        """
+        ...
+
+    def rank(self, reading: Reading, go_on: Callable[[], bool]) -> list[float]:
+        """The score of each document, in their order; the higher the better.
+
+        Args:
+            reading: What `read_to_rank` gave.
+            go_on: Asked before each batch.
+
+        Raises:
+            CancelledError: If `go_on` says no.
         """
         ...
 
@@ -293,6 +322,18 @@ class TorchEngine:
                 logits_processor=LogitsProcessorList([chosen]),
                 stopping_criteria=StoppingCriteriaList([over]),
             )
+
+    def read_to_rank(self, query: str, documents: Sequence[str], method: Method) -> Reading:
+        """See `Engine`."""
+        from ubmoe_st.ranking import read
+
+        return read(self._views, query, documents, method)
+
+    def rank(self, reading: Reading, go_on: Callable[[], bool]) -> list[float]:
+        """See `Engine`."""
+        from ubmoe_st.ranking import score
+
+        return score(self._views, reading, _RANKED_TOGETHER, go_on)
 
     def decode(self, ids: list[int]) -> str:
         """See `Engine`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
@@ -441,6 +441,22 @@ class NativeUBMoE:
             yield generator
         finally:
             self._generators.put(generator)
+
+    def read_to_rank(self, query: str, documents: Sequence[str], method: str) -> Any:
+        """See `Engine`. Not here.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("the engine llama.cpp does not rank; serve the checkpoint with --engine torch")
+
+    def rank(self, reading: Any, go_on: Callable[[], bool]) -> list[float]:
+        """See `Engine`. Never called, because nothing can be read to rank.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("the engine llama.cpp does not rank; serve the checkpoint with --engine torch")
 
     def decode(self, ids: list[int]) -> str:
         """See `Engine`."""

@@ -131,6 +131,33 @@ class CompletionRequest(GenerationRequest):
     prompt: Text | list[Text] | TokenList | list[TokenList] = Field(description="Text or token ids, or a list of them.")
 
 
+class RerankDocument(BaseModel):
+    """A document as an object."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: Text
+
+
+class RerankRequest(Request):
+    """`POST /v1/rerank`."""
+
+    query: Text
+    documents: list[Text | RerankDocument] = Field(min_length=1)
+    top_n: int | None = Field(None, ge=1, description="Best documents to return. None: all.")
+    return_documents: bool = Field(False, description="Also return the text of each.")
+    method: Literal["likelihood", "yes_no"] = Field(
+        "likelihood",
+        description="likelihood: how well the base model foresees the query after the document. yes_no: whether it "
+        "says that the document answers the query; for bases that were tuned to chats.",
+    )
+    truncate: bool = Field(False, description="Read the beginning of a document that is too long; else it is refused.")
+
+    @property
+    def texts(self) -> list[str]:
+        """The documents."""
+        return [document if isinstance(document, str) else document.text for document in self.documents]
+
+
 class SearchRequest(Request):
     """`POST /v1/search`."""
 

@@ -28,9 +28,9 @@ class Settings:
     max_queue: int = 8192
     """Texts that may wait for the encoder; a request that would make it more is answered with 429."""
     generations: int = 2
-    """Texts generated at the same time."""
+    """Texts generated, or lists of documents ranked, at the same time."""
     max_waiting: int = 64
-    """Requests that may wait to generate; the next is answered with 429."""
+    """Requests that may wait to generate or to rank; the next is answered with 429."""
     default_max_tokens: int = 256
     """Tokens generated where a request does not say how many."""
     timeout_s: float = 600.0
