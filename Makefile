@@ -21,8 +21,9 @@ check: install ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Two processes of one thread each, a file of tests at a time.
 test: install ## tests on tiny models, no network
-	$(BIN)/python -m pytest -m "not real and not families and not venv and not space"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not real and not families and not venv and not space"
 
 test-venv: install ## stock sentence-transformers in a fresh environment without this package
 	$(BIN)/python -m pytest -m venv
