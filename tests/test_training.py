@@ -104,7 +104,7 @@ def similarity(recipe, checkpoint, data, tmp_path):
 def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):
     weights = SimilarityWeights(within=0.5)
     trainer = {"max_steps": 40, "learning_rate_mapping": {"lora_B": 2e-2}}
-    run = train(similarity(project=True, similarity=weights, trainer=trainer))
+    run = train(similarity(project=True, components=True, similarity=weights, trainer=trainer))
     losses = [entry["similarity"] for entry in run.trainer.state.log_history if "similarity" in entry]
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
@@ -120,6 +120,8 @@ def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):
     assert released.ubmoe_config.training == "distilled from tiny"
     vectors = released.encode(TEXTS)
     assert np.abs(vectors - run.model.eval().encode(TEXTS)).max() < 5e-3
+    size = np.square(released.encode(run.trainer.train_dataset["anchor"][:])).mean(0)
+    assert size[:8].sum() > 0.5 > 0.1 > size[-8:].sum()
     assert np.abs(SentenceTransformer(str(run.checkpoint)).encode(TEXTS) - vectors).max() < 1e-4
     texts = run.trainer.train_dataset["anchor"][:]
     models = UBMoE(str(checkpoint)), released, build_model(similarity(), device="cpu").eval()

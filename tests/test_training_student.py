@@ -28,6 +28,7 @@ from training.student import (
     start_from,
     start_layers,
     trained_state,
+    turn_to_components,
 )
 from ubmoe_st import UBMoE
 from ubmoe_st.bases import resolve_base
@@ -179,6 +180,27 @@ def test_the_head_starts_at_the_teacher_and_the_projection_at_the_mean(recipe, t
     centred = F.normalize(pooled - pooled.mean(0), dim=-1)
     assert torch.allclose(out["sentence_embedding"], centred, atol=1e-4)
     assert (F.normalize(pooled, dim=-1) - centred).abs().max() > 0.1
+
+
+def test_a_projection_is_turned_to_principal_components(recipe):
+    """Cosines stay; no other k dimensions keep more of the vectors than the first k, by numpy's SVD of them."""
+    model = build_model(recipe(project=True), device="cpu").eval()
+    with torch.no_grad():
+        model[2].linear.weight.copy_(
+            torch.randn(model[2].linear.weight.shape, generator=torch.Generator().manual_seed(1))
+        )
+    texts = [f"the {a} {b} sits on {c}" for a, b, c in zip(WORDS, WORDS[::-1], sorted(WORDS))] * 2
+    before = model.encode(texts)
+    shares = turn_to_components(model, texts)
+    after = model.encode(texts)
+    assert np.abs(after @ after.T - before @ before.T).max() < 1e-5
+    assert np.abs(after - before).max() > 0.1
+    singular = np.linalg.svd(before.astype(np.float64), compute_uv=False) ** 2 / len(before)
+    assert np.abs(shares[: len(singular)].numpy() - singular).max() < 1e-6
+    assert np.abs(np.square(after.astype(np.float64)).mean(0) - shares.numpy()).max() < 1e-6
+    assert shares[:4].sum() > 2 * np.square(before[:, :4]).sum(1).mean()
+    with pytest.raises(ValueError, match="need as many texts, got 3"):
+        turn_to_components(model, texts[:3])
 
 
 def test_a_model_starts_from_released_experts(recipe, base, tmp_path):

@@ -50,7 +50,16 @@ from training.resume import (
     load_trained,
     trained_parameters,
 )
-from training.student import HEAD, build_model, causal_model, encoder_of, modules_behind, start_from, start_layers
+from training.student import (
+    HEAD,
+    build_model,
+    causal_model,
+    encoder_of,
+    modules_behind,
+    start_from,
+    start_layers,
+    turn_to_components,
+)
 from training.teacher import targets
 from training.texts import Corpus, read_corpus
 from ubmoe_st import upcycle
@@ -276,6 +285,9 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer.train(resume_from_checkpoint=last)
     run = Run(model, trainer)
     if trainer.is_world_process_zero():
+        if recipe.components and corpus is not None:
+            shares = turn_to_components(model, _sample(recipe, corpus)[1], recipe.prompt)
+            logger.info("the first 128 dimensions hold %.1f %% of the vectors", 100 * shares[:128].sum())
         save_file(trained_parameters(model), out / TRAINED_FILE)
         _write_summary(recipe, trainer, out / SUMMARY_FILE)
         if export and recipe.train == "ffn":
@@ -305,10 +317,16 @@ def start(recipe: ContrastiveRecipe, model: SentenceTransformer, corpus: Corpus 
         layers = [layer for layer in layers if recipe.project and layer.module_output_name != HEAD]
     if not layers or corpus is None:
         return
+    rows, texts = _sample(recipe, corpus)
+    start_layers(recipe, model, layers, texts, found[0][rows] if found else None)
+
+
+def _sample(recipe: ContrastiveRecipe, corpus: Corpus) -> tuple[list[int], list[str]]:
+    """The texts that linear layers are fitted on: their rows, and as the student reads them."""
     count = min(recipe.ridge or _MEAN_ROWS, len(corpus.texts))
     rows = random.Random(1).sample(range(len(corpus.texts)), count)
     texts = student_texts(recipe, corpus)
-    start_layers(recipe, model, layers, [texts[row] for row in rows], found[0][rows] if found else None)
+    return rows, [texts[row] for row in rows]
 
 
 def load_run(folder: str | Path) -> tuple[ContrastiveRecipe, SentenceTransformer]:

@@ -344,6 +344,10 @@ class ContrastiveRecipe:
     """A square linear layer behind the pooling that is part of the model. It starts by subtracting the mean of the
     pooled vectors of the `ridge` texts."""
 
+    components: bool = False
+    """At the end the projection is turned to the principal components of the vectors of the `ridge` texts: cosines
+    stay, and the leading dimensions say most, so that `truncate_dim` costs little."""
+
     pooling: Literal["mean", "lasttoken"] = "mean"
     prompt: str | None = None
     """Put before every text, in training and by `encode`."""
@@ -392,6 +396,11 @@ class ContrastiveRecipe:
             raise ValueError("head: training is for distillation; a contrastive loss trains the vectors themselves")
         elif self.groups is not None:
             raise ValueError("groups need a teacher that says what is close: loss: similarity, or distillation")
+        if self.components and (not self.project or self.matryoshka_dims or self.pairs is not None):
+            raise ValueError(
+                "components turns the layer of `project: true` by the vectors of `sentences` or `texts`; it goes "
+                "neither with `pairs` nor with matryoshka_dims, which order the dimensions themselves"
+            )
         if self.project and self.head == "output":
             raise ValueError("project changes the vectors that head: output ties to the teacher's space; choose one")
         if self.views == 2 and self.pairs is None and not self.has_noise:

@@ -316,3 +316,37 @@ def causal_model(module: UBMoETransformer, base: Base) -> PreTrainedModel:
 def modules_behind(model: SentenceTransformer) -> list[Any]:
     """Modules of the released model behind the encoder: all but a head that only training uses."""
     return [m for m in list(model)[1:] if not isinstance(m, Dense) or m.module_output_name != HEAD]
+
+
+def turn_to_components(model: SentenceTransformer, texts: Sequence[str], prompt: str | None = None) -> Tensor:
+    """Turn the projection so that its outputs are principal components of the vectors, the largest first.
+
+    A rotation leaves every cosine as it is. Of all of them, this one keeps most of the inner products of unit vectors
+    in the leading dimensions, so `truncate_dim` costs least.
+
+    Args:
+        model: From `build_model`, with a projection.
+        texts: A sample, n texts.
+        prompt: Put before them.
+
+    Returns:
+        The share of the squared length of the sample's vectors in each dimension, (D,), falling.
+
+    Raises:
+        ValueError: If there are fewer texts than dimensions.
+    """
+    projection = next(m for m in modules_behind(model) if isinstance(m, Dense))
+    width = projection.linear.out_features
+    if len(texts) < width:
+        raise ValueError(f"{width} principal components need as many texts, got {len(texts)}; give more texts")
+    released = SentenceTransformer(modules=[model[0], *modules_behind(model)], device=str(model.device))
+    found = released.encode(list(texts), prompt=prompt, batch_size=32, convert_to_tensor=True, show_progress_bar=False)
+    vectors = F.normalize(found.double().cpu(), dim=-1)
+    values, components = torch.linalg.eigh(vectors.T @ vectors / len(vectors))
+    turn = components.flip(1).T
+    # The sign of a component is arbitrary; fixed, so that the same texts give the same model.
+    turn = turn * turn.gather(1, turn.abs().argmax(1, keepdim=True)).sign()
+    with torch.no_grad():
+        for tensor in (projection.linear.weight, projection.linear.bias):
+            tensor.copy_(turn @ tensor.double().cpu())
+    return values.flip(0)
