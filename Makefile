@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-families test-venv test-min test-core test-space model model-270m demo space serve train train-270m train-distilled train-smoke teachers bench report help
+.PHONY: install check test test-real test-families test-venv test-min test-core test-space soak audit model model-270m demo space serve train train-270m train-distilled train-smoke teachers bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -31,6 +31,13 @@ test-venv: install ## stock sentence-transformers in a fresh environment without
 test-space: install ## the Gradio Space in headless Chromium; screenshots in CI_ARTIFACTS or runs/artifacts
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]" playwright
 	$(BIN)/python -m pytest -m space -rs
+
+soak: install ## the reliability tests at full counts, with their figures (hours); SOAK=0.1 for a tenth
+	UBMOE_SOAK=$(or $(SOAK),1) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/soak -rs
+
+audit: install ## known faults of the pinned dependencies (needs the network)
+	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # Another Python: `make test-core PYTHON=python3.13`, `make test-min PYTHON=python3.10` (the lowest versions have wheels for
 # 3.10 to 3.12).

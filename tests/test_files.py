@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -79,6 +80,8 @@ def test_a_failure_at_any_call_leaves_the_old_content_or_the_new(tmp_path, monke
 
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
+            if call == "replace":  # as where two names cannot be exchanged
+                patch.setattr(files, "_exchange", lambda one, other: False)
             told = ""
             try:
                 put(tmp_path / "a", kind, b"new")
@@ -166,6 +169,55 @@ def test_a_replaced_folder_keeps_what_is_asked(tmp_path):
     with pytest.raises(FileExistsError, match="is a file"), files.replacing_folder(target / "new"):
         pass
     assert names(tmp_path) == ["a", "n.txt", "new", "notes"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("moment", ["rename", "rmtree", "before"])
+def test_a_kill_while_a_folder_is_replaced_leaves_one_of_both(tmp_path, moment):
+    """Killed after the first rename, or before the old folder is removed: files of others are there."""
+    target = tmp_path / "a"
+    target.mkdir()
+    (target / "ours.bin").write_text("old")
+    (target / "notes").mkdir()
+    (target / "notes" / "n.txt").write_text("mine")
+    (target / "link").symlink_to("notes")
+    pid = os.fork()
+    if pid == 0:
+        real = os.replace
+
+        def dies(*arguments, **options):
+            if len(arguments) == 2:
+                real(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        if moment == "rename":
+            os.replace = dies
+        if moment != "before":
+            files.shutil.rmtree = dies
+        with files.replacing_folder(target, keep=lambda entry: entry.suffix != ".bin") as temporary:
+            (temporary / "new.bin").write_text("new")
+            if moment == "before":
+                dies()
+        os._exit(0)
+    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    assert (target / ("ours.bin" if moment == "before" else "new.bin")).is_file()
+    assert (target / "notes" / "n.txt").read_text() == "mine"
+    assert (target / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2, "nothing was left, so that there is nothing to tidy"
+    with files.replacing_folder(target, keep=lambda entry: entry.suffix != ".bin") as temporary:
+        with files.replacing_folder(target):  # the next does not remove what a living writer has
+            pass
+        (temporary / "newer.bin").write_text("newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert names(target) == ["link", "n.txt", "newer.bin", "notes"]
+
+
+def test_without_an_exchange_of_names_a_folder_is_replaced_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    for content in ("old", "new"):
+        with files.replacing_folder(tmp_path / "a", keep=lambda entry: False) as temporary:
+            (temporary / content).write_text(content)
+    assert names(tmp_path) == ["a", "new"]
 
 
 def test_removing_takes_anything(tmp_path):

@@ -7,14 +7,23 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 COPY_BYTES = 1 << 20
 """Bytes moved at a time when a file is copied or hashed."""
+_HELD = ".held"
+"""In the temporary name of a folder that its living writer keeps locked."""
 
 
 class HashingWriter:
@@ -170,7 +179,9 @@ def replacing_folder(
     """Write a folder all or nothing.
 
     Yields a temporary sibling; when the block ends without error it is flushed to disk and takes the place of
-    `path`. On any error, Ctrl-C included, the temporary folder is removed and `path` is as it was.
+    `path`. On any error, Ctrl-C included, the temporary folder is removed and `path` is as it was. Where the system can
+    exchange two names (Linux, macOS), a kill at any moment leaves the old folder or the new one, and what a killed
+    writer left is removed by the next one.
 
     Args:
         path: The folder to write.
@@ -187,33 +198,118 @@ def replacing_folder(
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or overwrite it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _cleaning_up(target, unique=True) as temporary:
+    _remove_left_over(target)
+    with _cleaning_up(target, unique=True, suffix=f"{_HELD}.tmp") as temporary:
         mode = _mode_of_new_files(temporary)
-        temporary.mkdir()
-        yield temporary
-        _finish(temporary, mode)
-        if not target.exists():
-            _put(temporary, target)
-            return
-        old = temporary.with_suffix(".old")
-        os.replace(target, old)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            os.replace(old, target)
-            raise
-        for entry in old.iterdir():
-            if not (target / entry.name).exists() and keep(entry):
-                os.replace(entry, target / entry.name)
-        sync_directory(target)
-        sync_directory(target.parent)
-        shutil.rmtree(old)
+        with _held(temporary):
+            yield temporary
+            _finish(temporary, mode)
+            if not target.exists():
+                _put(temporary, target)
+                return
+            # Before the swap, so that a kill at any moment leaves them in the folder that has the name.
+            for entry in target.iterdir():
+                if not os.path.lexists(temporary / entry.name) and keep(entry):
+                    _carry(entry, temporary / entry.name)
+            sync_directory(temporary)
+            old = _swap(temporary, target)
+            sync_directory(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path) -> Path:
+    """Give `target` the new folder and return where the old one is now; in one step where the system can."""
+    if _exchange(new, target):
+        return new
+    old = new.with_suffix(".old")
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    return old
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; False where the system or the file system does not know how."""
+    if os.name == "nt":
+        return False
+    import ctypes
+
+    library = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    try:
+        if sys.platform == "darwin":
+            return library.renamex_np(*names, 2) == 0  # RENAME_SWAP
+        return library.renameat2(-100, names[0], -100, names[1], 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+    except AttributeError:  # an older C library
+        return False
+
+
+def _carry(entry: Path, to: Path) -> None:
+    """Let a file, or all files of a folder, be under a second name too."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.copytree(entry, to, symlinks=True, copy_function=_link)
+    else:
+        _link(entry, to)
+
+
+def _link(source: str | Path, to: str | Path) -> None:
+    try:
+        os.link(source, to, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # a file system without links
+        shutil.copy2(source, to, follow_symlinks=False)
 
 
 @contextlib.contextmanager
-def _cleaning_up(path: Path, unique: bool) -> Iterator[Path]:
+def _held(folder: Path) -> Iterator[None]:
+    """Make a folder and lock it, so that others see that its writer is alive: a lock ends with its process."""
+    descriptor = None
+    while descriptor is None:
+        folder.mkdir()
+        if fcntl is None:
+            break
+        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not folder.exists():  # somebody took it for left over before it was locked
+            os.close(descriptor)
+            descriptor = None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Remove the temporary siblings of a folder whose writers were killed."""
+    if fcntl is None:
+        return
+    ours = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}{re.escape(_HELD)}\.(tmp|old)")
+    for entry in target.parent.iterdir():
+        # Without a target, `.old` is all there is.
+        if not ours.fullmatch(entry.name) or not entry.is_dir() or (entry.suffix == ".old" and not target.exists()):
+            continue
+        try:
+            descriptor = os.open(entry, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held by a living writer
+            continue
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _cleaning_up(path: Path, unique: bool, suffix: str = ".tmp") -> Iterator[Path]:
     """A name beside `path`, under which nothing is left if the block fails."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp" if unique else f"{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}" if unique else f"{path.name}{suffix}")
     try:
         with disk_full_explained(path):
             yield temporary
