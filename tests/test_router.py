@@ -109,7 +109,7 @@ def test_a_plain_format_stands_for_a_chat_template(recipe, checkpoint, tmp_path)
     shutil.copytree(checkpoint, bare)
     (bare / "chat_template.jinja").unlink()
     changes = {"checkpoint": str(bare), "trainer": {"max_steps": 1}}
-    with pytest.raises(ValueError, match="--set 'plain_format=\"Question: {question}"):
+    with pytest.raises(ValueError, match=r"--set 'plain_format=\"Question: \{question\}"):
         train(recipe(**changes))
     folder = train(recipe(**changes, plain_format=plain))
     routed = UBMoE(str(folder))
