@@ -190,6 +190,14 @@ def test_processes_that_cannot_share_the_batches_are_refused(tmp_path):
     assert keep_steps(Arguments, None) == 2
 
 
+def test_a_batch_that_the_data_cannot_fill_is_refused(recipe, tmp_path):
+    """The stock trainer would end after no step, and the base would be exported as trained."""
+    whole = {"per_device_train_batch_size": 100, "dataloader_drop_last": True}
+    with pytest.raises(ValueError, match=r"60 rows do not fill .* lower trainer\.per_device_train_batch_size"):
+        train(recipe(length_buckets=False, trainer=whole))
+    assert not (tmp_path / "run" / "experts").exists()
+
+
 def test_a_run_starts_from_another(recipe, tmp_path):
     first = train(recipe(out=str(tmp_path / "first")), export=False)
     still = {"max_steps": 1, "learning_rate": 0.0}

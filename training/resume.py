@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -96,6 +97,7 @@ class TrainedOnly:
     model: Any
     args: Any
     state: Any
+    train_dataset: Any
     begun: int | None = None
     """Processes that began the run, see `keep_steps`. None: those of now."""
 
@@ -105,6 +107,21 @@ class TrainedOnly:
         save_file(trained_parameters(self.model), folder / TRAINED_FILE)
         counts = {"begun": self.begun or self.args.world_size, "processes": self.args.world_size}
         (folder / PROCESSES_FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+
+    def get_train_dataloader(self) -> Any:
+        """The stock one.
+
+        Raises:
+            ValueError: If it gives no batch: the stock trainer would end without a step, and without a word.
+        """
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        if has_length(loader) and len(loader) == 0:
+            size = self.args.per_device_train_batch_size
+            raise ValueError(
+                f"{len(self.train_dataset)} rows do not fill one batch of {size} in each of {self.args.world_size} "
+                "processes; lower trainer.per_device_train_batch_size"
+            )
+        return loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))
