@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.engines import cosine, in_process
+from helpers.engines import LLAMA_CPP_ADAPTER, cosine, in_process
 from helpers.gguf import GGUF_TEXTS, bpe_tokenizer
 from helpers.models import TEXTS, make_base, make_checkpoint, make_tokenizer, random_experts
 from peft import PeftModel
@@ -18,22 +18,6 @@ from ubmoe_st import UBMoE, UBMoETransformer, upcycle
 from ubmoe_st.export import export
 from ubmoe_st.upcycling import export_experts
 
-LLAMA_SCRIPT = """
-import json, sys
-from urllib.request import Request, urlopen
-import xllamacpp
-path, adapter, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-params = xllamacpp.CommonParams()
-params.model.path, params.embedding, params.n_ctx = path, True, 128
-params.n_parallel, params.cpuparams.n_threads, params.warmup, params.verbosity = 1, 1, False, 0
-params.attention_type = xllamacpp.llama_attention_type.LLAMA_ATTENTION_TYPE_NON_CAUSAL
-params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-if adapter:
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
-server = xllamacpp.Server(params)
-body = Request(server.listening_address + "/v1/embeddings", json.dumps({"input": texts}).encode())
-print(json.dumps([entry["embedding"] for entry in json.load(urlopen(body, timeout=60))["data"]]))
-"""
 needs_llama = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the extra serve")
 
 
@@ -91,9 +75,9 @@ def test_llama_cpp_loads_the_adapter_beside_the_gguf_of_the_base(tmp_path, archi
     export(checkpoint, tmp_path / "base.gguf", view="generator", format="gguf")
     export(checkpoint, tmp_path / "adapter.gguf", format="gguf-lora")
     expected = UBMoE(str(checkpoint)).encode(GGUF_TEXTS)
-    found = in_process(LLAMA_SCRIPT, tmp_path / "base.gguf", tmp_path / "adapter.gguf", json.dumps(GGUF_TEXTS))
+    found = in_process(LLAMA_CPP_ADAPTER, tmp_path / "base.gguf", tmp_path / "adapter.gguf", json.dumps(GGUF_TEXTS))
     assert cosine(found, expected).min() > 0.999
-    plain = in_process(LLAMA_SCRIPT, tmp_path / "base.gguf", "", json.dumps(GGUF_TEXTS))
+    plain = in_process(LLAMA_CPP_ADAPTER, tmp_path / "base.gguf", "", json.dumps(GGUF_TEXTS))
     assert cosine(plain, expected).min() < 0.95
 
 

@@ -8,35 +8,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.engines import cosine, in_process
+from helpers.engines import LLAMA_CPP, cosine, in_process
 from helpers.gguf import GGUF_MODELS, GGUF_TEXTS
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE
 from ubmoe_st.export import export
 
-LLAMA_SCRIPT = """
-import json, sys
-from urllib.request import Request, urlopen
-import xllamacpp
-path, mode, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-params = xllamacpp.CommonParams()
-params.model.path, params.embedding, params.n_ctx = path, mode == "encode", 128
-params.n_parallel, params.cpuparams.n_threads, params.warmup, params.verbosity = 1, 1, False, 0
-# The cache in fp32: the default, fp16, moves near ties of a random model.
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-server = xllamacpp.Server(params)
-def post(endpoint, **request):
-    body = Request(server.listening_address + endpoint, json.dumps(request).encode())
-    return json.load(urlopen(body, timeout=60))
-result = {"ids": [post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"] for text in texts]}
-if mode == "encode":
-    result["vectors"] = [entry["embedding"] for entry in post("/v1/embeddings", input=texts)["data"]]
-else:
-    choice = {"n_predict": 12, "temperature": 0, "top_k": 1, "repeat_penalty": 1, "return_tokens": True}
-    result["tokens"] = [post("/completion", prompt=ids, **choice)["tokens"] for ids in result["ids"]]
-print(json.dumps(result))
-"""
 needs_llama = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the extra llama-cpp")
 
 
@@ -45,7 +23,7 @@ needs_llama = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, 
 def test_gguf_encoder_in_llama_cpp(name, gguf_checkpoint_of, tmp_path):
     _, checkpoint = gguf_checkpoint_of(name)
     export(checkpoint, tmp_path / "model.gguf", format="gguf")
-    found = in_process(LLAMA_SCRIPT, tmp_path / "model.gguf", "encode", json.dumps(GGUF_TEXTS))
+    found = in_process(LLAMA_CPP, tmp_path / "model.gguf", "encode", json.dumps(GGUF_TEXTS))
     model = UBMoE(str(checkpoint))
     assert found["ids"] == model.tokenizer(GGUF_TEXTS)["input_ids"]
     expected = model.encode(GGUF_TEXTS)
@@ -62,7 +40,7 @@ def test_gguf_in_fewer_bits(quantize, limit, gguf_checkpoint_of, tmp_path):
     full = export(checkpoint, tmp_path / "full.gguf", format="gguf")
     facts = export(checkpoint, tmp_path / "model.gguf", format="gguf", quantize=quantize)
     assert facts["bytes"] < 0.9 * full["bytes"]
-    found = in_process(LLAMA_SCRIPT, tmp_path / "model.gguf", "encode", json.dumps(GGUF_TEXTS))
+    found = in_process(LLAMA_CPP, tmp_path / "model.gguf", "encode", json.dumps(GGUF_TEXTS))
     expected = UBMoE(str(checkpoint)).encode(GGUF_TEXTS)
     assert cosine(found["vectors"], expected).min() > limit
     assert np.abs(cosine(found["vectors"], expected) - 1).max() > 1e-9
@@ -74,7 +52,7 @@ def test_gguf_generator_gives_the_tokens_of_the_base(name, gguf_checkpoint_of, t
     base, checkpoint = gguf_checkpoint_of(name)
     export(checkpoint, tmp_path / "model.gguf", view="generator", format="gguf")
     prompts = ["the cat", "a red bird sleeps in"]
-    found = in_process(LLAMA_SCRIPT, tmp_path / "model.gguf", "generate", json.dumps(prompts))
+    found = in_process(LLAMA_CPP, tmp_path / "model.gguf", "generate", json.dumps(prompts))
     lm = AutoModelForCausalLM.from_pretrained(base)
     tokenizer = UBMoE(str(checkpoint)).tokenizer
     for prompt, tokens in zip(prompts, found["tokens"], strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.engines import cosine, in_process, tree
+from helpers.engines import ENCODE, ENGINES, cosine, in_process, tree
 from helpers.models import TEXTS, make_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -18,54 +18,10 @@ from ubmoe_st import UBMoE
 from ubmoe_st.export import export
 from ubmoe_st.export.graphs import EncoderGraph, calibration_texts, peaks, write_onnx
 
-READER = """
-import json, os, sys
-import numpy as np
-from tokenizers import Tokenizer
-os.chdir(sys.argv[1])
-tokenizer = Tokenizer.from_file("tokenizer.json")
-def inputs(texts):
-    batch = tokenizer.encode_batch(texts)
-    ids, mask = zip(*((x.ids, x.attention_mask) for x in batch))
-    return {"input_ids": np.array(ids), "attention_mask": np.array(mask)}
-"""
-ONNX_SCRIPT = (
-    READER
-    + """
-import onnxruntime
-session = onnxruntime.InferenceSession("onnx/model.onnx", providers=["CPUExecutionProvider"])
-names = [x.name for x in session.get_outputs()]
-def run(feed):
-    return dict(zip(names, session.run(names, feed)))
-"""
-)
-OPENVINO_SCRIPT = (
-    READER
-    + """
-import openvino
-model = openvino.compile_model("openvino/openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-names = [x.get_any_name() for x in model.outputs]
-def run(feed):
-    found = model(feed)
-    return {name: found[name] for name in names}
-"""
-)
-ENCODE = """
-texts = json.loads(sys.argv[2])
-together = run(inputs(texts))
-alone = [run(inputs([text]))["sentence_embedding"][0] for text in texts]
-print(json.dumps({
-    "names": names,
-    "vectors": together["sentence_embedding"].tolist(),
-    "alone": [x.tolist() for x in alone],
-    "shape": list(together["last_hidden_state"].shape),
-}))
-"""
 LOGITS = """
 ids = np.array(json.loads(sys.argv[2]))
 print(json.dumps(run({"input_ids": ids, "attention_mask": np.ones_like(ids)})["logits"].tolist()))
 """
-ENGINES = {"onnx": ONNX_SCRIPT, "openvino": OPENVINO_SCRIPT}
 needs_onnx = pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra onnx")
 needs_openvino = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs the extra openvino")
 
@@ -151,7 +107,7 @@ def test_large_onnx_weights_go_under_the_name_that_optimum_looks_for(checkpoint,
     graph.unlink()
     write_onnx(EncoderGraph(UBMoE(str(checkpoint))), graph, None, file_limit_bytes=1000)
     assert {"onnx/model.onnx", "onnx/model.onnx_data"} <= tree(tmp_path / "out")
-    found = in_process(ONNX_SCRIPT + ENCODE, tmp_path / "out", json.dumps(TEXTS))
+    found = in_process(ENGINES["onnx"] + ENCODE, tmp_path / "out", json.dumps(TEXTS))
     assert np.abs(np.array(found["vectors"]) - UBMoE(str(checkpoint)).encode(TEXTS)).max() < 1e-4
 
 

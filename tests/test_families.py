@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.engines import ENCODE, ENGINES, LLAMA_CPP, LLAMA_CPP_ADAPTER, cosine, in_process
 from helpers.models import random_experts
 from peft import LoraConfig, PeftModel
 from sentence_transformers import SentenceTransformer
@@ -119,6 +121,31 @@ def test_exports_embed_as_the_checkpoint_does(family, tmp_path):
         assert np.abs(torch.nn.functional.normalize(hidden, dim=0).numpy() - vector).max() < 1e-3
 
 
+def test_openvino_embeds_as_the_checkpoint_does(family, tmp_path):
+    """In a process without torch, at the precision that `INFERENCE_PRECISION_HINT` says."""
+    _, checkpoint = family
+    export(checkpoint, tmp_path / "graph", format="openvino")
+    hidden = ("ubmoe_st", "torch", "transformers", "sentence_transformers")
+    found = in_process(ENGINES["openvino"] + ENCODE, tmp_path / "graph", json.dumps(TEXTS), hidden=hidden)
+    assert np.abs(np.array(found["vectors"]) - UBMoE(str(checkpoint)).encode(TEXTS)).max() < 1e-3
+
+
+def test_llama_cpp_embeds_with_full_attention_beside_the_gguf_of_the_base(family, tmp_path):
+    """The base's own file, in 4 bit, and the experts as an adapter; causal attention would give other vectors."""
+    base, checkpoint = family
+    (file,) = base.source_files
+    export(checkpoint, tmp_path / "adapter.gguf", format="gguf-lora")
+    expected = UBMoE(str(checkpoint)).encode(TEXTS)
+
+    def similarity(adapter, *causal):
+        return cosine(in_process(LLAMA_CPP_ADAPTER, file, adapter, json.dumps(TEXTS), *causal), expected).min()
+
+    full = similarity(tmp_path / "adapter.gguf")
+    assert full > 0.98
+    assert similarity(tmp_path / "adapter.gguf", "causal") < full - 0.02
+    assert similarity("") < full - 0.002, "the experts change nothing, so this test would be vacuous"
+
+
 def test_gguf_is_written_or_refused_before_anything_is_loaded(family, tmp_path):
     _, checkpoint = family
     if "gemma" in (checkpoint / "config.json").read_text():
@@ -134,3 +161,5 @@ def test_gguf_is_written_or_refused_before_anything_is_loaded(family, tmp_path):
         assert int(peak) < weights
     else:
         assert export(checkpoint, tmp_path / "model.gguf", format="gguf")["bytes"] > 1e8
+        found = in_process(LLAMA_CPP, tmp_path / "model.gguf", "encode", json.dumps(TEXTS))
+        assert cosine(found["vectors"], UBMoE(str(checkpoint)).encode(TEXTS)).min() > 0.9999

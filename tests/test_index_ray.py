@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import helpers.encoders
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ def cluster():
     ray.shutdown()
 
 
-def test_two_workers_give_the_same_index_as_one_process(tmp_path):
+def test_two_workers_give_the_same_index_as_one_process(tmp_path, monkeypatch):
+    """Also of a corpus and a folder that are named relative to the working directory, which workers do not share."""
+    monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(2)
     rows = [
         {"id": f"d{n}", "text": " ".join(f"w{w}" for w in generator.integers(500, size=generator.integers(1, 60)))}
@@ -31,14 +35,15 @@ def test_two_workers_give_the_same_index_as_one_process(tmp_path):
     encoder = HashEncoder(16, batch_noise=1e-3)
     local = EmbeddingIndex.build(encoder, rows, tmp_path / "local", **cut)
     far = HashEncoder(16, batch_noise=1e-3)
-    remote = EmbeddingIndex.build(far, rows, tmp_path / "ray", engine="ray", workers=2, **cut)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    remote = EmbeddingIndex.build(far, "rows.jsonl", "ray", engine="ray", workers=2, **cut)
     names = list(local)
     assert len(names) > 400
     assert list(remote) == names
     assert remote.vectors(names).tobytes() == local.vectors(names).tobytes()
     assert len(far.batches) == 2, "the driver embedded more than the probes, so this test would be vacuous"
     assert remote.verify() == []
-    again = EmbeddingIndex.build(encoder, rows, tmp_path / "ray", **cut)
+    again = EmbeddingIndex.build(encoder, "rows.jsonl", tmp_path / "ray", **cut)
     assert again.version == 1
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 pytest.importorskip("peft")
 
 from helpers.training import make_recipe, make_teacher, make_training_data
 
+from training import contrastive
 from training.command import arguments_of
 from training.contrastive import train
 from training.recipe import Groups
-from training.resume import checkpoint_to_resume, trained_parameters
+from training.resume import checkpoint_to_resume, keep_steps, trained_parameters
+from training.teacher import teacher_vectors
+from training.texts import read_corpus
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -94,6 +103,99 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, teacher, tmp_path, lo
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert max(t.abs().max() for n, t in first.items() if "lora_B" in n) > 1e-3
+
+
+def in_processes(count, work):
+    """Run work in so many connected processes, forked, so that nothing is imported again."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                torch.set_num_threads(1)
+                if count > 1:
+                    os.environ |= {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                PartialState._reset_state()
+                AcceleratorState._reset_state(True)
+                work()
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * count
+
+
+def test_a_run_of_two_processes_goes_on_in_one(recipe, teacher, tmp_path):
+    """Each step has the batches that both would have had, so it ends at the same parameters, but for rounding."""
+
+    def run(out, steps, seen=None):
+        trainer = {
+            "max_steps": steps, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant",
+            "learning_rate": 1e-3,
+        }  # fmt: skip
+        parts = {"loss": "distillation", "teacher": teacher, "head": "training", "ffn_dropout": 0.0}
+
+        def work():
+            batches = []
+            original = contrastive.ContrastiveTrainer.compute_loss
+
+            def spy(self, model, inputs, *args, **kwargs):
+                batches.append((self.state.global_step, inputs["label"].tolist()))
+                return original(self, model, inputs, *args, **kwargs)
+
+            contrastive.ContrastiveTrainer.compute_loss = spy
+            train(recipe(out=str(tmp_path / out), trainer=trainer, **parts), export=False)
+            (tmp_path / f"{out}-{steps}-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(batches))
+
+        return work
+
+    def batches(*names):
+        found = {}
+        for name in names:
+            for step, rows in json.loads((tmp_path / f"{name}.json").read_text()):
+                found.setdefault(step, []).append(rows)
+        return {step: sorted(rows) for step, rows in found.items()}
+
+    in_processes(1, lambda: teacher_vectors(recipe().base, teacher, read_corpus(recipe()).texts))
+    in_processes(2, run("whole", 8))
+    in_processes(2, run("changed", 5))
+    in_processes(1, run("changed", 8))
+    expected = batches("whole-8-0", "whole-8-1")
+    assert batches("changed-8-0") == {step: rows for step, rows in expected.items() if step >= 5}
+    assert [len(rows) for rows in expected.values()] == [2] * 8
+    whole, changed = (load_file(tmp_path / name / "trained.safetensors") for name in ("whole", "changed"))
+    for name, tensor in whole.items():
+        assert (tensor - changed[name]).norm() <= 1e-4 * tensor.norm(), name
+    start = load_file(tmp_path / "changed" / "checkpoints" / "checkpoint-5" / "trained.safetensors")
+    assert max((tensor - start[name]).norm() / tensor.norm() for name, tensor in whole.items()) > 1e-2
+    spent = [json.loads((tmp_path / name / "training.json").read_text())["tokens"] for name in ("whole", "changed")]
+    assert spent[1] == pytest.approx(2 * spent[0], rel=0.2)  # of one process
+
+
+def test_processes_that_cannot_share_the_batches_are_refused(tmp_path):
+    (tmp_path / "processes.json").write_text('{"begun": 4, "processes": 2}')
+
+    class Arguments:
+        gradient_accumulation_steps = 3
+        world_size = 3
+
+    with pytest.raises(ValueError, match="go on with 1, 2, 4 processes, or start another run"):
+        keep_steps(Arguments, str(tmp_path))
+    Arguments.world_size = 2
+    assert keep_steps(Arguments, str(tmp_path)) == 4
+    assert Arguments.gradient_accumulation_steps == 6
+    assert keep_steps(Arguments, None) == 2
+
+
+def test_a_batch_that_the_data_cannot_fill_is_refused(recipe, tmp_path):
+    """The stock trainer would end after no step, and the base would be exported as trained."""
+    whole = {"per_device_train_batch_size": 100, "dataloader_drop_last": True}
+    with pytest.raises(ValueError, match=r"60 rows do not fill .* lower trainer\.per_device_train_batch_size"):
+        train(recipe(length_buckets=False, trainer=whole))
+    assert not (tmp_path / "run" / "experts").exists()
 
 
 def test_a_run_starts_from_another(recipe, tmp_path):

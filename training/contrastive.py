@@ -47,6 +47,7 @@ from training.resume import (
     SaveByTime,
     TrainedOnly,
     checkpoint_to_resume,
+    keep_steps,
     load_trained,
     trained_parameters,
 )
@@ -95,6 +96,8 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
         if resume_from_checkpoint:
             spent = json.loads((Path(resume_from_checkpoint) / SPENT_FILE).read_text(encoding="utf-8"))
             self.tokens, self.seconds = spent["tokens"], spent["seconds"]
+            # Of one process of then: now it stands for the work of several.
+            self.tokens = self.tokens * spent.get("processes", self.args.world_size) // self.args.world_size
         self._start = time.perf_counter()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.seconds += time.perf_counter() - self._start
@@ -102,7 +105,8 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        spent = {"tokens": self.tokens, "seconds": self.seconds + time.perf_counter() - self._start}
+        seconds = self.seconds + time.perf_counter() - self._start
+        spent = {"tokens": self.tokens, "seconds": seconds, "processes": self.args.world_size}
         file = Path(output_dir or str(self.args.output_dir)) / SPENT_FILE
         file.write_text(json.dumps(spent) + "\n", encoding="utf-8")
 
@@ -116,6 +120,9 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
                 self.sampler = TokenBudget(dataset, lengths, self.batch_tokens, seed=self.args.seed)
             else:
                 self.sampler = GroupBudget(dataset, lengths, self.groups, self.batch_tokens, seed=self.args.seed)
+        if self.begun is not None and hasattr(self.sampler, "batches"):
+            # As many batches an epoch as the processes had that began.
+            self.sampler.batches = self.sampler.batches // self.begun * self.begun
         return self.sampler
 
     def _lengths(self, texts: Any) -> list[int]:
@@ -247,6 +254,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     with args.main_process_first(local=False):
         check_same_recipe(recipe, out)
     last = checkpoint_to_resume(args)
+    begun = keep_steps(args, last)
     corpus = read_corpus(recipe)
     found: list[Any] = []
     if recipe.teachers and corpus is not None:
@@ -274,7 +282,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         evaluator=evaluators or None,
         data_collator=collator,
     )
-    trainer.batch_tokens, trainer.groups = recipe.batch_tokens, groups
+    trainer.batch_tokens, trainer.groups, trainer.begun = recipe.batch_tokens, groups, begun
     trainer.add_callback(EpochCallback(trainer))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))

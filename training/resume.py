@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINED_FILE = "trained.safetensors"
+PROCESSES_FILE = "processes.json"
+"""Of a checkpoint: how many processes wrote it together."""
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -51,6 +54,39 @@ def _is_complete(folder: Path) -> bool:
     return (folder / TRAINED_FILE).is_file()
 
 
+def keep_steps(args: TrainingArguments, last: str | None) -> int:
+    """Let a step read the texts of as many batches as before, although there are fewer processes now.
+
+    Where a checkpoint comes from n times as many processes, each one reads n batches a step instead of one
+    (`gradient_accumulation_steps`), so that every step of the rest has the same batches, loss and gradient. Dropout
+    differs: the random states of processes that are gone go with them.
+
+    Args:
+        args: Changed in place, before a trainer is made of them.
+        last: The checkpoint to go on from.
+
+    Returns:
+        The number of processes that the batches of an epoch are counted for: those that began the run.
+
+    Raises:
+        ValueError: If the processes of the checkpoint cannot be divided among those of now.
+    """
+    file = Path(last or "") / PROCESSES_FILE
+    if last is None or not file.is_file():
+        return args.world_size
+    begun, wrote = (json.loads(file.read_text(encoding="utf-8"))[key] for key in ("begun", "processes"))
+    if begun % args.world_size:
+        fitting = ", ".join(str(n) for n in range(1, begun + 1) if begun % n == 0)
+        raise ValueError(
+            f"{last} is of a run of {begun} processes, and {args.world_size} cannot share their batches; go on with "
+            f"{fitting} processes, or start another run from it (--set init_from={last} --set out=...)"
+        )
+    if wrote != args.world_size:
+        logger.info("%s was written by %d processes; each of %d does the work of several", last, wrote, args.world_size)
+    args.gradient_accumulation_steps *= begun // args.world_size
+    return begun
+
+
 class TrainedOnly:
     """Trainer mixin: checkpoints hold the parameters that are trained, by name, and nothing else of the model.
 
@@ -61,11 +97,31 @@ class TrainedOnly:
     model: Any
     args: Any
     state: Any
+    train_dataset: Any
+    begun: int | None = None
+    """Processes that began the run, see `keep_steps`. None: those of now."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trained_parameters(self.model), folder / TRAINED_FILE)
+        counts = {"begun": self.begun or self.args.world_size, "processes": self.args.world_size}
+        (folder / PROCESSES_FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")
+
+    def get_train_dataloader(self) -> Any:
+        """The stock one.
+
+        Raises:
+            ValueError: If it gives no batch: the stock trainer would end without a step, and without a word.
+        """
+        loader = super().get_train_dataloader()  # type: ignore[misc]
+        if has_length(loader) and len(loader) == 0:
+            size = self.args.per_device_train_batch_size
+            raise ValueError(
+                f"{len(self.train_dataset)} rows do not fill one batch of {size} in each of {self.args.world_size} "
+                "processes; lower trainer.per_device_train_batch_size"
+            )
+        return loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))

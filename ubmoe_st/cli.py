@@ -259,6 +259,7 @@ def index(
     bm25: Annotated[bool, typer.Option("--bm25", help="Also build a BM25 index, for hybrid search.")] = False,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Where to embed: here, or on Ray actors.")] = "local",
     workers: Annotated[int, typer.Option(min=1, help="Number of Ray actors.")] = 2,
+    worker_gpus: Annotated[float, typer.Option(min=0.0, help="Number of GPUs that each Ray actor takes.")] = 0.0,
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -284,6 +285,7 @@ def index(
         faiss_file=faiss_file,
         engine=engine,
         workers=workers,
+        worker_resources={"num_gpus": worker_gpus} if worker_gpus else None,
         overwrite=overwrite,
         progress=not as_json and err.is_terminal,
         model_id=_remembered(model),

@@ -67,7 +67,7 @@ class RayEngine:
         self._ray: Any = ray
         if not ray.is_initialized():
             ray.init(include_dashboard=False)
-        self._model = model if isinstance(model, str) else ray.put(model)
+        self._model = _everywhere(model) if isinstance(model, str) else ray.put(model)
         self._truncate_dim, self._workers = truncate_dim, workers
         self._resources = resources or {"num_cpus": 1}
 
@@ -85,7 +85,7 @@ class RayEngine:
             )
         data = self._ray.data
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        windows = data.read_datasource(_source(reading), override_num_blocks=1, num_cpus=0)
+        windows = data.read_datasource(_source(_absolute(reading)), override_num_blocks=1, num_cpus=0)
         context = windows.context
         context.target_max_block_size = BLOCK_BYTES
         context.enable_progress_bars = context.print_on_execution_start = False
@@ -98,7 +98,7 @@ class RayEngine:
             fn_constructor_args=(
                 self._model,
                 self._truncate_dim,
-                replace(maker, suffix=f"-{uuid.uuid4().hex[:8]}"),
+                replace(maker, folder=maker.folder.absolute(), suffix=f"-{uuid.uuid4().hex[:8]}"),
             ),
             **self._resources,
         )
@@ -107,6 +107,21 @@ class RayEngine:
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+
+def _everywhere(path: str) -> str:
+    """A path as workers find it, which have another working directory; other names, as those of the Hub, stay."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def _absolute(reading: Reading) -> Reading:
+    source = reading.corpus.source
+    return replace(
+        reading,
+        corpus=replace(reading.corpus, source=_everywhere(source)) if isinstance(source, str) else reading.corpus,
+        base=None if reading.base is None else (reading.base[0].absolute(), reading.base[1]),
+        files=[file.absolute() for file in reading.files],
+    )
 
 
 def _source(reading: Reading) -> Any:
