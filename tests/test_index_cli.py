@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from helpers.models import TEXTS
 from typer.testing import CliRunner
 
 from ubmoe_st import UBMoE
+from ubmoe_st.answers import VECTORS_SHARE, find
 from ubmoe_st.cli import app
+from ubmoe_st.index import EmbeddingIndex
 from ubmoe_st.multi_vector import multi_vector_encoder
 
 ROWS = [{"id": f"t{n}", "text": text} for n, text in enumerate([*TEXTS, "a blue house", "the old bird"])]
@@ -62,6 +65,24 @@ def test_reranking_on_the_command_line(made, checkpoint):
     assert by_tokens == [hit for _, hit in sorted(zip(scores, plain), key=lambda pair: -pair[0])] != plain
     refused = run("search", made / "one", query, "--rerank", "tokens", code=1)
     assert "one of likelihood, yes_no, maxsim; got 'tokens'" in " ".join(refused.output.split())
+
+
+def test_an_answer_comes_from_words_and_vectors_where_there_are_both(made, monkeypatch):
+    pytest.importorskip("bm25s")
+    asked = []
+    monkeypatch.setattr("ubmoe_st.cli.find", lambda *a, **options: asked.append(options) or find(*a, **options))
+    for name in ("one", "whole"):
+        run("ask", made / name, "the cat", "--max-new-tokens", 1)
+    assert asked == [{"filter": None, "mode": "hybrid", "weight": VECTORS_SHARE}, {"filter": None}]
+
+
+def test_late_chunking_on_the_command_line(made, checkpoint, tmp_path):
+    flags = ["--model", checkpoint, "--chunk-tokens", 4, "--out"]
+    for name, late in (("late", ["--late-chunking"]), ("alone", [])):
+        run("index", made / "whole.jsonl", *flags, tmp_path / name, *late)
+    late, alone = (EmbeddingIndex.open(tmp_path / name) for name in ("late", "alone"))
+    assert late.info["options"]["late_chunking"] is True
+    assert np.abs(late.vectors("t1") - alone.vectors("t1")).max() > 0.01
 
 
 def test_a_filter_of_the_command_line(checkpoint, tmp_path):

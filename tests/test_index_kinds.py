@@ -366,6 +366,7 @@ def test_hybrid_is_reciprocal_rank_fusion_of_bm25_and_cosines(encoder, tmp_path)
     assert ids[0] == sorted(points, key=lambda name: (-points[name], int(name)))[:10]
     assert ids[0] != dense[:10]
     np.testing.assert_allclose(scores[0], [cosines[name] for name in ids[0]], atol=1e-6)
+    keywords = [name for name in keywords if name]
     parts = [{name: cosines[name] for name in dense}, {name: expected[int(name)] for name in keywords}]
     found = []
     for weight in (0.7, 0.0):
