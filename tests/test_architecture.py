@@ -24,6 +24,7 @@ ORDER = [
     "cards",
     "hub",
     "bases",
+    "compute",
     "transformer",
     "quantization",
     "generation",

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ubmoe_st import checkpoint, generation, ranking
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
+from ubmoe_st.compute import Compute, ComputeReport
 from ubmoe_st.configuration import Routing, UBMoEConfig
 from ubmoe_st.experts import is_ffn_key
 from ubmoe_st.files import replacing_folder
@@ -50,11 +51,15 @@ class UBMoE(SentenceTransformer):
         low_memory: Hold the `bi` experts in low-rank form on the shared `uni` weights: both views then need
             little more memory than the base model.
         verify: Check every byte against `SHA256SUMS` first.
+        compute: In what numbers the encoder multiplies, on a processor; the generator always is the base, in the
+            dtype of the weights. `stored`: in that dtype, too. `bf16`, `int8`: faster where the processor has
+            instructions for them, and close. `auto`: bf16 where it has, else as stored; `compute` says which and why.
         **kwargs: As for `SentenceTransformer`, e.g. `device`, `prompts`, `truncate_dim`, `model_kwargs`.
 
     Raises:
         CheckpointError: If the checkpoint is incomplete, truncated or tampered with; names the file.
-        ValueError: If the path is not a UBMoE checkpoint, or `low_memory` meets dense experts.
+        ValueError: If the path is not a UBMoE checkpoint, `low_memory` meets dense experts, or this machine cannot
+            compute so.
 
     Example:
         >>> model = UBMoE("models/ubmoe-135m")
@@ -68,6 +73,7 @@ class UBMoE(SentenceTransformer):
         *,
         low_memory: bool = False,
         verify: bool = False,
+        compute: Compute = "stored",
         **kwargs: Any,
     ) -> None:
         path = None
@@ -81,6 +87,13 @@ class UBMoE(SentenceTransformer):
             raise ValueError(f"the first module must be a UBMoETransformer, got {type(self[0]).__name__}")
         if low_memory:
             self._views.use_low_memory(check=False)
+        if compute != "stored":
+            self._views.compute_in(compute)
+
+    @property
+    def compute(self) -> ComputeReport:
+        """In what numbers the encoder computes, why, and which layers are left out."""
+        return self._views.fast.report
 
     @property
     def _views(self) -> UBMoETransformer:
@@ -204,8 +217,8 @@ class UBMoE(SentenceTransformer):
         """Bytes in memory of both views together; builds the generator view if there is none yet.
 
         Returns:
-            `shared`, `uni`, `bi`, `router` and `total` in bytes, `base` (what the base model alone needs) and
-            `ratio` (total / base).
+            `shared`, `uni`, `bi`, `router`, `compute` (copies for `bf16` or `int8`) and `total` in bytes, `base` (what
+            the base model alone needs) and `ratio` (total / base).
         """
         routed = bool(self.ubmoe_config and self.ubmoe_config.router)
         views = [self.generator, *([self._views.generator("router")] if routed else [])]
@@ -226,6 +239,7 @@ class UBMoE(SentenceTransformer):
             count("router", view.named_parameters(), lambda name: ".router." in name)
             count("bi", view.named_parameters(), lambda name: True)
         count("bi", self.named_parameters(), lambda name: True)
+        parts["compute"] = self._views.fast.memory()
         base = parts["shared"] + parts["uni"]
         total = sum(parts.values())
         return {**parts, "total": total, "base": base, "ratio": total / base}
