@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ubmoe_st import checkpoint, generation, ranking
@@ -109,6 +109,21 @@ class UBMoE(SentenceTransformer):
         def encode(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
             _check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
             return super().encode(*args, **kwargs)
+
+        def train(self, mode: bool = True) -> Any:  # noqa: D102 - the stock docstring
+            # Every call of `encode` asks for evaluation mode, and the stock way sets it through every module.
+            if not mode and not any(module.training for module in _all_modules(self)):
+                return self
+            return super().train(mode)
+
+        def _resolve_inference_device(self, device: Any) -> Any:
+            # Every call of `encode` asks where each tensor is, which the stock way does with names and twice filtered.
+            if device is None and not getattr(self, "_placement_is_delegated", True):
+                here = self.device
+                tensors = (tensor for module in _all_modules(self) for tensor in _own_tensors(module))
+                if all(tensor.device == here for tensor in tensors):
+                    return here
+            return super()._resolve_inference_device(device)
 
     # --- generating ------------------------------------------------------------------------------------------
 
@@ -388,6 +403,20 @@ class UBMoE(SentenceTransformer):
 
     def _get_model_config(self) -> dict[str, Any]:
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
+
+
+def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, a shared one as often as it is there; without names, so that it costs little."""
+    waiting = [module]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting.extend(child for child in found._modules.values() if child is not None)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    for held in (module._parameters, module._buffers):
+        yield from (tensor for tensor in held.values() if tensor is not None)
 
 
 def _same_claims(before: UBMoEConfig | None, after: UBMoEConfig | None) -> bool:
