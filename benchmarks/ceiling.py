@@ -54,7 +54,7 @@ class Sizes:
     @classmethod
     def quick(cls) -> Sizes:
         """For a look, in minutes."""
-        return cls((16, 64, 256, 1024), 512, 4, 12, 64, 8, 3)
+        return cls((16, 64, 256), 256, 2, 10, 64, 6, 2)
 
 
 def in_turns(turns: dict[str, Turn], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
@@ -175,7 +175,7 @@ def measure_encoding(
     longest = network.config.max_position_embeddings
     scores = [
         {"task": "load", "split": name, "label": LABELS[name], "metric": "s", "value": value, "n": 1}
-        | {"ratio": value / loading["stock"], "ratio_to": LABELS["stock"]}
+        | {"ratio": loading["stock"] / value, "ratio_to": LABELS["stock"]}
         for name, value in loading.items()
     ]
 

@@ -2,7 +2,8 @@
 
 Each system runs in a process of its own (so that its memory is its own), systems take turns, and every ratio is against
 a peer named in the same file. Encode throughput counts the tokens of the texts, without padding. What is measured in
-turns within one process, beside the ceiling of its matrix products, is in `benchmarks.ceiling`; `--quick` is that alone.
+turns within one process, beside the ceiling of its matrix products, is in `benchmarks.ceiling`; `--quick` is that
+alone.
 """
 
 from __future__ import annotations
