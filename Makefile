@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-families test-venv test-min test-core test-space soak audit model model-270m demo space serve train train-270m train-distilled train-smoke teachers bench report help
+.PHONY: install check test test-real test-families test-venv test-quantize test-min test-core test-space soak audit model model-270m demo space serve train train-270m train-distilled train-smoke teachers bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -27,6 +27,11 @@ test: install ## tests on tiny models, no network
 
 test-venv: install ## stock sentence-transformers in a fresh environment without this package
 	$(BIN)/python -m pytest -m venv
+
+# torchao lies beside .venv: where it is installed, transformers imports it at every start, and it tells of its libraries.
+test-quantize: install ## bases in few bits, with torchao
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade --no-deps -c constraints.txt --target runs/torchao torchao
+	PYTHONPATH=runs/torchao $(BIN)/python -m pytest tests/test_quantization.py
 
 test-space: install ## the Gradio Space in headless Chromium; screenshots in CI_ARTIFACTS or runs/artifacts
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[space]" playwright

@@ -298,9 +298,35 @@ def _speed_table(results: Results, tasks: Callable[[str], bool], header: Sequenc
     return table(header, rows) if rows else NOT_MEASURED
 
 
+_IN_TURNS = ("load", "encode, ", "one line", "prefill", "decode", "training step")
+
+
+def in_turns(results: Results) -> str:
+    """What was measured in turns beside the ceiling of its matrix products, each checkpoint in a table of its own."""
+    tables = []
+    for content in of(results, "speed"):
+        rows = []
+        for score in content["scores"]:
+            if not score["task"].startswith(_IN_TURNS):
+                continue
+            spread = f" [{score['low']:.3g}, {score['high']:.3g}]" if "low" in score else ""
+            spread += f" (p95 {score['p95']:.3g})" if "p95" in score else ""
+            cells = [score["task"], score["label"], f"{score['value']:.3g}{spread} {score['metric']}"]
+            cells += [f"{score[key]:.2f}" if key in score else "" for key in ("ratio", "share")]
+            rows.append([*cells, score.get("ratio_to", "")])
+        if rows:
+            has = ", ".join(name for name, there in content["run"]["processor"].items() if there) or "none of them"
+            header = ["what", "system", "median [range]", "ratio", "share of the products", "ratio to"]
+            tables.append(f"{content['label']}, instructions: {has}\n\n{table(header, rows)}")
+    return "\n\n".join(tables) or NOT_MEASURED
+
+
 def speed(results: Results) -> str:
     """Throughput beside peers of the same run."""
-    return _speed_table(results, lambda t: t != "memory", ["what", "system", "median [range]", "ratio", "ratio to"])
+    others = (*_IN_TURNS, "memory")
+    return _speed_table(
+        results, lambda t: not t.startswith(others), ["what", "system", "median [range]", "ratio", "ratio to"]
+    )
 
 
 def memory(results: Results) -> str:
@@ -334,6 +360,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "retrieval": retrieval,
     "retrieval-dev": retrieval_dev,
     "speed": speed,
+    "speed-in-turns": in_turns,
     "memory": memory,
     "runs": runs,
 }

@@ -1,7 +1,9 @@
 """Speed and memory: `python -m benchmarks.speed run --model models/ubmoe-135m --base ...`.
 
 Each system runs in a process of its own (so that its memory is its own), systems take turns, and every ratio is against
-a peer named in the same file. Encode throughput counts the tokens of the texts, without padding.
+a peer named in the same file. Encode throughput counts the tokens of the texts, without padding. What is measured in
+turns within one process, beside the ceiling of its matrix products, is in `benchmarks.ceiling`; `--quick` is that
+alone.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
+from benchmarks.ceiling import Sizes, measure_encoding, measure_generating
 from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
 from training.data import data_folder
@@ -190,12 +193,14 @@ def main(
     threads: int = 1,
     seed: int = 0,
     routers: Annotated[bool, typer.Option(help="Also measure generation with trained routers.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what is measured in turns, and little of it.")] = False,
 ) -> None:
     """Measure throughput and memory of a checkpoint beside its peers."""
     from benchmarks.peers import base_folder
+    from ubmoe_st.compute import processor_flags
 
     try:
-        base_name = base_folder(base)
+        base_name = base if quick else base_folder(base)
         folder = data_folder(data_dir)
         mark = fingerprint(model)
         record = run_record(
@@ -206,11 +211,21 @@ def main(
             pooling="of each model",
             fingerprint=mark,
         )
-        record["threads"] = threads
+        record |= {"threads": threads, "processor": processor_flags(), "quick": quick}
         path = Path(out) / f"speed-{model.name}.json"
         if path.exists():  # timings of another day do not belong beside new ones
             path.unlink()
         file = ResultFile(path, benchmark="speed", row=model.name, run=record, label=model.name)
+        sizes = Sizes.quick() if quick else Sizes()
+        texts = sample_texts(folder, "long", sizes.mixed, seed)
+        scores, facts = in_process(measure_encoding, str(model), texts, PROMPT, sizes, threads)
+        file.content["run"] |= facts
+        file.add(*scores)
+        file.add(*in_process(measure_generating, str(model), base_name, sizes, threads))
+        for score in file.content["scores"]:
+            typer.echo(f"{score['task']}, {score['label']}: {score['value']:.3g} {score['metric']}")
+        if quick:
+            return
         common = {
             "model": str(model),
             "base": base_name,

@@ -25,6 +25,7 @@ ORDER = [
     "cards",
     "hub",
     "bases",
+    "compute",
     "transformer",
     "quantization",
     "generation",

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import ubmoe_st
 from ubmoe_st import UBMoE
+from ubmoe_st.compute import calibration_texts
 from ubmoe_st.export import export
-from ubmoe_st.export.graphs import EncoderGraph, calibration_texts, peaks, write_onnx
+from ubmoe_st.export.graphs import EncoderGraph, peaks, write_onnx
 
 LOGITS = """
 ids = np.array(json.loads(sys.argv[2]))

@@ -503,14 +503,15 @@ def test_ids_seen_are_remembered_like_a_dictionary_would(tmp_path):
     from ubmoe_st.index.windows import SeenIds
 
     seen, expected = SeenIds(tmp_path, cache_kib=16), {}
-    for row, number in enumerate(np.random.default_rng(0).integers(3000, size=10_000).tolist()):
-        name = f"id {number}"
-        assert seen.add(name, row) == expected.get(name)
-        if row % 3:
-            expected.setdefault(name, row)
-        else:
-            seen.move(name, row)
-            expected[name] = row
+    names = [f"id {number}" for number in np.random.default_rng(0).integers(3000, size=10_000).tolist()]
+    for first in range(0, len(names), 300):
+        known = seen.known(names[first : first + 300])
+        for row, name in enumerate(names[first : first + 300], first):
+            assert known.row_of(name) == expected.get(name)
+            if row % 3 or name not in expected:
+                expected[name] = row
+                known.move(name, row)
+        known.write()
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) > 64 << 10, "all in the cache: vacuous"
     seen.close()
 

@@ -91,3 +91,24 @@ def test_the_root_as_a_causal_lm_is_not_the_generator(base, checkpoint):
 def test_a_stock_first_module_is_refused(checkpoint):
     with pytest.raises(ValueError, match="must be a UBMoETransformer"):
         UBMoE(modules=list(SentenceTransformer(str(checkpoint))))
+
+
+def test_encode_still_sets_evaluation_mode_and_looks_where_tensors_are(checkpoint, monkeypatch):
+    """What is asked at every call in a cheaper way is asked of every module and tensor all the same."""
+    model, stock = UBMoE(str(checkpoint), device="cpu"), SentenceTransformer(str(checkpoint), device="cpu")
+    expected = model.encode("the cat")
+    np.testing.assert_allclose(expected, stock.encode("the cat"), atol=1e-5)
+    deep = model[0].model.layers[1].mlp
+    deep.register_forward_hook(lambda module, inputs, output: output * (2.0 if module.training else 1.0))
+    deep.train()
+    np.testing.assert_array_equal(model.encode("the cat"), expected)
+    assert not deep.training
+    assert model.train().training
+    assert model[0].training
+    moved = []
+    monkeypatch.setattr(SentenceTransformer, "_resolve_inference_device", lambda self, device: moved.append(device))
+    model._resolve_inference_device(None)
+    assert moved == []
+    deep.register_buffer("elsewhere", torch.zeros(1, device="meta"))
+    model._resolve_inference_device(None)
+    assert moved == [None], "a tensor elsewhere is left to the stock way"

@@ -194,3 +194,29 @@ def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+
+
+def check_decoder(base: Base) -> None:
+    """Refuse what is no dense text decoder.
+
+    Raises:
+        ValueError: Saying what it is.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = AutoConfig.from_pretrained(base.path)
+    what = f"{base.name} ({config.model_type})"
+    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
+        raise ValueError(f"{what} reads images or sound; expected a text decoder: give its language model alone")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{what} is an encoder-decoder; expected a decoder-only language model")
+    declared = [name for name in config.architectures or [] if "CausalLM" not in name and "LMHead" not in name]
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or declared:
+        found = declared[0] if declared else config.model_type
+        raise ValueError(f"{what} is not a decoder language model ({found}): it has no causal LM head to generate with")
+    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, k, 0)), None)
+    if experts:
+        raise ValueError(
+            f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); expected a dense decoder"
+        )

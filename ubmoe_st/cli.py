@@ -16,7 +16,7 @@ from rich.text import Text
 from ubmoe_st.answers import answer, find, hit_table, search_options
 from ubmoe_st.files import replacing_by_name
 from ubmoe_st.plan_command import plan
-from ubmoe_st.serving.command import serve
+from ubmoe_st.serving.command import ComputeOption, serve
 from ubmoe_st.terminal import (
     converse,
     err,
@@ -158,6 +158,7 @@ def encode(
     prompt_name: Annotated[str | None, typer.Option(help="Name of a prompt of the checkpoint, e.g. `query`.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of texts embedded at a time.")] = 32,
     truncate_dim: TruncateDim = None,
+    compute: ComputeOption = "stored",
     as_json: JsonFlag = False,
 ) -> None:
     """Embed the texts of a file."""
@@ -168,7 +169,7 @@ def encode(
     texts = read_texts(source)
     if not texts:
         raise ValueError(f"{source} holds no texts")
-    model = _load(path)
+    model = _load(path, compute=compute)
     vectors: Any = model.encode(
         texts,
         prompt_name=prompt_name,
@@ -539,11 +540,11 @@ def _verify_lossless(path: Path, base: str | None, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _load(path: str) -> UBMoE:
+def _load(path: str, **options: Any) -> UBMoE:
     with status(f"loading {path}"):
         from ubmoe_st.model import UBMoE
 
-        return UBMoE(path)
+        return UBMoE(path, **options)
 
 
 def _index_folders(paths: Sequence[Path] | None, query: str, name: str) -> list[Path]:

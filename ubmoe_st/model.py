@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ubmoe_st import checkpoint, generation, ranking
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
+from ubmoe_st.compute import Compute, ComputeReport
 from ubmoe_st.configuration import Routing, UBMoEConfig
 from ubmoe_st.experts import is_ffn_key
 from ubmoe_st.files import replacing_folder
@@ -50,11 +51,15 @@ class UBMoE(SentenceTransformer):
         low_memory: Hold the `bi` experts in low-rank form on the shared `uni` weights: both views then need
             little more memory than the base model.
         verify: Check every byte against `SHA256SUMS` first.
+        compute: In what numbers the encoder multiplies, on a processor; the generator always is the base, in the
+            dtype of the weights. `stored`: in that dtype, too. `bf16`, `int8`: faster where the processor has
+            instructions for them, and close. `auto`: bf16 where it has, else as stored; `compute` says which and why.
         **kwargs: As for `SentenceTransformer`, e.g. `device`, `prompts`, `truncate_dim`, `model_kwargs`.
 
     Raises:
         CheckpointError: If the checkpoint is incomplete, truncated or tampered with; names the file.
-        ValueError: If the path is not a UBMoE checkpoint, or `low_memory` meets dense experts.
+        ValueError: If the path is not a UBMoE checkpoint, `low_memory` meets dense experts, or this machine cannot
+            compute so.
 
     Example:
         >>> model = UBMoE("models/ubmoe-135m")
@@ -68,6 +73,7 @@ class UBMoE(SentenceTransformer):
         *,
         low_memory: bool = False,
         verify: bool = False,
+        compute: Compute = "stored",
         **kwargs: Any,
     ) -> None:
         path = None
@@ -81,6 +87,13 @@ class UBMoE(SentenceTransformer):
             raise ValueError(f"the first module must be a UBMoETransformer, got {type(self[0]).__name__}")
         if low_memory:
             self._views.use_low_memory(check=False)
+        if compute != "stored":
+            self._views.compute_in(compute)
+
+    @property
+    def compute(self) -> ComputeReport:
+        """In what numbers the encoder computes, why, and which layers are left out."""
+        return self._views.fast.report
 
     @property
     def _views(self) -> UBMoETransformer:
@@ -96,6 +109,21 @@ class UBMoE(SentenceTransformer):
         def encode(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
             _check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
             return super().encode(*args, **kwargs)
+
+        def train(self, mode: bool = True) -> Any:  # noqa: D102 - the stock docstring
+            # Every call of `encode` asks for evaluation mode, and the stock way sets it through every module.
+            if not mode and not any(module.training for module in _all_modules(self)):
+                return self
+            return super().train(mode)
+
+        def _resolve_inference_device(self, device: Any) -> Any:
+            # Every call of `encode` asks where each tensor is, which the stock way does with names and twice filtered.
+            if device is None and not getattr(self, "_placement_is_delegated", True):
+                here = self.device
+                tensors = (tensor for module in _all_modules(self) for tensor in _own_tensors(module))
+                if all(tensor.device == here for tensor in tensors):
+                    return here
+            return super()._resolve_inference_device(device)
 
     # --- generating ------------------------------------------------------------------------------------------
 
@@ -204,8 +232,8 @@ class UBMoE(SentenceTransformer):
         """Bytes in memory of both views together; builds the generator view if there is none yet.
 
         Returns:
-            `shared`, `uni`, `bi`, `router` and `total` in bytes, `base` (what the base model alone needs) and
-            `ratio` (total / base).
+            `shared`, `uni`, `bi`, `router`, `compute` (copies for `bf16` or `int8`) and `total` in bytes, `base` (what
+            the base model alone needs) and `ratio` (total / base).
         """
         routed = bool(self.ubmoe_config and self.ubmoe_config.router)
         views = [self.generator, *([self._views.generator("router")] if routed else [])]
@@ -226,6 +254,7 @@ class UBMoE(SentenceTransformer):
             count("router", view.named_parameters(), lambda name: ".router." in name)
             count("bi", view.named_parameters(), lambda name: True)
         count("bi", self.named_parameters(), lambda name: True)
+        parts["compute"] = self._views.fast.memory()
         base = parts["shared"] + parts["uni"]
         total = sum(parts.values())
         return {**parts, "total": total, "base": base, "ratio": total / base}
@@ -374,6 +403,20 @@ class UBMoE(SentenceTransformer):
 
     def _get_model_config(self) -> dict[str, Any]:
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
+
+
+def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, a shared one as often as it is there; without names, so that it costs little."""
+    waiting = [module]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting.extend(child for child in found._modules.values() if child is not None)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    for held in (module._parameters, module._buffers):
+        yield from (tensor for tensor in held.values() if tensor is not None)
 
 
 def _same_claims(before: UBMoEConfig | None, after: UBMoEConfig | None) -> bool:

@@ -22,12 +22,17 @@ def quantize_base(views: UBMoETransformer, config: Any = None) -> None:
 
     Raises:
         ImportError: If torchao is absent.
-        ValueError: If the experts are merged, so that the base's FFNs are not what would be quantised.
+        ValueError: If the experts are merged, so that the base's FFNs are not what would be quantised, or the encoder
+            computes in other numbers already.
     """
     if not views.is_low_memory:
         raise ValueError(
             "a quantised base needs low-rank experts beside it, and these are merged; load the checkpoint with "
             "low_memory=True"
+        )
+    if views.fast.active:
+        raise ValueError(
+            f"the encoder computes in {views.fast.report.used} already; load the checkpoint without compute"
         )
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_

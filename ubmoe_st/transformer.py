@@ -18,7 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint
-from ubmoe_st.bases import Base, resolve_base, save_tokenizer
+from ubmoe_st.bases import Base, check_decoder, resolve_base, save_tokenizer
+from ubmoe_st.compute import FastEncoder, choose
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
     LowRank,
@@ -101,6 +102,7 @@ class UBMoETransformer(Transformer):
         self.source = source
         self.base: Base | None = None
         self.low_rank: LowRank | None = None
+        self.fast = FastEncoder()
         self.ubmoe_config: UBMoEConfig | None = None
         self.notices: dict[str, bytes] = {}
         self._uni: dict[str, Tensor] | None = None
@@ -134,7 +136,7 @@ class UBMoETransformer(Transformer):
             ValueError: If the base cannot be split into shared part and experts, or cannot attend in full.
         """
         found = base if isinstance(base, Base) else resolve_base(base)
-        _check_decoder(found)
+        check_decoder(found)
         model_kwargs = dict(kwargs.pop("model_kwargs", None) or {})
         if dtype is not None:
             model_kwargs["dtype"] = dtype
@@ -206,6 +208,8 @@ class UBMoETransformer(Transformer):
         Returns:
             `features` with `token_embeddings`, (B, T, D).
         """
+        if self.fast.active and not torch.is_grad_enabled():
+            return self.fast.module(self).forward(features, **kwargs)
         groups = [] if kwargs else self._groups(features)
         if len(groups) < 2:
             return super().forward(features, **kwargs)
@@ -235,6 +239,14 @@ class UBMoETransformer(Transformer):
         # From the first to the last token of a row, on whichever side it is padded.
         spans = mask.shape[1] - filled.argmax(1) - filled.flip(1).argmax(1)
         return group_by_length(spans.tolist(), self.pass_tokens)
+
+    def compute_in(self, compute: str) -> None:
+        """Choose in what numbers the encoder computes from now on, see `UBMoE`; the generator stays as it is.
+
+        Raises:
+            ValueError: If it is unknown, this machine cannot, or an adapter or a quantised base is in the way.
+        """
+        self.fast = FastEncoder(choose(compute, self.model.device), self)
 
     def _has_tokens(self, text: str) -> bool:
         # Only short texts can be empty after tokenisation; longer ones are not tokenised twice.
@@ -461,6 +473,7 @@ class UBMoETransformer(Transformer):
         # Stock `encode` moves the model to the device where it is.
         if places != [parameter.data_ptr() for parameter in self.parameters()]:
             self._generators = {}
+            self.fast = FastEncoder()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -546,27 +559,6 @@ class UBMoETransformer(Transformer):
                 stacklevel=3,
             )
         return replace(config, base_model="", base_sha256={})
-
-
-def _check_decoder(base: Base) -> None:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = AutoConfig.from_pretrained(base.path)
-    what = f"{base.name} ({config.model_type})"
-    if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
-        raise ValueError(f"{what} reads images or sound; expected a text decoder: give its language model alone")
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{what} is an encoder-decoder; expected a decoder-only language model")
-    declared = [name for name in config.architectures or [] if "CausalLM" not in name and "LMHead" not in name]
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or declared:
-        found = declared[0] if declared else config.model_type
-        raise ValueError(f"{what} is not a decoder language model ({found}): it has no causal LM head to generate with")
-    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, k, 0)), None)
-    if experts:
-        raise ValueError(
-            f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); expected a dense decoder"
-        )
 
 
 def _check_bidirectional(encoder: PreTrainedModel) -> None:

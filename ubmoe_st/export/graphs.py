@@ -14,6 +14,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
+from ubmoe_st.compute import calibration_texts
 from ubmoe_st.model import UBMoE
 
 PEAK_LIMIT = 150.0
@@ -55,11 +56,6 @@ def write_graph(
         inputs = _feeds(model, texts) if quantize else None
         _write_openvino(graph, folder / "openvino" / "openvino_model.xml", kept, inputs)
     return kept
-
-
-def calibration_texts() -> list[str]:
-    """Sentences of many kinds, to measure the ranges of activations with when a caller gives none."""
-    return Path(__file__).with_name("calibration.txt").read_text(encoding="utf-8").splitlines()
 
 
 class EncoderGraph(nn.Module):

@@ -23,6 +23,9 @@ from uuid import UUID
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 
+_quoted = json.encoder.encode_basestring_ascii
+_decoded = json.JSONDecoder().decode
+
 PARQUET_BYTES = 4 << 20
 """Rows of a Parquet file decoded at a time, in bytes by the file's own count."""
 
@@ -48,7 +51,7 @@ class BadRow:
         return f"{self.place}: {self.reason}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Document:
     """One good row of a corpus."""
 
@@ -61,7 +64,10 @@ class Document:
 
     def digest_bytes(self) -> bytes:
         """What makes this row this row: used to notice that a corpus changed."""
-        return json.dumps([self.id, self.title, self.text, self.metadata], ensure_ascii=True).encode()
+        # The bytes of `json.dumps` of the four as a list, in a third of its time.
+        title = "null" if self.title is None else _quoted(self.title)
+        metadata = "null" if self.metadata is None else _quoted(self.metadata)
+        return f"[{_quoted(self.id)}, {title}, {_quoted(self.text)}, {metadata}]".encode()
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,7 @@ class Corpus:
                 yield place, line
                 continue
             try:
-                yield place, json.loads(line)
+                yield place, _decoded(line)
             except (ValueError, RecursionError) as error:  # also numbers of too many digits
                 yield place, BadRow(place, f"is not JSON ({error})")
 
@@ -347,7 +353,7 @@ class Corpus:
         fields = self.fields
         if isinstance(row, str) and not isinstance(self.source, str):
             row = {fields.text: row} if fields.id is None else {fields.text: row, fields.id: number}
-        if not isinstance(row, Mapping):
+        if type(row) is not dict and not isinstance(row, Mapping):  # an abstract class is slow to ask
             return BadRow(place, f"is a {type(row).__name__}, expected an object with {fields.text!r}")
         text = row.get(fields.text)
         if not isinstance(text, str):
@@ -367,10 +373,10 @@ class Corpus:
         own = (fields.id, fields.text, fields.title)
         kept = [key for key in row if key not in own] if fields.metadata is None else fields.metadata
         try:
-            found = {str(key): _known(row[key]) for key in kept if key in row}
-            values = {key: value for key, value in found.items() if value is not None}
+            found = {str(key): _known(row[key]) for key in kept if key in row} if kept else {}
+            values = {key: value for key, value in found.items() if value is not None} if found else found
             metadata = _json(values) if values else None
-            size = sum(len(part.encode()) for part in (identity, text, title, metadata) if part)
+            size = utf8_bytes(identity) + utf8_bytes(text) + utf8_bytes(title or "") + utf8_bytes(metadata or "")
         except UnicodeEncodeError:
             return BadRow(place, "is not valid UTF-8 (it holds bytes or surrogates that are no character)")
         except (TypeError, ValueError) as error:
@@ -409,8 +415,19 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
+def utf8_bytes(text: str) -> int:
+    """Bytes of a text in UTF-8.
+
+    Raises:
+        UnicodeEncodeError: If it holds surrogates.
+    """
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def id_text(value: Any) -> str | None:
     """An id as it is stored: text as it is, whole numbers as text; None for what is no id."""
+    if type(value) is str:
+        return value
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return str(int(value))
     return value if isinstance(value, str) else None

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -97,7 +97,7 @@ def entry_batch(entries: Sequence[Entry]) -> Any:
     """Entries as one Arrow record batch."""
     import pyarrow as pa
 
-    columns = {name: [getattr(entry, name) for entry in entries] for name in ENTRY_FIELDS}
+    columns = {name: list(map(attrgetter(name), entries)) for name in ENTRY_FIELDS}
     return pa.RecordBatch.from_pydict(columns, schema=entry_schema())
 
 
@@ -151,17 +151,21 @@ def keys_of_batches(batches: Iterator[Any]) -> np.ndarray:
 
     The document id of a chunk is a key too, beside the chunk's own.
     """
-    hashes, rows = array("Q"), array("Q")
-    row = 0
+    hashes, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
+    first = 0
     for batch in batches:
-        ids, parents = batch.column("id").to_pylist(), batch.column("parent").to_pylist()
-        for identity, parent in zip(ids, parents):
-            for name in (identity,) if parent is None else (identity, parent):
-                hashes.append(short_key(name))
-                rows.append(row)
-            row += 1
-    keys = np.stack([np.array(hashes, np.uint64), np.array(rows, np.uint64)])
-    return keys[:, np.argsort(keys[0], kind="stable")]  # (2, N)
+        names, numbers = batch.column("id").to_pylist(), np.arange(first, first + batch.num_rows, dtype=np.uint64)
+        first += batch.num_rows
+        parents = batch.column("parent")
+        if parents.null_count < len(parents):
+            of_chunks = np.asarray(parents.is_valid())
+            names += parents.drop_null().to_pylist()
+            numbers = np.concatenate([numbers, numbers[of_chunks]])
+        hashes.append(np.frombuffer(b"".join(map(key_of, names)), "<u8")[::2].astype(np.uint64))
+        rows.append(numbers)
+    keys = np.stack([np.concatenate(hashes), np.concatenate(rows)])
+    # Rows of one hash in their order, wherever a batch had its chunks' documents.
+    return keys[:, np.lexsort((keys[1], keys[0]))]  # (2, N)
 
 
 def short_key(identity: str) -> int:

@@ -11,17 +11,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sqlite3
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..files import remove
 from .budget import BATCH_TOKENS, WINDOW_BYTES, WINDOW_ROWS, WINDOW_TOKENS
-from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of
+from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of, utf8_bytes
 from .embedder import Embedder, TokenCounter, chunk_spans
 from .late import Pass, late_vectors, passes_of
 from .manifest import Manifest, PartRecord, Position
@@ -42,6 +42,8 @@ TITLE_SHARE = 4
 """A title leaves at least one token in so many to the text of a chunk."""
 TOKENISE_ROWS = 128
 """Rows tokenised in one call of the tokenizer."""
+_ASKED_TOGETHER = TOKENISE_ROWS
+"""Ids looked up in one statement."""
 TOKENISE_CHARACTERS = 1 << 20
 """Characters tokenised in one call of the tokenizer, at most (one row may have more)."""
 
@@ -126,15 +128,41 @@ class Window:
 
 def token_batches(lengths: Sequence[int], batch_tokens: int, batch_rows: int) -> Iterator[list[int]]:
     """Groups of positions, sorted by falling length, whose padded size stays within `batch_tokens`."""
-    batch: list[int] = []
-    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batch[0]] if batch else 0
-        if batch and (len(batch) == batch_rows or (len(batch) + 1) * longest > batch_tokens):
-            yield batch
-            batch = []
-        batch.append(position)
-    if batch:
-        yield batch
+    # Not in reverse: positions of one length stay in their order.
+    order = sorted(range(len(lengths)), key=[-length for length in lengths].__getitem__)
+    begin = 0
+    while begin < len(order):
+        fitting = batch_tokens // max(1, lengths[order[begin]])
+        end = begin + max(1, min(batch_rows, fitting))
+        yield order[begin:end]
+        begin = end
+
+
+@dataclass
+class KnownIds:
+    """Some ids, with the rows they begin at as far as they are known."""
+
+    keys: dict[str, bytes]
+    found: dict[bytes, int]
+    writer: Callable[[Iterable[tuple[bytes, int]]], None]
+    moved: dict[bytes, int] = field(default_factory=dict)
+
+    def row_of(self, identity: str) -> int | None:
+        """Where an id begins; None if it is new."""
+        return self.found.get(self.keys[identity])
+
+    def move(self, identity: str, row: int) -> None:
+        """An id begins at this row from now on."""
+        key = self.keys[identity]
+        self.found[key] = self.moved[key] = row
+
+    def write(self) -> None:
+        """Put what was told into the table.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        self.writer(self.moved.items())
 
 
 class SeenIds:
@@ -155,25 +183,23 @@ class SeenIds:
         self._table.execute("CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
         self._table.execute("BEGIN")
 
-    def add(self, identity: str, row: int) -> int | None:
-        """Remember that `identity` begins at `row` if it is new; else the row it is known to begin at.
+    def known(self, identities: Sequence[str]) -> KnownIds:
+        """What is known of some ids, to be asked and told of them one by one and then written."""
+        keys = [key_of(identity) for identity in identities]
+        found: dict[bytes, int] = {}
+        for begin in range(0, len(keys), _ASKED_TOGETHER):
+            some = keys[begin : begin + _ASKED_TOGETHER]
+            marks = ", ".join("?" * len(some))
+            found.update(self._table.execute(f"SELECT key, row FROM seen WHERE key IN ({marks})", some))
+        return KnownIds(dict(zip(identities, keys)), found, self._write)
 
-        Raises:
-            OSError: If the disk is full.
-        """
-        key = key_of(identity)
-        if self._write("INSERT OR IGNORE INTO seen VALUES (?, ?)", key, row):
-            return None
-        return int(self._table.execute("SELECT row FROM seen WHERE key = ?", (key,)).fetchone()[0])
+    def move_all(self, begins: Iterable[tuple[str, int]]) -> None:
+        """Remember that ids begin at rows from now on, known or not."""
+        self._write((key_of(identity), row) for identity, row in begins)
 
-    def move(self, identity: str, row: int) -> None:
-        """Remember that `identity` begins at `row` from now on, known or not."""
-        self._write("REPLACE INTO seen VALUES (?, ?)", key_of(identity), row)
-
-    def _write(self, statement: str, key: bytes, row: int) -> int:
-        """Rows of the table that were written."""
+    def _write(self, pairs: Iterable[tuple[bytes, int]]) -> None:
         try:
-            return self._table.execute(statement, (key, row)).rowcount
+            self._table.executemany("REPLACE INTO seen VALUES (?, ?)", pairs)
         except sqlite3.OperationalError as error:
             raise OSError(
                 f"the table of known ids cannot be written ({error}); everything committed before is intact: free some "
@@ -183,6 +209,19 @@ class SeenIds:
     def close(self) -> None:
         """Let go of the file."""
         self._table.close()
+
+
+class _Done(NamedTuple):
+    """Where the corpus stands after an entry."""
+
+    row: int
+    chunk: int
+    item: Document | BadRow | None
+    """The row that is done with it, if one is."""
+
+
+def _digest_bytes(item: Document | BadRow) -> bytes:
+    return (item.digest_bytes() if isinstance(item, Document) else b"bad row") + b"\n"
 
 
 class WindowMaker:
@@ -213,13 +252,16 @@ class WindowMaker:
     ) -> None:
         self._corpus, self._options, self._counter, self._seen = corpus, options, counter, seen
         self._start, self._row, self._number = position, first_row, number
+        # Of the rows that are behind `_at`: rows are read ahead, and only what is in a window counts.
+        self._digest, self._at = hashlib.sha256(), (position.row, position.chunk)
 
     def __iter__(self) -> Iterator[Window]:
         window = Window(self._number, self._row, position=self._start)
+        options, limit = self._options, self._counter.limit
         tokens = size = 0
         for item in self._measured():
-            if isinstance(item, Position):
-                window.position = item
+            if type(item) is _Done:
+                self._pass(item)
                 continue
             if isinstance(item, BadRow):
                 window.bad.append(str(item))
@@ -227,29 +269,38 @@ class WindowMaker:
             if item is None:
                 window.duplicates += 1
                 continue
-            entry, size_in_tokens, replaced, position, width, passes = item
+            entry, size_in_tokens, length, replaced, done, width, passes = item
             window.passes.extend(one.moved(len(window.entries)) for one in passes)
-            (length,) = self._counter.seen([size_in_tokens])
-            window.cut += self._counter.limit is not None and size_in_tokens > self._counter.limit
+            window.cut += limit is not None and size_in_tokens > limit
             if replaced is not None:
                 window.dead.append(replaced)
             window.entries.append(entry)
             window.lengths.append(length)
-            window.position = position
+            self._pass(done)
             tokens, size = tokens + length, size + width
-            if self._options.late_chunking and position.chunk:
+            if options.late_chunking and done.chunk:
                 continue  # a document is read in one piece, so it is not parted
             if (
-                tokens >= self._options.window_tokens
-                or len(window.entries) >= self._options.window_rows
-                or size >= self._options.window_bytes
+                tokens >= options.window_tokens
+                or len(window.entries) >= options.window_rows
+                or size >= options.window_bytes
             ):
-                window.fraction = self._corpus.fraction
+                window.position, window.fraction = self._position(), self._corpus.fraction
                 yield window
-                window = Window(window.number + 1, window.first_row + len(window.entries), position=position)
+                window = Window(window.number + 1, window.first_row + len(window.entries))
                 tokens = size = 0
-        window.last, window.fraction = True, 1.0
+        window.last, window.fraction, window.position = True, 1.0, self._position()
         yield window
+
+    def _pass(self, done: _Done) -> None:
+        """Go on to where the corpus stands after an entry."""
+        self._at = (done.row, done.chunk)
+        if done.item is not None:
+            self._digest.update(_digest_bytes(done.item))
+
+    def _position(self) -> Position:
+        row, chunk = self._at
+        return Position(row, chunk, self._digest.hexdigest() if row else "")
 
     def _measured(self) -> Iterator[Any]:
         """Items of `_rows` with the token count of each entry; tokenises many rows at once."""
@@ -257,13 +308,13 @@ class WindowMaker:
         characters = 0
 
         def flush() -> Iterator[Any]:
-            entries = [item for item in pending if isinstance(item, tuple)]
-            counts = iter(self._counter.sizes([text for _, text, *_ in entries]))
+            sizes = self._counter.sizes([item[1] for item in pending if type(item) is tuple])
+            counts = iter(zip(sizes, self._counter.seen(sizes)))
             for item in pending:
-                if isinstance(item, tuple):
-                    entry, text, replaced, position, passes = item
-                    size = len(text.encode()) + len(entry.id) + len(entry.metadata or "")
-                    yield entry, next(counts), replaced, position, size, passes
+                if type(item) is tuple:
+                    entry, text, replaced, done, passes = item
+                    width = utf8_bytes(text) + len(entry.id) + len(entry.metadata or "")
+                    yield entry, *next(counts), replaced, done, width, passes
                 else:
                     yield item
             pending.clear()
@@ -271,7 +322,7 @@ class WindowMaker:
         try:
             for item in self._rows():
                 pending.append(item)
-                if isinstance(item, tuple):
+                if type(item) is tuple:
                     characters += len(item[1])
                 if len(pending) >= TOKENISE_ROWS or characters >= TOKENISE_CHARACTERS:
                     yield from flush()
@@ -281,63 +332,84 @@ class WindowMaker:
             raise
         yield from flush()
 
-    def _rows(self) -> Iterator[Any]:
-        """Rows as (entry, model input, replaced row, position, passes).
+    def _blocks(self) -> Iterator[list[tuple[int, Document | BadRow]]]:
+        """Numbered rows from where an earlier run stopped, some at a time; those before are compared."""
+        block: list[tuple[int, Document | BadRow]] = []
+        characters = 0
+        start = self._start.row
+        number = -1
+        try:
+            for number, item in enumerate(self._corpus):
+                if number < start:
+                    self._digest.update(_digest_bytes(item))
+                    continue
+                if number == start:
+                    self._compare(number)
+                block.append((number, item))
+                characters += len(item.text) if type(item) is Document else 0
+                if len(block) >= TOKENISE_ROWS or characters >= TOKENISE_CHARACTERS:
+                    yield block
+                    block, characters = [], 0
+        except CorpusError:
+            yield block
+            raise
+        if number < start:
+            self._compare(number + 1)
+        yield block
 
-        Between them `BadRow`, None for a skipped duplicate, and `Position`.
+    def _rows(self) -> Iterator[Any]:
+        """Rows as (entry, model input, replaced row, `_Done`, passes).
+
+        Between them `BadRow`, None for a skipped duplicate, and `_Done` of no entry.
         """
         options = self._options
-        digest = hashlib.sha256()
-        number = -1
-        for number, item in enumerate(self._corpus):
-            if number == self._start.row:
-                self._compare(digest.hexdigest() if number else "", number)
-            before = digest.hexdigest() if number else ""
-            digest.update(item.digest_bytes() if isinstance(item, Document) else b"bad row")
-            digest.update(b"\n")
-            if number < self._start.row:
-                continue
-            after = Position(number + 1, 0, digest.hexdigest())
-            if isinstance(item, Document) and (reason := self._unfit(item)):
-                item = BadRow(item.place, reason)
-            if isinstance(item, BadRow):
-                if options.on_bad_row == "raise":
-                    raise CorpusError(f"{item} (leave such rows out with on_bad_row='skip')")
-                yield item
-                yield after
-                continue
-            skip = self._start.chunk if number == self._start.row else 0
-            replaced = None
-            if not skip:
-                replaced = self._seen.add(item.id, self._row)
-                if replaced is not None and options.on_duplicate == "raise":
-                    raise CorpusError(
-                        f"{item.place}: id {item.id!r} is already there; keep the first row with "
-                        "on_duplicate='skip' or the last one with on_duplicate='upsert'"
-                    )
-                if replaced is not None and options.on_duplicate == "skip":
-                    yield None
+        for block in self._blocks():
+            known = self._seen.known([item.id for _, item in block if type(item) is Document])
+            for number, item in block:
+                after = _Done(number + 1, 0, item)
+                if type(item) is Document and options.chunk_tokens and (reason := self._unfit(item)):
+                    item = BadRow(item.place, reason)
+                if isinstance(item, BadRow):
+                    if options.on_bad_row == "raise":
+                        raise CorpusError(f"{item} (leave such rows out with on_bad_row='skip')")
+                    yield item
                     yield after
                     continue
-                if replaced is not None:
-                    self._seen.move(item.id, self._row)
-            spans = self._spans(item)
-            passes: Sequence[Pass] = ()
-            if options.late_chunking:
-                passes = passes_of(item.text, spans, item.title if options.with_title else None, self._counter)
-            for chunk in range(skip, len(spans)):
-                entry = self._entry(item, chunk, *spans[chunk])
-                done = after if chunk == len(spans) - 1 else Position(number, chunk + 1, before)
-                yield entry, entry.model_input(options.with_title), replaced, done, passes
-                replaced, passes = None, ()
-                self._row += 1
-            if not spans:
-                yield after
-        if number + 1 <= self._start.row:
-            self._compare(digest.hexdigest() if number >= 0 else "", number + 1)
+                skip = self._start.chunk if number == self._start.row else 0
+                replaced = None
+                if not skip:
+                    replaced = known.row_of(item.id)
+                    if replaced is not None and options.on_duplicate == "raise":
+                        raise CorpusError(
+                            f"{item.place}: id {item.id!r} is already there; keep the first row with "
+                            "on_duplicate='skip' or the last one with on_duplicate='upsert'"
+                        )
+                    if replaced is not None and options.on_duplicate == "skip":
+                        yield None
+                        yield after
+                        continue
+                    known.move(item.id, self._row)
+                if options.chunk_tokens is None:
+                    entry = Entry(item.id, item.text, item.title, None, 0, 0, len(item.text), item.metadata)
+                    yield entry, entry.model_input(options.with_title), replaced, after, ()
+                    self._row += 1
+                    continue
+                spans = self._spans(item)
+                passes: Sequence[Pass] = ()
+                if options.late_chunking:
+                    passes = passes_of(item.text, spans, item.title if options.with_title else None, self._counter)
+                for chunk in range(skip, len(spans)):
+                    entry = self._entry(item, chunk, *spans[chunk])
+                    done = after if chunk == len(spans) - 1 else _Done(number, chunk + 1, None)
+                    yield entry, entry.model_input(options.with_title), replaced, done, passes
+                    replaced, passes = None, ()
+                    self._row += 1
+                if not spans:
+                    yield after
+            known.write()
 
-    def _compare(self, digest: str, number: int) -> None:
-        if digest != self._start.digest or number != self._start.row:
+    def _compare(self, number: int) -> None:
+        if (self._digest.hexdigest() if number else "") != self._start.digest or number != self._start.row:
             raise CorpusChangedError(
                 f"the corpus is not the one this build began with: among its first {self._start.row:,} rows something "
                 "changed; give the same corpus, or begin again with overwrite=True"
@@ -362,7 +434,7 @@ class WindowMaker:
         """Where the entries of a document begin and end, in characters; chunks are short enough to be read whole."""
         options, counter, text = self._options, self._counter, document.text
         if options.chunk_tokens is None:
-            return [(0, len(text))]
+            raise ValueError("documents are only cut where chunk_tokens says how long chunks are")
         room = self._room(document)
         wanted = options.chunk_tokens if room is None else min(options.chunk_tokens, room)
         while True:
@@ -380,8 +452,6 @@ class WindowMaker:
 
     def _entry(self, document: Document, chunk: int, start: int, end: int) -> Entry:
         text, title, metadata = document.text[start:end], document.title, document.metadata
-        if self._options.chunk_tokens is None:
-            return Entry(document.id, text, title, None, chunk, start, end, metadata)
         return Entry(f"{document.id}#{chunk}", text, title, document.id, chunk, start, end, metadata)
 
 
@@ -434,11 +504,12 @@ class Reading:
             if self.base is not None:
                 base = Snapshot(*self.base)
                 row = base.stored_rows
-                for name, first in base.documents():
-                    seen.move(name, first)
-            for position, name, parent, chunk in names_in(EntryFile(file) for file in self.files):
-                if chunk == 0:
-                    seen.move(name if parent is None else parent, row + position)
+                seen.move_all(base.documents())
+            seen.move_all(
+                (name if parent is None else parent, row + position)
+                for position, name, parent, chunk in names_in(EntryFile(file) for file in self.files)
+                if chunk == 0
+            )
             counter = TokenCounter(self.tokenizer, self.max_tokens, self.prompt)
             yield from WindowMaker(self.corpus, self.options, counter, seen, self.position, self.first_row, self.number)
         remove(self.scratch)

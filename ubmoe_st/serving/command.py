@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 _SHUTDOWN_S = 5
+ComputeOption = Annotated[
+    Literal["stored", "auto", "bf16", "int8"],
+    typer.Option(help="Numbers the encoder multiplies in; auto: bf16 where the processor has it, else as stored."),
+]
 
 
 def serve(
@@ -37,6 +41,7 @@ def serve(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Weight dtype of torch; default: as stored."),
     ] = None,
+    compute: ComputeOption = "stored",
     gguf: Annotated[
         Path | None, typer.Option(help="GGUF file of the base model for llama.cpp; default: its own, or one is made.")
     ] = None,
@@ -68,6 +73,7 @@ def serve(
         "api_key": api_key,
         "name": name,
         "dtype": dtype,
+        "compute": compute,
         "threads": threads,
     }
     if engine == "ray":

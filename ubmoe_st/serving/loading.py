@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from ubmoe_st.compute import Compute
+
     from .engine import Engine
     from .settings import Settings
 
@@ -22,6 +24,7 @@ def load_engine(
     *,
     name: str | None = None,
     dtype: Dtype | None = None,
+    compute: Compute = "stored",
     threads: int | None = None,
     gguf: Path | None = None,
     generations: int = 2,
@@ -33,6 +36,7 @@ def load_engine(
         kind: Library that computes.
         name: What clients call it. None: the last part of `path`.
         dtype: Of the weights, with torch. None: as stored.
+        compute: In what numbers the encoder multiplies, with torch; see `UBMoE`.
         threads: None: as many as the library chooses.
         gguf: The base model for llama.cpp. None: see `NativeUBMoE.from_checkpoint`.
         generations: Texts that llama.cpp generates at the same time.
@@ -44,8 +48,9 @@ def load_engine(
     if kind == "llama.cpp":
         from .native import NativeUBMoE
 
-        if dtype is not None:
-            raise ValueError("dtype is for the engine torch; with llama.cpp the GGUF file decides")
+        for argument, given in (("dtype", dtype is not None), ("compute", compute != "stored")):
+            if given:
+                raise ValueError(f"{argument} is for the engine torch; with llama.cpp the GGUF file decides")
         return NativeUBMoE.from_checkpoint(path, gguf=gguf, name=name, threads=threads, generations=generations)
     if gguf is not None:
         raise ValueError("gguf is for the engine llama.cpp; torch reads the checkpoint alone")
@@ -58,9 +63,10 @@ def load_engine(
     if threads is not None:
         torch.set_num_threads(threads)
     model = UBMoE(path, model_kwargs={"dtype": getattr(torch, dtype)} if dtype else {})
+    views: Any = model[0]
     if model.ubmoe_config is not None and model.ubmoe_config.expert_rank:
-        views: Any = model[0]
         views.use_low_memory()
+    views.compute_in(compute)
     return TorchEngine(model, name)
 
 
