@@ -68,9 +68,8 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
     text = long_text(Path(task["folder"]), model.tokenizer, task["length"])
     model.max_seq_length = 512 if task["way"] == "late-512" else max(LENGTHS)
     model.encode("a text to begin with")
-    read = []
-    forward = model[0].forward
-    model[0].forward = lambda features, **kwargs: read.append(len(features["input_ids"])) or forward(features, **kwargs)
+    read: list[int] = []
+    model[0].register_forward_pre_hook(lambda module, arguments: read.append(len(arguments[0]["input_ids"])))
     with tempfile.TemporaryDirectory() as out:
         options: dict[str, Any] = {
             "chunk_tokens": CHUNK_TOKENS,

@@ -17,8 +17,8 @@ ENTRY_CHARACTERS = 600
 """How much of an entry is put into the prompt."""
 SHOWN_CHARACTERS = 160
 """How much of an entry is shown in a table."""
-VECTORS_SHARE = 0.5
-"""Share of the vectors in the search for an answer, beside BM25."""
+VECTORS_SHARE = 0.7
+"""Share of the vectors in the search for an answer, beside BM25; see docs/experiments.md."""
 _PROMPT = (
     "Answer the question with the help of the numbered entries. Cite the entry you used by its number in square "
     "brackets, like [1].\n\n{entries}\n\nQuestion: {question}"

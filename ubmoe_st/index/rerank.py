@@ -102,7 +102,7 @@ class Reranking:
 
         encoder: Any = embedder.token_encoder()
         counter = embedder.counter()
-        found = []
+        found: list[list[int]] = []
         cut = total = 0
         for query, documents in zip(texts, passages):
             if not documents:
