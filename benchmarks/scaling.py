@@ -93,10 +93,17 @@ def make_base(folder: Path, tokenizer: Path) -> Path:
 
 
 def measure_build(folder: Path, base: Path, limit_gb: float) -> None:
-    """Upcycle and export under a limit of private memory; prints a line of JSON for each."""
+    """Upcycle and export under a limit of private memory; prints a line of JSON for each.
+
+    Args:
+        folder: Where the results go.
+        base: The base.
+        limit_gb: What may be private beyond what the libraries have taken, mapped files that could be written included.
+    """
     import resource
 
-    resource.setrlimit(resource.RLIMIT_DATA, (int(limit_gb * 1e9), int(limit_gb * 1e9)))
+    limit = memory("VmData") + int(limit_gb * 1e9)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before, out = memory("VmHWM"), folder / "checkpoint"
     for step, work in (
         ("upcycle", lambda: upcycle(base, folder / "experts.safetensors", out=out, overwrite=True)),
@@ -214,7 +221,7 @@ def main(arguments: list[str] | None = None) -> None:
     build = commands.add_parser("build", help="memory of building and exporting")
     build.add_argument("--folder", type=Path, required=True)
     build.add_argument("--tokenizer", type=Path, default=Path("models/ubmoe-135m"), help="folder of any tokenizer")
-    build.add_argument("--limit-gb", type=float, default=2.5, help="of private memory")
+    build.add_argument("--limit-gb", type=float, default=1.4, help="of private memory, beside the libraries")
     peaks = commands.add_parser("memory", help="memory of training, encoding and generating against the plan")
     peaks.add_argument("--base", default="smollm2-135m")
     peaks.add_argument("--checkpoint", help="of that base, for encoding and generating")

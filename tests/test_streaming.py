@@ -13,8 +13,9 @@ from helpers.models import ARCHITECTURES, TEXTS, make_base, random_experts
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ubmoe_st import UBMoE, UBMoETransformer, checkpoint, shards, upcycle, upcycling
+from ubmoe_st import UBMoE, UBMoETransformer, checkpoint, shards, source, upcycle, upcycling
 from ubmoe_st.experts import save_low_rank
+from ubmoe_st.export import export
 from ubmoe_st.planning import Shape
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream
 from ubmoe_st.upcycling import export_experts
@@ -171,6 +172,23 @@ print(before, peak())
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_no_weights_are_loaded_or_mapped(base, tmp_path, monkeypatch):
+    """Under a limit of address space, as `ulimit` sets it, a mapped file counts as much as one in memory."""
+    opened = []
+    original = source.safe_open
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr(source.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(source, "safe_open", lambda file, **kwargs: opened.append(file) or original(file, **kwargs))
+    out = upcycle(base, out=tmp_path / "out")
+    export(out, tmp_path / "encoder")
+    assert opened == []
+    with pytest.raises(AssertionError, match="the base was loaded"):
+        UBMoETransformer.from_base(base)
+
+
 def test_memory_holds_a_tensor_and_not_the_model(base, tmp_path):
     """Weights of 365 MB, merged experts too, pass through a process that grows by less than half of that."""
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8}

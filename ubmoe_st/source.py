@@ -161,6 +161,18 @@ class Source:
         return stamps
 
 
+class SmallSource(Source):
+    """Of a module that reads its tensors from the files itself, one at a time: nothing large is mapped or loaded."""
+
+    def changed(self, tensors: Mapping[str, Tensor], *, bi: bool = False) -> str | None:  # noqa: D102 - as above
+        return Source(folder=self.folder, base=self.base, dtype=self._dtype).changed(tensors, bi=bi)
+
+    def _open(self) -> _Files | None:
+        if self._files is None and (self.folder or self.base):
+            self._files = _SmallFiles(self)
+        return self._files
+
+
 class _Files:
     """What both kinds of source hold open."""
 
@@ -173,6 +185,21 @@ class _Files:
     def originals(self, bi: bool) -> Any:
         """Function from a backbone name to the tensor as it was read, or None; of the `bi` experts or the original."""
         raise NotImplementedError
+
+
+class _SmallFiles(_Files):
+    def __init__(self, source: Source) -> None:
+        if source.folder is not None:
+            config = read_config(source.folder)
+            if config.expert_rank is not None:
+                self.low_rank = load_low_rank(source.folder / DELTA_FILE)[0]
+            if config.router is not None:
+                self.routers = _tensors(_mapped(source.folder, ROUTER_FILE))
+            self.generation_config = _generation_config(source.folder / GENERATOR_FOLDER)
+            self.alignment = data_start(source.folder / SHARED_FILE) % CACHE_LINE
+        elif source.base is not None:
+            self.generation_config = _generation_config(source.base)
+            self.alignment = _base_alignment(source.base)
 
 
 class _CheckpointFiles(_Files):
@@ -207,8 +234,7 @@ class _BaseFiles(_Files):
         state = lm.state_dict()
         self.uni = {key: state[name] for key, name in uni_keys(lm).items()}
         self.generation_config = _generation_config(source.base)
-        first = next(iter(sorted(source.base.glob("*.safetensors"))), None)
-        self.alignment = data_start(first) % CACHE_LINE if first else 0
+        self.alignment = _base_alignment(source.base)
 
     def _load(self) -> Any:
         base: Any = self._source.base
@@ -221,6 +247,11 @@ class _BaseFiles(_Files):
         prefix = f"{lm.base_model_prefix}."
         state = {name.removeprefix(prefix): tensor for name, tensor in lm.state_dict().items()}
         return state.get
+
+
+def _base_alignment(folder: Path) -> int:
+    first = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    return data_start(first) % CACHE_LINE if first else 0
 
 
 def _dtype_of(folder: Path) -> torch.dtype | None:

@@ -25,6 +25,7 @@ from ubmoe_st.configuration import RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merge_low_rank
 from ubmoe_st.generator import causal_config, meta_causal_lm, uni_keys
 from ubmoe_st.model import UBMoE
+from ubmoe_st.source import SmallSource
 from ubmoe_st.transformer import UBMoETransformer
 
 _WIDENED = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
@@ -96,6 +97,8 @@ def dense_experts(base: Base, tuned: Path, encoder: PreTrainedModel) -> Mapping[
 
 class StreamedTransformer(UBMoETransformer):
     """The views of a base or of a checkpoint without their weights, for saving and exporting alone."""
+
+    source_class = SmallSource
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
         self._dense: Mapping[str, Tensor] | None = None

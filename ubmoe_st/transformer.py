@@ -82,9 +82,8 @@ def group_by_length(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]
 class UBMoETransformer(Transformer):
     """The encoder view as a sentence-transformers module: full attention through the `bi` experts.
 
-    Reads a UBMoE checkpoint folder, or any base decoder by `from_base`. Keeps what the generator view needs
-    beside the shared tensors, and loads it on first use. Saving writes the whole checkpoint layout, whose root
-    stock `Transformer` opens.
+    Reads a UBMoE checkpoint folder, or any base decoder by `from_base`. Keeps what the generator view needs beside the
+    shared tensors, and loads it on first use. Saving writes the whole checkpoint; stock `Transformer` opens its root.
 
     Args:
         model_name_or_path: Checkpoint folder, or folder of a base model.
@@ -93,9 +92,11 @@ class UBMoETransformer(Transformer):
 
     pass_tokens = 64
     """What one more pass of the encoder costs on a CPU, in tokens: it reads all weights again."""
+    source_class: type[Source] = Source
 
     def __init__(self, model_name_or_path: str, **kwargs: Any) -> None:
-        source = Source(folder=Path(model_name_or_path) if checkpoint.is_checkpoint(model_name_or_path) else None)
+        own = Path(model_name_or_path) if checkpoint.is_checkpoint(model_name_or_path) else None
+        source = self.source_class(folder=own)
         super().__init__(str(model_name_or_path), **{**_TEXT_ONLY, **kwargs})
         # Read at every call by the stock mask functions; `is_causal` as a call argument is not thread-safe.
         self.model.config.is_causal = False
@@ -148,12 +149,9 @@ class UBMoETransformer(Transformer):
         find_ffns(module.model)
         _check_bidirectional(module.probe())
         module.base = found
-        module.source = Source(base=found.path, dtype=module.model.dtype)
-        module.ubmoe_config = UBMoEConfig(
-            base_model=found.name,
-            base_architecture=type(meta_causal_lm(causal_config(module.model.config))).__name__,
-            base_origin=found.origin,
-        )
+        module.source = cls.source_class(base=found.path, dtype=module.model.dtype)
+        kind = type(meta_causal_lm(causal_config(module.model.config))).__name__
+        module.ubmoe_config = UBMoEConfig(base_model=found.name, base_architecture=kind, base_origin=found.origin)
         return module
 
     def probe(self) -> PreTrainedModel:
