@@ -50,9 +50,14 @@ def main(
     from ubmoe_st.serving import NativeUBMoE, TorchEngine
 
     torch.set_num_threads(1)
+    try:
+        native = NativeUBMoE.from_checkpoint(model, gguf=gguf, threads=1)
+    except (ImportError, ValueError, OSError) as error:  # a checkpoint that llama.cpp cannot embed with, say
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
     engines: dict[str, Any] = {
         "torch": TorchEngine(UBMoE(model, device="cpu", low_memory=True), "torch"),
-        "llama.cpp": NativeUBMoE.from_checkpoint(model, gguf=gguf, threads=1),
+        "llama.cpp": native,
     }
     first, second, scores = sts_pairs("STSB-dev", data_folder(data), pairs)
     found: dict[str, Any] = {name: {"generate": [], "encode": []} for name in engines}

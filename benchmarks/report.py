@@ -301,6 +301,10 @@ def _speed_table(results: Results, tasks: Callable[[str], bool], header: Sequenc
 _IN_TURNS = ("load", "encode, ", "one line", "prefill", "decode", "training step")
 
 
+def _short(value: float) -> str:
+    return f"{value:.{0 if value >= 10 else 1 if value >= 1 else 2}f}"
+
+
 def in_turns(results: Results) -> str:
     """What was measured in turns beside the ceiling of its matrix products, each checkpoint in a table of its own."""
     tables = []
@@ -309,9 +313,9 @@ def in_turns(results: Results) -> str:
         for score in content["scores"]:
             if not score["task"].startswith(_IN_TURNS):
                 continue
-            spread = f" [{score['low']:.3g}, {score['high']:.3g}]" if "low" in score else ""
-            spread += f" (p95 {score['p95']:.3g})" if "p95" in score else ""
-            cells = [score["task"], score["label"], f"{score['value']:.3g}{spread} {score['metric']}"]
+            spread = f" [{_short(score['low'])}, {_short(score['high'])}]" if "low" in score else ""
+            spread += f" (p95 {_short(score['p95'])})" if "p95" in score else ""
+            cells = [score["task"], score["label"], f"{_short(score['value'])}{spread} {score['metric']}"]
             cells += [f"{score[key]:.2f}" if key in score else "" for key in ("ratio", "share")]
             rows.append([*cells, score.get("ratio_to", "")])
         if rows:

@@ -310,3 +310,23 @@ def test_a_folder_without_results_wipes_nothing(root):
     assert outcome.exit_code == 1
     assert "expected result files" in outcome.output
     assert not (root / "README.md").exists() or "results:" in (root / "README.md").read_text()
+
+
+def test_what_was_measured_in_turns_has_a_table_for_each_checkpoint():
+    label = {"label": "UBMoE", "split": "ubmoe"}
+    scores = [
+        {"task": "decode", "metric": "tokens/s", "value": 9.26, "low": 8.0, "high": 12.4, "share": 0.5, **label},
+        {"task": "one line", "metric": "ms", "value": 0.25, "p95": 20.2, "ratio": 1.5, "ratio_to": "stock", **label},
+        {"task": "encode short", "metric": "tokens/s", "value": 1.0, "ratio": 1.0, "ratio_to": "stock", **label},
+    ]
+    run = {"processor": {"avx2": True, "amx": False}}
+    text = report.in_turns([{"benchmark": "speed", "row": "m", "label": "m", "run": run, "scores": scores}])
+    assert text.splitlines()[0] == "m, instructions: avx2"
+    assert text.splitlines()[4:] == [
+        "| decode | UBMoE | 9.3 [8.0, 12] tokens/s |  | 0.50 |  |",
+        "| one line | UBMoE | 0.25 (p95 20) ms | 1.50 |  | stock |",
+    ]
+    assert (
+        report.in_turns([{"benchmark": "speed", "row": "m", "label": "m", "scores": scores[2:]}])
+        == "*Not measured yet.*"
+    )

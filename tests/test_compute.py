@@ -74,6 +74,12 @@ def test_only_encoding_computes_so(plain, quantised, tmp_path):
     copied = pickle.loads(pickle.dumps(quantised))
     np.testing.assert_array_equal(copied.encode(TEXTS), quantised.encode(TEXTS))
     assert copied.compute == quantised.compute
+    copied.share_memory()
+    np.testing.assert_array_equal(copied.encode(TEXTS), quantised.encode(TEXTS))
+    assert copied.compute.used == "int8"
+    copied.to("meta")
+    assert copied.compute.used == "stored"
+    assert "moved to meta" in copied.compute.reason
     with pytest.raises(ValueError, match="computes in int8 already"):
         UBMoE(str(plain[0].folder), device="cpu", low_memory=True, compute="int8").quantize_base()
 

@@ -112,3 +112,23 @@ def test_encode_still_sets_evaluation_mode_and_looks_where_tensors_are(checkpoin
     deep.register_buffer("elsewhere", torch.zeros(1, device="meta"))
     model._resolve_inference_device(None)
     assert moved == [None], "a tensor elsewhere is left to the stock way"
+
+
+def test_both_views_can_be_compiled(checkpoint, base):
+    """Graphs of torch.compile give what the modules give; `SentenceTransformer.compile` reaches the encoder, too."""
+    model = UBMoE(str(checkpoint), device="cpu")
+    expected, ids = model.encode(TEXTS), torch.tensor([model.token_ids(TEXTS[0])])
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.generator, backend=backend)
+    with torch.inference_mode():
+        assert torch.equal(compiled(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits)
+    assert graphs
+    graphs.clear()
+    model.compile(backend=backend)
+    np.testing.assert_allclose(model.encode(TEXTS), expected, atol=1e-5)
+    assert graphs

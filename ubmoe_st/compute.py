@@ -197,7 +197,7 @@ class FastEncoder:
         return self.report.used != "stored"
 
     def module(self, views: Any) -> Any:
-        """A `UBMoETransformer` that computes so; made anew after a copy was sent to another process.
+        """A `UBMoETransformer` that computes so; made anew after the weights moved, or in another process.
 
         Args:
             views: The one whose weights it copies.
@@ -208,8 +208,16 @@ class FastEncoder:
                     self._module = self._made(views, {n: self._copy(layer) for n, layer in _linears(views.model)})
             return self._module
 
+    def follow(self, device: torch.device) -> None:
+        """After the weights have moved: make it anew on its next use, or give up where they are on no processor."""
+        with self._lock:
+            self._module = None
+            if self.active and device.type != "cpu":
+                reason = f"the weights were moved to {device.type} since, and this is for processors"
+                self.report = replace(self.report, used="stored", reason=reason, kept=())
+
     def memory(self) -> int:
-        """Bytes of the copied layers; 0 before the first use."""
+        """Bytes of the copied layers."""
         if self._module is None:
             return 0
         layers = (layer for layer in self._module.model.modules() if isinstance(layer, (Bf16Linear, Int8Linear)))
@@ -237,7 +245,7 @@ class FastEncoder:
         weight, bias = _weight_and_bias(layer)
         if self.report.used == "bf16":
             return Bf16Linear(weight, bias)
-        return Int8Linear(weight, bias, 7 if self.report.reason else 8)
+        return Int8Linear(weight, bias, 8 if processor_flags()["avx512_vnni"] else 7)
 
 
 def _linears(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -471,7 +471,7 @@ class UBMoETransformer(Transformer):
         # Stock `encode` moves the model to the device where it is.
         if places != [parameter.data_ptr() for parameter in self.parameters()]:
             self._generators = {}
-            self.fast = FastEncoder()
+            self.fast.follow(self.model.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
