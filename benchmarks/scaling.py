@@ -187,13 +187,13 @@ def _encoding_peak(checkpoint: str | Path, setting: Setting) -> int:
 
 def _generating_peak(checkpoint: str | Path, setting: Setting) -> int:
     model = UBMoE(str(checkpoint), low_memory=True)
-    lm = model.generator
+    lm: Any = model.generator
     ids = torch.randint(3, lm.config.vocab_size, (setting.generate_batch, setting.context_tokens - 4))
 
     def generate() -> None:
         lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
 
-    return model.memory_report()["total"] + allocated(generate)
+    return int(model.memory_report()["total"]) + allocated(generate)
 
 
 def measure_memory(base: str, checkpoint: str | None, setting: Setting) -> None:

@@ -97,6 +97,13 @@ def test_wrong_recipes_are_refused(tmp_path, recipe):
         recipe(loss="distillation")
 
 
+def test_a_stream_needs_pairs_and_an_end(recipe):
+    with pytest.raises(ValueError, match="rows of `pairs`"):
+        recipe(shuffle_buffer=5)
+    with pytest.raises(ValueError, match=r"set trainer\.max_steps"):
+        recipe(shuffle_buffer=5, sentences=None, pairs="x", trainer={"max_steps": -1})
+
+
 def read(tmp_path, *changes, text="base: b\nout: o\nsentences: {files: {}}\nffn_dropout: 0.1\n"):
     (tmp_path / "r.yaml").write_text(text)
     return read_recipe(ContrastiveRecipe, tmp_path / "r.yaml", changes)

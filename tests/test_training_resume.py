@@ -51,12 +51,17 @@ def teacher(tmp_path):
         ("MultipleNegativesRankingLoss", {}),
         ("distillation", {}),
         ("distillation", {"batch_tokens": 72, "rough": 0.5}),
+        ("MultipleNegativesRankingLoss", {"shuffle_buffer": 20}),
         ("similarity", {"batch_tokens": 72, "project": True, "groups": Groups(neighbours=3, largest=3)}),
     ],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one(recipe, teacher, tmp_path, loss, batches):
+def test_a_resumed_run_equals_an_uninterrupted_one(recipe, data, teacher, tmp_path, loss, batches):
     """Same batches, same dropout, same weights, also over the border of an epoch."""
     extra = {"ffn_dropout": 0.2, **batches}
+    if "shuffle_buffer" in batches:
+        lines = (data / "sentences.txt").read_text().splitlines()
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"anchor": a, "positive": a}) + "\n" for a in lines))
+        extra |= {"sentences": None, "pairs": str(tmp_path / "pairs.jsonl")}
     if loss != "MultipleNegativesRankingLoss":
         extra |= {"loss": loss, "teacher": teacher, "head": "training"}
     seen: dict[str, list] = {}

@@ -38,7 +38,7 @@ from training.command import (
     read_recipe,
     recipe_of_command,
 )
-from training.data import DOLLY_DEV, data_folder, dolly_dev, read_rows, sts_pairs
+from training.data import DOLLY_DEV, data_folder, dolly_dev, read_rows, stream_rows, sts_pairs
 from training.groups import group_numbers, kept_groups
 from training.losses import build_loss
 from training.recipe import ContrastiveRecipe, EmbedderTeacher
@@ -176,6 +176,9 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
     if recipe.batch_tokens is not None:
         # Batches differ in size, and the sampler sees to it that all processes get as many.
         values["accelerator_config"] = {"even_batches": False}
+    elif recipe.shuffle_buffer is not None:
+        # Each process reads all rows and keeps its own: the same batches on any number of processes that fits.
+        values["accelerator_config"] = {"dispatch_batches": False}
     elif recipe.length_buckets:
         values["batch_sampler"] = LengthBuckets
     if recipe.prompt:
@@ -191,10 +194,18 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
     return arguments_of(SentenceTransformerTrainingArguments, values)
 
 
-def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None) -> Any:
-    """The columns the loss reads: one text per view, the row number for distillation."""
+def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None, seed: int = 0) -> Any:
+    """The columns the loss reads: one text per view, the row number for distillation.
+
+    Args:
+        recipe: What to read.
+        corpus: The texts, without `pairs`.
+        seed: Of the order of a stream.
+    """
     from datasets import Dataset
 
+    if recipe.pairs is not None and recipe.shuffle_buffer is not None:
+        return stream_rows(recipe.pairs, recipe.columns, recipe.shuffle_buffer, seed)
     if recipe.pairs is not None:
         return Dataset.from_dict(read_rows(recipe.pairs, recipe.columns))
     texts = student_texts(recipe, corpus) if corpus is not None else []
@@ -277,7 +288,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer = ContrastiveTrainer(
         model=model,
         args=args,
-        train_dataset=build_dataset(recipe, corpus),
+        train_dataset=build_dataset(recipe, corpus, args.seed),
         loss=build_loss(recipe, model, found, group_numbers(groups, len(found[0])) if groups else None),
         evaluator=evaluators or None,
         data_collator=collator,

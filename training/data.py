@@ -141,20 +141,57 @@ def read_rows(source: str, columns: Sequence[str]) -> dict[str, list[str]]:
     Raises:
         ValueError: If a column is missing.
     """
+    table: dict[str, list[str]] = {column: [] for column in columns}
+    for row in iter_rows(source, columns):
+        for column, values in table.items():
+            values.append(row[column])
+    return table
+
+
+def iter_rows(source: str, columns: Sequence[str], *, stream: bool = False) -> Iterator[dict[str, str]]:
+    """The rows of `read_rows` one by one, those columns alone.
+
+    Args:
+        source: As for `read_rows`.
+        columns: As for `read_rows`.
+        stream: Read a dataset of the Hub as it comes, instead of downloading it first.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
     if Path(source).is_file():
         rows: Iterable[Mapping[str, Any]] = read_jsonl(Path(source))
     else:
         from datasets import load_dataset
 
         name, _, subset = source.partition(":")
-        rows = load_dataset(name, subset or None, split="train")
-    table: dict[str, list[str]] = {column: [] for column in columns}
+        rows = load_dataset(name, subset or None, split="train", streaming=stream)
     for number, row in enumerate(rows):
-        for column, values in table.items():
-            if column not in row:
-                raise ValueError(f"{source}: row {number} has {sorted(row)}, expected the columns {list(columns)}")
-            values.append(row[column])
-    return table
+        if any(column not in row for column in columns):
+            raise ValueError(f"{source}: row {number} has {sorted(row)}, expected the columns {list(columns)}")
+        yield {column: row[column] for column in columns}
+
+
+def stream_rows(source: str, columns: Sequence[str], buffer: int, seed: int) -> Any:
+    """Rows of `read_rows` as a `datasets.IterableDataset`, shuffled in a buffer as they come.
+
+    The order depends on seed and epoch alone. So a run that goes on, and passes over the batches that it had, reads the
+    same ones as an uninterrupted one.
+
+    Args:
+        source: As for `read_rows`.
+        columns: As for `read_rows`.
+        buffer: Rows of the buffer.
+        seed: Of the order.
+    """
+    from datasets import Features, IterableDataset, Value
+
+    rows = IterableDataset.from_generator(
+        iter_rows,
+        features=Features({column: Value("string") for column in columns}),
+        gen_kwargs={"source": source, "columns": tuple(columns), "stream": True},
+    )
+    return rows.shuffle(seed=seed, buffer_size=buffer)
 
 
 def sts_pairs(name: str, folder: Path, sample: int | None = None) -> tuple[list[str], list[str], list[float]]:

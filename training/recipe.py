@@ -299,6 +299,10 @@ class ContrastiveRecipe:
     columns: list[str] = field(default_factory=lambda: ["anchor", "positive"])
     """Columns of `pairs`: anchor, positive, then hard negatives."""
 
+    shuffle_buffer: int | None = None
+    """Read `pairs` as they come, and shuffle them in a buffer of so many rows: for datasets beyond memory and disk.
+    None: read all first, and shuffle all."""
+
     train: Trained = "ffn"
     """What trains. Only `ffn` can be released: everything else is shared with the generator."""
 
@@ -366,7 +370,7 @@ class ContrastiveRecipe:
     """Longest text of the released model, tokens."""
 
     length_buckets: bool = True
-    """Batches of texts of similar length. False: by the trainer's `batch_sampler`."""
+    """Batches of texts of similar length. False: by the trainer's `batch_sampler`. Not with `shuffle_buffer`."""
 
     batch_tokens: int | None = None
     """Tokens of a batch in each process, padding included, instead of the trainer's `per_device_train_batch_size`."""
@@ -408,6 +412,11 @@ class ContrastiveRecipe:
                 "without noise both views of a sentence are equal and there is nothing to learn; set lora_dropout, "
                 "attention_dropout or ffn_dropout"
             )
+        if self.shuffle_buffer is not None:
+            if self.pairs is None or self.shuffle_buffer < 1:
+                raise ValueError(f"shuffle_buffer is a number of rows of `pairs` from 1 on, got {self.shuffle_buffer}")
+            if self.trainer.get("max_steps", -1) < 1:
+                raise ValueError("with shuffle_buffer nobody knows where an epoch ends; set trainer.max_steps")
         if self.batch_tokens is not None and self.pairs is not None:
             raise ValueError("batch_tokens counts one sentence per row; with `pairs` use per_device_train_batch_size")
         if self.prompts:
