@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from ubmoe_st.files import replacing_by_name
+
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -65,7 +67,7 @@ class TrainedOnly:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_parameters(self.model), folder / TRAINED_FILE)
+        save_trained(self.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))
@@ -77,6 +79,12 @@ class TrainedOnly:
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the parameters that take a gradient, by name."""
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write what `trained_parameters` gives to a folder, all or nothing."""
+    with replacing_by_name(folder / TRAINED_FILE) as temporary:
+        save_file(trained_parameters(model), temporary)
 
 
 def load_trained(model: nn.Module, folder: Path, optional: str | None = None) -> set[str]:

@@ -525,7 +525,7 @@ class UBMoETransformer(Transformer):
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
         )
-        checkpoint.check_checkpoint(output_path)
+        checkpoint.check_checkpoint(output_path, modules=False)
         for name, content in self.notices.items():
             (Path(output_path) / name).write_bytes(content)
         save_tokenizer(self.processor, output_path)
