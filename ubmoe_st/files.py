@@ -386,7 +386,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is typing.Literal:
-        return value in inner
+        return type(value) in map(type, inner)
     if origin is list:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if origin is dict:

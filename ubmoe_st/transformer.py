@@ -237,8 +237,11 @@ class UBMoETransformer(Transformer):
         return group_by_length(spans.tolist(), self.pass_tokens)
 
     def _has_tokens(self, text: str) -> bool:
-        # Only short texts can be empty after tokenisation; longer ones are not tokenised twice.
-        return len(text) > 8 or bool(self.token_ids(text))
+        # Letters tell without the tokenizer, and a few characters mostly tell with it: few texts are tokenised twice.
+        beginning = text[:64]
+        return any("a" <= letter <= "z" for letter in beginning.lower()) or any(
+            self.token_ids(part) for part in (beginning, text)
+        )
 
     def token_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of one text, neither padded nor cut; safe while other threads encode.
