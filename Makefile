@@ -42,7 +42,7 @@ soak: install ## the reliability tests at full counts, with their figures (hours
 
 audit: install ## known faults of the pinned dependencies (needs the network)
 	$(BIN)/python -m pip install -q --disable-pip-version-check pip-audit
-	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit --requirement constraints.txt --strict --no-deps --disable-pip
 
 # Another Python: `make test-core PYTHON=python3.13`, `make test-min PYTHON=python3.10` (the lowest versions have wheels for
 # 3.10 to 3.12).

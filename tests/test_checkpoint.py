@@ -85,6 +85,134 @@ def test_an_index_that_leads_out_of_the_folder(copy):
         UBMoE(str(copy))
 
 
+def header_of(file):
+    """The header of a safetensors file, and what follows."""
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def put_header(file, header, data):
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def link_out(folder):
+    outside = shutil.move(folder / layout.BI_FILE, folder.parent / "bi.safetensors")
+    (folder / layout.BI_FILE).symlink_to(outside)
+    return "model-bi.safetensors is a link out"
+
+
+def link_the_generator_out(folder):
+    outside = shutil.move(folder / "generator", folder.parent / "elsewhere")
+    (folder / "generator").symlink_to(outside)
+    return "generator is a link out"
+
+
+def lead_a_module_out(folder):
+    shutil.copytree(folder / "1_Pooling", folder.parent / "1_Pooling")
+    edit(folder / "modules.json", lambda modules: modules[1].update(path="../1_Pooling"))
+    return "modules.json names the folder"
+
+
+def lay_weights_beside(folder):
+    """transformers prefers one file to an index, and would read other weights than were checked."""
+    shutil.copy(folder / layout.SHARED_FILE, folder / "model.safetensors")
+    return "model.safetensors lies beside"
+
+
+def pickle_a_module(folder):
+    (folder / "1_Pooling" / "pytorch_model.bin").write_bytes(b"")
+    return "1_Pooling/pytorch_model.bin is a pickle"
+
+
+def ask_for_many_layers(folder):
+    """The shapes would be looked up in a model made for it, layer by layer."""
+    edit(folder / "config.json", lambda config: config.update(num_hidden_layers=10**9, layer_types=None))
+    return "asks for 1000000000 layers"
+
+
+def nest_json_deeply(folder):
+    (folder / layout.INDEX_FILE).write_text("[" * 200_000)
+    return "index.json is not valid JSON"
+
+
+def nest_a_header_deeply(folder):
+    data = (folder / layout.BI_FILE).read_bytes()
+    (folder / layout.BI_FILE).write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000 + data)
+    return "its header is not JSON"
+
+
+def overlap_two_tensors(folder):
+    """The length fits, and two tensors would be read from the same place."""
+    header, data = header_of(folder / layout.BI_FILE)
+    first, second = [key for key in header if key.endswith("up_proj.weight")][:2]
+    header[first]["data_offsets"] = header[second]["data_offsets"]
+    put_header(folder / layout.BI_FILE, header, data)
+    return "is said to be at"
+
+
+def claim_an_endless_tensor(folder):
+    header, data = header_of(folder / layout.BI_FILE)
+    next(entry for key, entry in header.items() if key.endswith("up_proj.weight"))["shape"] = [2**40, 2**20]
+    put_header(folder / layout.BI_FILE, header, data)
+    return "is said to be at"
+
+
+def map_tensors_to_a_number(folder):
+    edit(folder / layout.INDEX_FILE, lambda index: index["weight_map"].update({"layers.0.mlp.up_proj.weight": 3}))
+    return "expected a `weight_map`"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        link_out,
+        link_the_generator_out,
+        lead_a_module_out,
+        lay_weights_beside,
+        pickle_a_module,
+        ask_for_many_layers,
+        nest_json_deeply,
+        nest_a_header_deeply,
+        overlap_two_tensors,
+        claim_an_endless_tensor,
+        map_tensors_to_a_number,
+    ],
+)
+def test_what_leads_astray_is_refused_before_it_is_read(copy, change):
+    with pytest.raises(CheckpointError, match=change(copy)):
+        layout.check_checkpoint(copy)
+
+
+def test_links_of_the_hubs_cache_and_links_inside_are_read(copy, tmp_path):
+    """As the Hub's client lays out a snapshot: every file is a link to a blob."""
+    snapshot = tmp_path / "models--org--m" / "snapshots" / "0123"
+    blobs = tmp_path / "models--org--m" / "blobs"
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(path for path in copy.rglob("*") if path.is_file()):
+        name = snapshot / file.relative_to(copy)
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.symlink_to(shutil.move(file, blobs / str(number)))
+    (tmp_path / "link").symlink_to(snapshot)
+    for path in (snapshot, tmp_path / "link"):
+        layout.check_checkpoint(path)
+        layout.verify_sums(path)
+        UBMoE(str(path), verify=True)
+    assert layout.facts(snapshot)["layers"] == 3
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "absolute", "linked.txt"])
+def test_checksums_of_files_elsewhere_are_refused(copy, tmp_path, name):
+    (tmp_path / "outside.txt").write_text("x")
+    (copy / "linked.txt").symlink_to(tmp_path / "outside.txt")
+    name = str(tmp_path / "outside.txt") if name == "absolute" else name
+    with open(copy / layout.SUMS_FILE, "a") as sums:
+        sums.write(f"{layout.sha256_of(tmp_path / 'outside.txt')}  {name}\n")
+    with pytest.raises(CheckpointError, match="which is not in"):
+        layout.verify_sums(copy)
+
+
 @pytest.mark.parametrize("name", [layout.SHARED_FILE, layout.BI_FILE, layout.UNI_FILE, layout.DELTA_FILE])
 def test_a_wrong_shape_is_named(copy, name):
     tensors = load_file(copy / name)

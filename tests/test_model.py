@@ -57,6 +57,15 @@ def test_a_list_with_something_else_names_position_and_type(model, bad, name):
         model.encode("the", colour="red")
 
 
+@pytest.mark.parametrize("text", ["", " " * 9, "\n\t " * 1000])
+def test_a_text_without_tokens_of_any_length_has_a_vector(model, text):
+    """Alone and in a batch the same one, of length 1."""
+    alone = model.encode(text)
+    assert np.linalg.norm(alone) == pytest.approx(1)
+    assert np.abs(model.encode([text, "the cat"])[0] - alone).max() < 1e-6
+    assert np.array_equal(alone, model.encode(""))
+
+
 def test_an_empty_list_gives_no_vectors(model):
     assert len(model.encode([])) == 0
 

@@ -19,10 +19,10 @@ pytest.importorskip("peft")
 from helpers.training import make_recipe, make_teacher, make_training_data
 
 from training import contrastive
-from training.command import arguments_of
+from training.command import arguments_of, check_same_recipe
 from training.contrastive import train
 from training.recipe import Groups
-from training.resume import checkpoint_to_resume, keep_steps, trained_parameters
+from training.resume import checkpoint_to_resume, keep_steps, save_trained, trained_parameters
 from training.teacher import teacher_vectors
 from training.texts import read_corpus
 
@@ -233,6 +233,27 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path):
         checkpoint_to_resume(arguments)
     with pytest.raises(ValueError, match="learning_rat"):
         arguments_of(TrainingArguments, {"learning_rat": 1})
+
+
+def test_what_a_run_writes_beside_its_checkpoints_is_replaced_whole(recipe, tmp_path, monkeypatch):
+    """A run that is killed while it starts or ends leaves no half recipe and no half weights."""
+    out = tmp_path / "run"
+    check_same_recipe(recipe(), out)
+    save_trained(torch.nn.Linear(2, 2), out)
+    before = [(out / name).read_bytes() for name in ("recipe.json", "trained.safetensors")]
+
+    def killed(*names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    changes = (
+        lambda: check_same_recipe(recipe(save_minutes=3.0), out),
+        lambda: save_trained(torch.nn.Linear(3, 3), out),
+    )
+    for write in changes:
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert [(out / name).read_bytes() for name in ("recipe.json", "trained.safetensors")] == before
 
 
 def test_a_checkpoint_comes_by_the_clock(recipe, tmp_path, monkeypatch):

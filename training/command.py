@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ubmoe_st.files import write_json
+
 RECIPE_FILE = "recipe.json"
 INTERRUPTED = 130
 """Exit code of a command that was stopped by hand, as shells have it."""
@@ -37,9 +39,14 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) ->
         changes: `key=value`, with dots into sections (`trainer.max_steps=10`, `teacher.0.folder=x`) and YAML values.
 
     Raises:
-        ValueError: If a key is not known, a value has the wrong type, or a change is not of that form.
+        ValueError: If it is not YAML, a key is not known, a value has the wrong type, or a change is not of that form.
     """
-    values = _yaml(Path(file).read_text(encoding="utf-8"))
+    import yaml
+
+    try:
+        values = _yaml(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected `key: value` lines of a recipe, got {type(values).__name__}")
     for change in changes:
@@ -277,7 +284,7 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
                 "choose another folder (--set out=...), or delete it"
             )
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    write_json(file, now)
 
 
 def _with_defaults(kind: type, file: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -49,7 +49,7 @@ from training.resume import (
     checkpoint_to_resume,
     keep_steps,
     load_trained,
-    trained_parameters,
+    save_trained,
 )
 from training.student import (
     HEAD,
@@ -65,6 +65,7 @@ from training.teacher import targets
 from training.texts import Corpus, read_corpus
 from ubmoe_st import upcycle
 from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.files import write_json
 from ubmoe_st.upcycling import export_experts
 
 logger = logging.getLogger(__name__)
@@ -307,7 +308,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         if recipe.components and corpus is not None:
             shares = turn_to_components(model, _sample(recipe, corpus)[1], recipe.prompt)
             logger.info("the first 128 dimensions hold %.1f %% of the vectors", 100 * shares[:128].sum())
-        save_file(trained_parameters(model), out / TRAINED_FILE)
+        save_trained(model, out)
         _write_summary(recipe, trainer, out / SUMMARY_FILE)
         if export and recipe.train == "ffn":
             run.experts = export_run(recipe, model, base)
@@ -431,7 +432,7 @@ def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file:
         ],
         "loss": [[e["step"], e["loss"]] for e in log if "loss" in e and math.isfinite(e["loss"])],
     }
-    file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(file, summary, indent=1)
 
 
 @one_line_errors

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 
+from ubmoe_st.files import replacing_by_name
+
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -104,7 +106,7 @@ class TrainedOnly:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_parameters(self.model), folder / TRAINED_FILE)
+        save_trained(self.model, folder)
         counts = {"begun": self.begun or self.args.world_size, "processes": self.args.world_size}
         (folder / PROCESSES_FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")
 
@@ -133,6 +135,12 @@ class TrainedOnly:
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the parameters that take a gradient, by name."""
     return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write what `trained_parameters` gives to a folder, all or nothing."""
+    with replacing_by_name(folder / TRAINED_FILE) as temporary:
+        save_file(trained_parameters(model), temporary)
 
 
 def load_trained(model: nn.Module, folder: Path, optional: str | None = None) -> set[str]:

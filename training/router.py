@@ -32,6 +32,7 @@ from training.student import encoder_of
 from ubmoe_st import UBMoE
 from ubmoe_st.configuration import RouterKind
 from ubmoe_st.experts import TokenRouter, save_routers
+from ubmoe_st.files import write_json
 from ubmoe_st.generator import build_generator, router_state
 from ubmoe_st.upcycling import ROUTERS_FILE
 
@@ -230,7 +231,7 @@ def train(recipe: RouterRecipe) -> Path:
         "bi_weight_by_layer": [round(float(weight.mean()), 4) for weight in trainer.weights],
         "log": trainer.state.log_history,
     }
-    (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(out / SUMMARY_FILE, summary, indent=1)
     return write_routers(recipe.checkpoint, state, recipe.kind, out / MODEL_FOLDER)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -10,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import Base
 from ubmoe_st.experts import LowRank, is_ffn_key, low_rank_mismatch
-from ubmoe_st.files import sha256_of
+from ubmoe_st.files import read_json, sha256_of
+from ubmoe_st.shards import read_header
 from ubmoe_st.source import Source
 from ubmoe_st.transformer import UBMoETransformer
 
@@ -65,7 +64,7 @@ def read_adapter(module: UBMoETransformer, base: Base, path: Path, *, allow_mism
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("reading a PEFT adapter needs peft: pip install 'ubmoe-st[train]'") from error
-    config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+    config = read_json(path / _CONFIG)
     _check_kind(config, path)
     keys = _keys(path)
     trained_on = _check_base(base, config.get("base_model_name_or_path"), path, allow_mismatch)
@@ -187,8 +186,7 @@ def _keys(path: Path) -> set[str]:
                 "load it with PEFT and `save_pretrained` it again"
             )
         raise ValueError(f"{_WEIGHTS} is missing from {path}")
-    with safe_open(path / _WEIGHTS, framework="pt") as file:
-        return set(file.keys())
+    return set(read_header(path / _WEIGHTS))
 
 
 def _check_keys(tuned: Any, keys: set[str], path: Path) -> None:

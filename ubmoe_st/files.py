@@ -11,7 +11,9 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +24,8 @@ except ImportError:  # Windows
 
 COPY_BYTES = 1 << 20
 """Bytes moved at a time when a file is copied or hashed."""
+MAX_JSON_BYTES = 100_000_000
+"""Larger ones are refused before they are read; those of the largest models have a few megabytes."""
 _HELD = ".held"
 """In the temporary name of a folder that its living writer keeps locked."""
 
@@ -327,11 +331,6 @@ def _mode_of_new_files(path: Path) -> int:
     return mode
 
 
-def give_usual_mode(path: Path) -> None:
-    """Give a file the mode that the umask leaves: safetensors lets only the owner read."""
-    path.chmod(_mode_of_new_files(path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")))
-
-
 def _finish(path: Path, mode: int) -> None:
     """Make a file, or a folder with all below it, durable, with the mode that the umask leaves."""
     for entry in [*path.rglob("*"), path]:
@@ -357,13 +356,46 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds anything else, naming it.
     """
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, expected a JSON object of at most {MAX_JSON_BYTES:,}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Hold values, as of JSON, against the fields of a dataclass; names that it does not have are passed over.
+
+    Raises:
+        TypeError: If one is of another type; names the field.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name in hints and not _fits(value, hints[name]):
+            raise TypeError(f"{name}: expected {hints[name]}, got {str(value)[:80]!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return type(value) in map(type, inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
+        )
+    if hint in (bool, int):
+        return type(value) is hint
+    return isinstance(value, hint)
 
 
 def write_json(path: Path, content: Any, *, indent: int = 2, unique: bool = False) -> None:

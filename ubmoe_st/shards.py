@@ -154,7 +154,7 @@ class TensorFiles(Described):
     def __init__(self, files: list[Path]) -> None:
         self._places: dict[str, tuple[Path, int, Spec]] = {}
         for file in files:
-            for name, (offset, spec) in _read_header(file).items():
+            for name, (offset, spec) in read_header(file).items():
                 if name in self._places:
                     raise ValueError(f"{name} is in {self._places[name][0].name} and in {file.name}; expected it once")
                 self._places[name] = (file, offset, spec)
@@ -184,28 +184,68 @@ class TensorFiles(Described):
         return len(self._places)
 
 
-def _read_header(path: Path) -> dict[str, tuple[int, Spec]]:
-    """Offset and spec of each tensor of a file."""
+def read_header(path: Path, name: str | None = None) -> dict[str, tuple[int, Spec]]:
+    """Offset in the file and spec of each tensor of a safetensors file, all held against the length of the file.
+
+    Args:
+        path: The file.
+        name: What messages call it. None: its name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is truncated, too long or no safetensors file, or holds tensors of a type that is not read.
+    """
+    name = name or path.name
+    size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(path.stat().st_size, _MAX_HEADER_BYTES):
-            raise ValueError(f"{path.name} is truncated or no safetensors file: it does not hold its header")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError(f"{name} is truncated or no safetensors file: {size:,} bytes do not hold its header")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            found = {
-                name: (8 + length + entry["data_offsets"][0], Spec(entry["dtype"], tuple(entry["shape"])))
-                for name, entry in header.items()
-            }
-        except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path.name} is no safetensors file: its header does not describe tensors") from error
-    unknown = next((name for name, (_, spec) in found.items() if spec.dtype not in _NAMES), None)
-    if unknown is not None:
-        raise ValueError(
-            f"{path.name}: {unknown} is of type {found[unknown][1].dtype}; expected {', '.join(_NAMES)}. "
-            "Quantised weights are not read: start from the unquantised model"
-        )
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is not a safetensors file: its header is not JSON") from error
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not _are_texts(metadata) or not all(_describes_tensor(entry) for entry in header.values()):
+        raise ValueError(f"{name} is not a safetensors file: its header does not describe tensors")
+    found, end = {}, 0
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in _NAMES:
+            raise ValueError(
+                f"{name}: {key} is of type {entry['dtype']}; expected {', '.join(_NAMES)}. "
+                "Quantised weights are not read: start from the unquantised model"
+            )
+        spec, (begin, stop) = Spec(entry["dtype"], tuple(entry["shape"])), entry["data_offsets"]
+        if begin != end or stop - begin != spec.bytes:
+            raise ValueError(
+                f"{name} is not a safetensors file: {key} of {spec.bytes:,} bytes is said to be at {begin:,} to "
+                f"{stop:,}, after {end:,}"
+            )
+        found[key] = (8 + length + begin, spec)
+        end = stop
+    if size != 8 + length + end:
+        state = "truncated" if size < 8 + length + end else "too long"
+        raise ValueError(f"{name} is {state}: {size:,} bytes, its header says {8 + length + end:,}")
     return found
+
+
+def _are_texts(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+
+
+def _describes_tensor(entry: Any) -> bool:
+    """Whether an entry of a header has a type, a shape and two offsets."""
+
+    def counts(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and counts(entry.get("shape"))
+        and counts(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+    )
 
 
 def header_bytes(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> bytes:

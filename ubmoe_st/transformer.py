@@ -247,8 +247,11 @@ class UBMoETransformer(Transformer):
         self.fast = FastEncoder(choose(compute, self.model.device), self)
 
     def _has_tokens(self, text: str) -> bool:
-        # Only short texts can be empty after tokenisation; longer ones are not tokenised twice.
-        return len(text) > 8 or bool(self.token_ids(text))
+        # Letters tell without the tokenizer, and a few characters mostly tell with it: few texts are tokenised twice.
+        beginning = text[:64]
+        return any("a" <= letter <= "z" for letter in beginning.lower()) or any(
+            self.token_ids(part) for part in (beginning, text)
+        )
 
     def token_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of one text, neither padded nor cut; safe while other threads encode.
@@ -536,7 +539,7 @@ class UBMoETransformer(Transformer):
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
         )
-        checkpoint.check_checkpoint(output_path)
+        checkpoint.check_checkpoint(output_path, modules=False)
         for name, content in self.notices.items():
             (Path(output_path) / name).write_bytes(content)
         save_tokenizer(self.processor, output_path)

@@ -37,7 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not SHARE:
         return
     terminalreporter.section("figures")
-    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+    for report in terminalreporter.getreports(""):  # of setups and teardowns
         for name, text in report.user_properties:
             if name == "figure" and report.when == "teardown":
                 terminalreporter.line(f"{report.nodeid.rpartition('::')[2]}: {text}")

@@ -311,7 +311,7 @@ class Corpus:
         try:
             # Read in pieces and not mapped: the pages of a map would add up to the file.
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise CorpusError(f"{name} is not a readable parquet file ({error})") from error
         if self.fields.text not in parquet.schema_arrow.names:
             raise CorpusError(
@@ -379,7 +379,7 @@ class Corpus:
             size = utf8_bytes(identity) + utf8_bytes(text) + utf8_bytes(title or "") + utf8_bytes(metadata or "")
         except UnicodeEncodeError:
             return BadRow(place, "is not valid UTF-8 (it holds bytes or surrogates that are no character)")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             return BadRow(place, f"has metadata that JSON cannot hold ({error})")
         if size > fields.max_row_bytes:
             return BadRow(place, self._too_large(size))

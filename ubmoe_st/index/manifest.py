@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..files import write_json
+from ..files import check_types, read_json, write_json
 
 INFO_FILE = "index_info.json"
 LOCK_FILE = ".lock"
@@ -67,14 +67,29 @@ def library_versions() -> dict[str, str]:
 
 
 def _made(kind: type[T], values: Mapping[str, Any], **parts: Any) -> T:
-    """A dataclass from its JSON form: fields that are absent keep their defaults, unknown ones are let go."""
+    """A dataclass from its JSON form: fields that are absent keep their defaults, unknown ones are let go.
+
+    Raises:
+        TypeError: If a field is absent that has no default, or of another type.
+        ValueError: If a number is negative.
+    """
     known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if name in known} | parts)
+    found = {name: value for name, value in values.items() if name in known} | parts
+    check_types(kind, found)
+    if negative := [name for name, value in found.items() if type(value) is int and value < 0]:
+        raise ValueError(f"{negative[0]} is negative")
+    return kind(**found)
 
 
 def _json(record: Any) -> dict[str, Any]:
     """The JSON form of a dataclass."""
     return asdict(record, dict_factory=lambda pairs: {k: v for k, v in pairs if v is not None or k not in OPTIONAL})
+
+
+def _check_records(files: Mapping[str, Record]) -> None:
+    for name, record in files.items():
+        if type(record.get("bytes")) is not int or not isinstance(record.get("sha256"), str):
+            raise TypeError(f"{name}: expected bytes and sha256, got {str(record)[:80]!r}")
 
 
 @dataclass
@@ -99,6 +114,9 @@ class FolderRecord:
     folder: str
     rows: int
     files: dict[str, Record]
+
+    def __post_init__(self) -> None:
+        _check_records(self.files)
 
     def names(self) -> set[str]:
         """The folder and the files in it, relative to the index folder."""
@@ -277,12 +295,14 @@ class Manifest:
                 )
             raise FileNotFoundError(f"{folder} is no index: it has no {INFO_FILE}")
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values = read_json(path)
             kind, layout = values["format"], values["format_version"]
             if kind == FORMAT and layout <= FORMAT_VERSION:
                 manifest = cls._of(values)
                 if strange := sorted(name for name in manifest.names() if not owns(name)):
                     raise ValueError(f"it names {strange[0]!r}, as no file of an index is called")
+                if manifest.dimension < 1 or manifest.segment_rows < 1:
+                    raise ValueError("it has no dimensions, or no rows in a segment")
                 return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -360,6 +380,9 @@ class PartRecord:
     rows: int
     files: dict[str, Record]
 
+    def __post_init__(self) -> None:
+        _check_records(self.files)
+
     def paths(self, folder: Path) -> Iterator[tuple[Path, Record]]:
         """The files in `build/`, here `folder`, with size and SHA-256."""
         for suffix, record in self.files.items():
@@ -402,7 +425,7 @@ class Journal:
         """
         path = cls.path(folder)
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values = read_json(path)
             return _made(
                 cls,
                 values,

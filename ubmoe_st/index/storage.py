@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import tokenize
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..forking import ForkSafeLock
 # numpy reads a header as a Python literal, and CPython 3.11's parser counts its depth across threads: two at once may
 # end in "AST constructor recursion depth mismatch".
 _HEADER_LOCK = ForkSafeLock()
+_OF_LITERALS = (SyntaxError, tokenize.TokenError, MemoryError, RecursionError, OverflowError)
+"""What Python's parser raises beside ValueError."""
 
 
 def require_libraries() -> None:
@@ -74,7 +77,7 @@ def map_npy(path: Path) -> np.ndarray:
         if fortran_order or dtype.hasobject:
             raise ValueError("it is not in C order, or holds objects")
         return np.ndarray(shape, dtype, buffer=map_file(path), offset=offset)
-    except (ValueError, TypeError, OSError, EOFError) as error:
+    except (ValueError, TypeError, OSError, EOFError, *_OF_LITERALS) as error:
         raise ValueError(f"{path} cannot be mapped ({error}): it is missing, truncated or not a .npy file") from error
 
 

@@ -109,32 +109,58 @@ class EntryFile:
 
         try:
             self._reader = pa.ipc.open_file(map_file(path))
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}): it is missing or truncated") from error
-        self._batch = lru_cache(KEPT_BATCHES)(self._reader.get_batch)
+        if not self._reader.schema.equals(entry_schema()):
+            raise ValueError(f"{path} has other columns than an index has: it was changed")
+        self._path = path
+        self._batch = lru_cache(KEPT_BATCHES)(self._read)
         self._ends: list[int] | None = None
+
+    def _read(self, number: int) -> Any:
+        import pyarrow as pa
+
+        try:
+            batch = self._reader.get_batch(number)
+            batch.validate()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{self._path} cannot be read ({error}): it was changed") from error
+        return batch
+
+    def _checked(self, rows: Any) -> Any:
+        """Rows of a batch whose offsets and texts have been looked at: Arrow itself follows them out of the file."""
+        import pyarrow as pa
+
+        try:
+            rows.validate(full=True)
+        except pa.ArrowException as error:
+            raise ValueError(f"{self._path} cannot be read ({error}): it was changed") from error
+        return rows
 
     def _batch_ends(self) -> list[int]:
         if self._ends is None:
             numbers = range(self._reader.num_record_batches)
-            self._ends = list(itertools.accumulate(self._reader.get_batch(number).num_rows for number in numbers))
+            self._ends = list(itertools.accumulate(self._read(number).num_rows for number in numbers))
         return self._ends
 
     def _place(self, row: int) -> tuple[Any, int]:
         """The record batch that holds a row, and the row's position in it."""
         ends = self._batch_ends()
         number = bisect.bisect_right(ends, row)
+        if number >= len(ends):
+            raise ValueError(f"{self._path} has no row {row:,}, which its index names: it was changed")
         return self._batch(number), row - (ends[number - 1] if number else 0)
 
     def batches(self) -> Iterator[Any]:
         """All record batches in order."""
         for number in range(self._reader.num_record_batches):
-            yield self._reader.get_batch(number)
+            yield self._checked(self._read(number))
 
     def values(self, row: int, names: Sequence[str]) -> list[Any]:
         """Some fields of one row."""
         batch, local = self._place(row)
-        return [batch.column(name)[local].as_py() for name in names]
+        one = self._checked(batch.slice(local, 1))
+        return [one.column(name)[0].as_py() for name in names]
 
     def entry(self, row: int) -> Entry:
         """One row."""
@@ -142,8 +168,7 @@ class EntryFile:
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """The ids of some rows, in their order."""
-        places = [self._place(row) for row in rows]
-        return [batch.column("id")[local].as_py() for batch, local in places]
+        return [self.values(row, ("id",))[0] for row in rows]
 
 
 def keys_of_batches(batches: Iterator[Any]) -> np.ndarray:
@@ -232,7 +257,11 @@ class Segment:
             raise ValueError(
                 f"{folder / 'vectors.npy'} has shape {self.vectors.shape}, the manifest says {self.rows} rows"
             )
-        self.keys = map_npy(folder / "keys.npy")
+        if self.vectors.dtype not in (np.float32, np.float16):
+            raise ValueError(f"{folder / 'vectors.npy'} holds {self.vectors.dtype}, expected float32 or float16")
+        self.keys = map_npy(folder / "keys.npy")  # (2, keys)
+        if self.keys.ndim != 2 or len(self.keys) != 2 or self.keys.dtype != np.uint64:
+            raise ValueError(f"{folder / 'keys.npy'} holds {self.keys.dtype} {self.keys.shape}, expected uint64 (2, N)")
         self.entries = EntryFile(folder / "entries.arrow")
 
     def rows_of(self, identity: str) -> tuple[list[int], list[int]]:
@@ -279,12 +308,17 @@ class Snapshot:
         if self.manifest.dead is not None:
             check_size(folder / self.manifest.dead.file, self.manifest.dead.record())
             self.dead = np.array(map_npy(folder / self.manifest.dead.file))
+            inside = self.dead.ndim == 1 and self.dead.dtype.kind in "iu"
+            if not inside or not ((self.dead >= 0) & (self.dead < self.stored_rows)).all():
+                raise ValueError(f"{folder / self.manifest.dead.file} names rows that are not there: it was changed")
         for file in self.manifest.index.files:
             check_size(folder / file.file, file.record())
         # Held from now on, since they are first needed when a writer may have removed them.
         probes = self.manifest.model.probes
         check_size(folder / probes.file, probes.record())
         self.probes = np.array(map_npy(folder / probes.file))  # (2, P, D)
+        if self.probes.ndim != 3 or self.probes.shape[::2] != (2, self.dimension) or self.probes.dtype.kind != "f":
+            raise ValueError(f"{folder / probes.file} holds no probe vectors of {self.dimension} dimensions")
         self.bm25_files: dict[str, Any] = {}
         if (bm25 := self.manifest.bm25) is not None:
             for name, record in bm25.files.items():
