@@ -235,9 +235,8 @@ def measure_generating(path: str, base: str | None, sizes: Sizes, threads: int) 
 
     def decode(lm: Any, past: Any) -> None:
         with torch.inference_mode():
-            for _ in range(sizes.new_tokens):
+            for _ in range(sizes.new_tokens):  # the cache grows from turn to turn, for each system alike
                 lm(input_ids=ids[:, :1], past_key_values=past, use_cache=True)
-            past.crop(sizes.prompt)
 
     peer = "base" if base is not None else "generator"
     turns: dict[str, Turn] = {name: (lambda lm=lm: read(lm)) for name, lm in lms.items()}
