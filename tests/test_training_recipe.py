@@ -45,6 +45,13 @@ def test_another_recipe_is_refused_where_something_was_trained(recipe, tmp_path)
         check_same_recipe(recipe(trainer={"seed": 9}), tmp_path)
 
 
+@pytest.mark.parametrize("text", ["base: [\n", "[" * 20_000, "!!python/object/apply:os.system [ls]\n", "{[]: 1}\n"])
+def test_what_is_not_yaml_is_a_value_error(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"recipe\.yaml"):
+        contrastive.read_recipe(contrastive.ContrastiveRecipe, tmp_path / "recipe.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
