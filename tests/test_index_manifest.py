@@ -375,6 +375,7 @@ def test_the_memory_of_a_search_is_a_size_like_that_of_a_build(tmp_path):
     [
         (lambda info: info.update(rows="12"), "rows: expected"),
         (lambda info: info.update(dimension=0), "no dimensions"),
+        (lambda info: info.update(dtype="int8"), "its dtype is"),
         (lambda info: info["segments"][0].update(rows=-1), "rows is negative"),
         (lambda info: info["segments"][0]["files"].update({"vectors.npy": {"sha256": "x"}}), "expected bytes"),
         (lambda info: info["model"].update(prompts=[]), "prompts: expected"),

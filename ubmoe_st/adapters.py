@@ -80,7 +80,9 @@ def read_adapter(module: UBMoETransformer, base: Base, path: Path, *, allow_mism
         _check_keys(tuned, keys, path)
         delta = layer_deltas(tuned.get_base_model(), prefix)
         merged = tuned.merge_and_unload()
-    except (KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # PEFT checks little of a config, and each kind in its own way
         raise ValueError(f"PEFT cannot merge the adapter {path} into {base.name}: {_first_line(error)}") from error
     state = {key.removeprefix(prefix): tensor for key, tensor in merged.state_dict().items()}
     ffn = {key: tensor for key, tensor in state.items() if is_ffn_key(key)}

@@ -387,7 +387,7 @@ def test_recipes(tmp_path, amount, report):
     def read():
         read_recipe(ContrastiveRecipe, folder / "r.yaml")
 
-    report("recipes", fuzz(folder, ["r.yaml"], read, (ValueError,), amount(80, 3000), values))
+    report("recipes", fuzz(folder, ["r.yaml"], read, (ValueError,), amount(24, 3000), values))
 
 
 def test_adapters(base, tmp_path, amount, report):
@@ -410,7 +410,7 @@ def test_adapters(base, tmp_path, amount, report):
 
     names = ["adapter_config.json", "adapter_model.safetensors"]
     allowed = (ValueError, FileNotFoundError)
-    report("adapters", fuzz(folder, names, read, allowed, amount(30, 600), mutated_safetensors))
+    report("adapters", fuzz(folder, names, read, allowed, amount(20, 600), mutated_safetensors))
 
 
 def test_gguf(gguf_checkpoint_of, tmp_path, monkeypatch, amount, report):

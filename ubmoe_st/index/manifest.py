@@ -303,6 +303,8 @@ class Manifest:
                     raise ValueError(f"it names {strange[0]!r}, as no file of an index is called")
                 if manifest.dimension < 1 or manifest.segment_rows < 1:
                     raise ValueError("it has no dimensions, or no rows in a segment")
+                if manifest.dtype not in ("float32", "float16"):
+                    raise ValueError(f"its dtype is {manifest.dtype!r}")
                 return manifest
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
