@@ -195,9 +195,9 @@ class ResultFile:
 
     @staticmethod
     def _key(score: Mapping[str, Any]) -> tuple[Any, ...]:
-        keys = ("task", "split", "metric", "data", "limit", "seed", "dimension", "precision")
-        keys += ("first", "method", "candidates", "length")
-        return tuple(score.get(key) for key in keys)
+        what = ("task", "split", "metric", "data", "limit", "seed")
+        how = ("dimension", "precision", "first", "method", "candidates", "length")
+        return tuple(score.get(key) for key in (*what, *how))
 
     @property
     def rows(self) -> dict[str, Any]:

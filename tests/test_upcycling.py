@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe_st import UBMoE, UBMoETransformer, upcycle
 from ubmoe_st.bases import resolve_base, save_tokenizer
+from ubmoe_st.checkpoint import facts
 from ubmoe_st.upcycling import export_experts
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -116,6 +117,15 @@ def test_saved_experts_with_a_projection_and_a_recipe(base, tmp_path):
         assert model.get_embedding_dimension() == 8
         assert model[1].pooling_mode == "lasttoken"
     assert np.abs(UBMoE(str(out)).encode(TEXTS) - SentenceTransformer(str(out)).encode(TEXTS)).max() < 1e-6
+    # The layer is among what was added to the base.
+    plain = upcycle(base, export_experts(module, tmp_path / "plain", dtype=torch.float32), out=tmp_path / "without")
+    with_layer, without = (facts(folder)["parameters"] for folder in (out, plain))
+    assert {key: with_layer[key] - without[key] for key in ("added", "stored", "active_encoding", "base")} == {
+        "added": 32 * 8 + 8,
+        "stored": 32 * 8 + 8,
+        "active_encoding": 32 * 8 + 8,
+        "base": 0,
+    }
 
 
 def test_experts_of_another_base_are_refused(base, tmp_path):

@@ -410,7 +410,12 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, **parts}
     count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
     files = [file for file in root.rglob("*") if file.is_file()]
-    added = (count.get("delta") or count["bi"]) + count.get("router", 0)
+    behind = sum(
+        sum(map(math.prod, read_shapes(root, f"{module}/{_ONE_FILE}").values()))
+        for module in _module_paths(root)
+        if module and (root / module / _ONE_FILE).is_file()
+    )
+    added = (count.get("delta") or count["bi"]) + count.get("router", 0) + behind
     base_parameters = count["shared"] + count["uni"]
     return {
         "name": root.resolve().name,
@@ -421,8 +426,8 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "routing": config.routing,
         "router": config.router,
         "parameters": {
-            "stored": sum(count.values()),
-            "active_encoding": count["shared"] + count["bi"],
+            "stored": sum(count.values()) + behind,
+            "active_encoding": count["shared"] + count["bi"] + behind,
             "active_generating": base_parameters,
             "base": base_parameters,
             "added": added,
