@@ -363,6 +363,7 @@ def test_rankings_wait_for_their_turn_and_too_many_are_answered_with_429(engine)
         taken = [pool.submit(post, url, "rerank", **body) for _ in range(2)]
         generations = app.state.service.generations
         while not (generations.running and generations.waiting):
+            assert not any(answer.done() for answer in taken)
             time.sleep(0.005)
         assert post(url, "rerank", 429, **body)["error"]["code"] == "server_busy"
         held.free.set()

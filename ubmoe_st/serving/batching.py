@@ -229,11 +229,14 @@ class Generations:
     async def _begin(self, work: Callable[[], T], stopped: threading.Event) -> asyncio.Future[T]:
         """Wait for a turn, then start `work` in a thread."""
         self.check_room()
-        self.waiting += 1
-        try:
-            await asyncio.wait_for(self._slots.acquire(), self._settings.timeout_s)
-        finally:
-            self.waiting -= 1
+        if self._slots.locked():
+            self.waiting += 1
+            try:
+                await asyncio.wait_for(self._slots.acquire(), self._settings.timeout_s)
+            finally:
+                self.waiting -= 1
+        else:
+            await self._slots.acquire()  # At once: who has a turn never counts as waiting for it.
         self._cancelled.add(stopped)
         self.running += 1
         begun = asyncio.get_running_loop().run_in_executor(self._threads, work)
