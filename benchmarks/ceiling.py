@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -139,9 +140,7 @@ def encoders(path: str) -> tuple[dict[str, Any], dict[str, float]]:
     load("stock", lambda: SentenceTransformer(path, device="cpu"))
     load("ubmoe", lambda: UBMoE(path, device="cpu"))
     for compute in ("bf16", "int8"):
-        load(
-            compute, lambda compute=compute: UBMoE(path, device="cpu", low_memory=_is_low_rank(found), compute=compute)
-        )
+        load(compute, partial(UBMoE, path, device="cpu", low_memory=_is_low_rank(found), compute=compute))
     return found, seconds
 
 
@@ -183,9 +182,7 @@ def measure_encoding(
         for one in models.values():
             one.max_seq_length = limit
         tokens = sum(min(limit, len(model.token_ids(row))) for row in rows)
-        turns: dict[str, Turn] = {
-            name: (lambda one=one: one.encode(rows, batch_size=32)) for name, one in models.items()
-        }
+        turns: dict[str, Turn] = {name: partial(one.encode, rows, batch_size=32) for name, one in models.items()}
         turns[CEILING], gflop = products(network, tokens)
         scores.extend(scores_of(task, in_turns(turns, sizes.rounds, clock), tokens, "tokens/s", "stock", gflop))
 
@@ -194,7 +191,7 @@ def measure_encoding(
             text = text_of(model, " ".join(texts), length)
             add(f"encode, {length} tokens", [text] * max(1, sizes.tokens // length), length)
     add("encode, mixed", list(texts[: sizes.mixed]), min(512, longest))
-    turns = {name: (lambda one=one: one.encode(line)) for name, one in models.items()}
+    turns: dict[str, Turn] = {name: partial(one.encode, line) for name, one in models.items()}
     turns[CEILING], gflop = products(network, len(model.token_ids(line)))
     seconds = in_turns(turns, sizes.calls, clock)
     for score in scores_of("one line", seconds, 1, "ms", "stock", gflop):
@@ -239,11 +236,11 @@ def measure_generating(path: str, base: str | None, sizes: Sizes, threads: int) 
                 lm(input_ids=ids[:, :1], past_key_values=past, use_cache=True)
 
     peer = "base" if base is not None else "generator"
-    turns: dict[str, Turn] = {name: (lambda lm=lm: read(lm)) for name, lm in lms.items()}
+    turns: dict[str, Turn] = {name: partial(read, lm) for name, lm in lms.items()}
     turns[CEILING], gflop = products(model.generator.model, sizes.prompt)
     scores = scores_of("prefill", in_turns(turns, sizes.rounds, clock), sizes.prompt, "tokens/s", peer, gflop)
     pasts = {name: read(lm) for name, lm in lms.items()}
-    turns = {name: (lambda lm=lm, name=name: decode(lm, pasts[name])) for name, lm in lms.items()}
+    turns = {name: partial(decode, lm, pasts[name]) for name, lm in lms.items()}
     one, gflop = products(model.generator, 1)
     turns[CEILING] = lambda: [one() for _ in range(sizes.new_tokens)]
     seconds = in_turns(turns, sizes.rounds, clock)

@@ -135,7 +135,7 @@ def _memory(task: dict[str, Any]) -> dict[str, Any]:
     system = task["system"]
     resident, private = resident_bytes(), private_bytes()
     if system in ("ubmoe", "low"):
-        model = UBMoE(task["model"], device="cpu", **({"low_memory": True} if system == "low" else {}))
+        model = UBMoE(task["model"], device="cpu", low_memory=system == "low")
         modules = [model, model.generator]
     elif system == "two":
         encoder = SentenceTransformer(task["model"], device="cpu")
@@ -222,8 +222,8 @@ def main(
         file.content["run"] |= facts
         file.add(*scores)
         file.add(*in_process(measure_generating, str(model), base_name, sizes, threads))
-        for score in file.content["scores"]:
-            typer.echo(f"{score['task']}, {score['label']}: {score['value']:.3g} {score['metric']}")
+        for done in file.content["scores"]:
+            typer.echo(f"{done['task']}, {done['label']}: {done['value']:.3g} {done['metric']}")
         if quick:
             return
         common = {

@@ -141,15 +141,15 @@ class Int8Linear(nn.Module):
         self.packed = torch.ops.onednn.qlinear_prepack(whole, None)
         self.zero = torch.zeros(len(wide), dtype=torch.long)
         self.bias = None if bias is None else bias.detach().float()
-        self.half = 1 << (bits - 1)
+        self.steps = 1 << (bits - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of `x`."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (self.half - 1)  # (N, 1)
-        whole = (rows / scale).round_().add_(self.half).to(torch.uint8)
+        scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (self.steps - 1)  # (N, 1)
+        whole = (rows / scale).round_().add_(self.steps).to(torch.uint8)
         found = torch.ops.onednn.qlinear_pointwise(
-            whole, 1.0, self.half, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+            whole, 1.0, self.steps, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         found = found.mul_(scale)
         if self.bias is not None:
