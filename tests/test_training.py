@@ -297,7 +297,7 @@ def test_two_processes_share_the_batches_and_agree(base, data, tmp_path, changes
     """torchrun on a CPU: every process trains on its own half of the batches, with averaged gradients."""
     script = tmp_path / "both.py"
     script.write_text(
-        "import sys, torch, training.contrastive as stage\n"
+        "import sys, torch, training.contrastive as stage, training.resume as resume\n"
         "seen = []\n"
         "original = stage.ContrastiveTrainer.compute_loss\n"
         "def spy(self, model, inputs, *args, **kwargs):\n"
@@ -307,7 +307,7 @@ def test_two_processes_share_the_batches_and_agree(base, data, tmp_path, changes
         "recipe = stage.read_recipe(stage.ContrastiveRecipe, sys.argv[1])\n"
         "run = stage.train(recipe, export=False)\n"
         "file = sys.argv[2] + str(torch.distributed.get_rank())\n"
-        "torch.save((seen, stage.trained_parameters(run.model), run.trainer.args.world_size), file)\n"
+        "torch.save((seen, resume.trained_parameters(run.model), run.trainer.args.world_size), file)\n"
     )
     recipe_file = tmp_path / "recipe.json"
     teacher = {"prefix": "the ", "suffix": " is", "layers": [1, 3], "dimension": 8, "folder": str(tmp_path / "teacher")}

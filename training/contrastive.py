@@ -106,6 +106,8 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         seconds = self.seconds + time.perf_counter() - self._start
         spent = {"tokens": self.tokens, "seconds": seconds, "processes": self.args.world_size}
         file = Path(output_dir or str(self.args.output_dir)) / SPENT_FILE

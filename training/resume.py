@@ -104,6 +104,8 @@ class TrainedOnly:
     """Processes that began the run, see `keep_steps`. None: those of now."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # every process is called, and they would write the same file
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_trained(self.model, folder)
