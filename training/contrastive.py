@@ -104,14 +104,12 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
         self.seconds += time.perf_counter() - self._start
         return result
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
+    def write(self, folder: Path) -> None:
+        """Also what it has cost so far."""
+        super().write(folder)
         seconds = self.seconds + time.perf_counter() - self._start
         spent = {"tokens": self.tokens, "seconds": seconds, "processes": self.args.world_size}
-        file = Path(output_dir or str(self.args.output_dir)) / SPENT_FILE
-        file.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+        (folder / SPENT_FILE).write_text(json.dumps(spent) + "\n", encoding="utf-8")
 
     def get_batch_sampler(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """The recipe's one, kept so that a resumed run can tell it its epoch."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import zipfile
 from pathlib import Path
 
+from ubmoe_st.bases import cache_folder
 from ubmoe_st.files import replacing_by_name, sha256_of
 
 MINILM = "all-MiniLM-L6-v2"
@@ -53,7 +53,7 @@ def _mpnet_folder() -> Path | None:
     missing = [part for part in _MPNET_PARTS if not _is_installed(part)]
     if len(missing) == len(_MPNET_PARTS):
         return None
-    folder = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st")) / "embedders" / MPNET
+    folder = cache_folder() / "embedders" / MPNET
     if folder.is_dir():
         return folder
     if missing:

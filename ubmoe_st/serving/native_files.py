@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ubmoe_st import checkpoint
-from ubmoe_st.bases import installed_gguf
+from ubmoe_st.bases import cache_folder, installed_gguf
 from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
 
@@ -102,7 +102,7 @@ def _pooling_of(folder: Path, prompted: bool) -> str:
 
 
 def _cache() -> Path:
-    folder = Path(os.environ.get("UBMOE_CACHE", Path.home() / ".cache" / "ubmoe_st")) / "native"
+    folder = cache_folder() / "native"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
