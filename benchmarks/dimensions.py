@@ -19,7 +19,15 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
-from benchmarks.results import RESULTS, ResultFile, bootstrap_spearman, command_line, interval, run_record
+from benchmarks.results import (
+    RESULTS,
+    ResultFile,
+    bootstrap_spearman,
+    command_line,
+    interval,
+    one_line_errors,
+    run_record,
+)
 from benchmarks.retrieval import DEPTH, TEST_COLLECTIONS, Ranking, score
 from training.data import data_folder
 
@@ -225,7 +233,7 @@ def main(
 
     if threads:
         torch.set_num_threads(threads)
-    try:
+    with one_line_errors():
         folder = data_folder(data_dir)
         for name in model or ["models/ubmoe-135m"]:
             run(
@@ -238,9 +246,6 @@ def main(
                 command=command_line("benchmarks.dimensions"),
                 say=typer.echo,
             )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

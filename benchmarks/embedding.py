@@ -28,6 +28,7 @@ from benchmarks.results import (
     command_line,
     interval,
     nearest,
+    one_line_errors,
     run_record,
 )
 from training.data import data_folder
@@ -467,7 +468,7 @@ def main(
     logging.getLogger("mteb").setLevel(logging.WARNING)
     if threads:
         torch.set_num_threads(threads)
-    try:
+    with one_line_errors():
         folder = None if online else data_folder(data_dir)
         names, missing = expand(tasks or ["sts"], online=online, folder=folder)
         if missing:
@@ -489,9 +490,6 @@ def main(
             )
             for key, average in json.loads(path.read_text(encoding="utf-8")).get("averages", {}).items():
                 typer.echo(f"{key}: {average['value']:.2f} [{average['low']:.2f}, {average['high']:.2f}]")
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.process import in_process
-from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
 
 LONGEST = 2048
@@ -182,7 +182,7 @@ def main(
     """Write the exports of a checkpoint and measure them beside torch fp32."""
     from ubmoe_st.export import export
 
-    try:
+    with one_line_errors(RuntimeError, ImportError):
         wanted = [name.strip() for name in systems.split(",") if name.strip()]
         unknown = [name for name in wanted if name not in EXPORTS]
         if unknown:
@@ -240,9 +240,6 @@ def main(
             out / f"exports-{model.name}.json", benchmark="exports", row=model.name, run=record, label=model.name
         )
         file.add(tables={"exports": {"columns": columns, "rows": rows}})
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

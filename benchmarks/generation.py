@@ -27,6 +27,7 @@ from benchmarks.results import (
     command_line,
     fingerprint,
     interval,
+    one_line_errors,
     run_record,
 )
 from training.data import data_folder
@@ -340,7 +341,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     wanted = tasks or list(TASKS)
-    try:
+    with one_line_errors():
         base_name = base_folder(base)
         folder = None if online else data_folder(data_dir)
         if count:
@@ -387,9 +388,6 @@ def main(
                 say=typer.echo,
             )
             del lm
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -27,7 +27,16 @@ import typer
 
 from benchmarks.index_systems import SYSTEMS, Table, status_mb
 from benchmarks.process import in_process
-from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, fingerprint, interval, run_record
+from benchmarks.results import (
+    RESULTS,
+    ResultFile,
+    bootstrap_mean,
+    command_line,
+    fingerprint,
+    interval,
+    one_line_errors,
+    run_record,
+)
 from training.data import read_lines
 
 K = 10
@@ -434,7 +443,7 @@ def main(
     """Measure index kinds and index builds; what is measured already is kept."""
     import faiss
 
-    try:
+    with one_line_errors(RuntimeError):
         seeds, origin = seed_vectors(model, texts, vectors, seed_rows, work)
         folder = prepare(seeds, rows, noise, seed, dtype, queries, work)
         data = (
@@ -471,9 +480,6 @@ def main(
                 corpus = folder / "sentences.jsonl"
                 write_corpus(corpus, iter(read_texts(texts, model_rows)))
                 build_part(model, Path(model).name, corpus, work, None, budget, file, typer.echo)
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

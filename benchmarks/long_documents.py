@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import data as local
-from benchmarks.process import in_process
-from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from benchmarks.process import in_process, status_bytes
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
 
 logger = logging.getLogger(__name__)
@@ -34,20 +34,6 @@ def long_text(folder: Path, tokenizer: Any, tokens: int) -> str:
     read = tokenizer(whole[: 12 * tokens], add_special_tokens=False, return_offsets_mapping=True, truncation=False)
     offsets = read["offset_mapping"][: tokens - 2]
     return whole[: offsets[-1][1]]
-
-
-def peak_bytes(*, forget: bool = False) -> int:
-    """Most resident memory that this process has had, in bytes.
-
-    Args:
-        forget: Begin to count anew, with what is resident now.
-    """
-    if forget:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    raise OSError("there is no VmHWM in /proc/self/status: this measurement needs Linux")
 
 
 def worker(task: dict[str, Any]) -> dict[str, Any]:
@@ -78,12 +64,13 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
         }
         EmbeddingIndex.build(model, [{"id": "short", "text": "a text to begin with"}], Path(out) / "first", **options)
         read.clear()
-        before, start = peak_bytes(forget=True), time.perf_counter()
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+        before, start = status_bytes("VmHWM"), time.perf_counter()
         index = EmbeddingIndex.build(model, [{"id": "long", "text": text}], Path(out) / "index", **options)
         seconds = time.perf_counter() - start
     # The texts by which the index knows its model are embedded once as documents and once as queries.
     pieces = sum(read) - 8
-    return {"seconds": seconds, "peak": max(0, peak_bytes() - before), "chunks": len(index), "pieces": pieces}
+    return {"seconds": seconds, "peak": max(0, status_bytes("VmHWM") - before), "chunks": len(index), "pieces": pieces}
 
 
 def run(
@@ -158,7 +145,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 1,
 ) -> None:
     """Measure late chunking by the length of a document; finished measurements are kept."""
-    try:
+    with one_line_errors():
         if unknown := [one for one in way or [] if one not in WAYS]:
             raise ValueError(f"Expected a way of {', '.join(WAYS)}, got {unknown[0]!r}.")
         run(
@@ -171,9 +158,6 @@ def main(
             command=command_line("benchmarks.long_documents"),
             say=typer.echo,
         )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

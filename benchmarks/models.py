@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from ubmoe_st.checkpoint import facts as checkpoint_facts
 from ubmoe_st.checkpoint import read_config
 
@@ -55,12 +55,9 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
 ) -> None:
     """Describe released checkpoints for the tables."""
-    try:
+    with one_line_errors():
         for path in model or [Path("models/ubmoe-135m")]:
             typer.echo(f"wrote {run(path, out, command_line('benchmarks.models'))}")
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
-from benchmarks.results import RESULTS, ResultFile, command_line, nearest, run_record
+from benchmarks.results import RESULTS, ResultFile, command_line, nearest, one_line_errors, run_record
 from benchmarks.retrieval import (
     METRICS,
     Ranking,
-    choose_weight,
     matches,
     rank_bm25,
-    rank_dense,
     rank_rrf,
     rank_weighted,
+    row_of,
     score,
+    weight_or_best,
 )
 from training.data import data_folder
 
@@ -147,15 +147,12 @@ def run(
     Raises:
         ValueError: If there is neither a weight nor a set to choose it on.
     """
-    if weight is None and dev is None:
-        raise ValueError(f"Expected a weight or a set to choose it on, got neither. Give --weight, or {DOLLY_DEV}.")
-    place = f"{encoder.row}-{encoder.fingerprint}".replace("/", "-")
+    row = row_of(encoder, indexes)
 
     def both(collection: Collection) -> tuple[Ranking, Ranking]:
-        dense = rank_dense(encoder.model, collection, Path(indexes) / collection.name / place)
-        return dense, matches(rank_bm25(collection))
+        return row.rank(collection), matches(rank_bm25(collection))
 
-    chosen = choose_weight(dev, *both(dev)) if weight is None and dev is not None else weight or 0.0
+    chosen = weight_or_best(weight, dev, both)
     record = run_record(
         command,
         seed=seed,
@@ -247,7 +244,7 @@ def main(
 
     if threads:
         torch.set_num_threads(threads)
-    try:
+    with one_line_errors():
         folder = data_folder(data_dir)
         known = local.collections(folder)
         for kind, name, names in [("collection", one, known) for one in collection or []] + [
@@ -272,9 +269,6 @@ def main(
                 command=command_line("benchmarks.reranking"),
                 say=typer.echo,
             )
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

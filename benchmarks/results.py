@@ -11,13 +11,14 @@ seeded bootstrap interval. A file may also carry `rows` (what was measured by na
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from hashlib import sha256
 from importlib import metadata
@@ -66,6 +67,23 @@ def relative(path: str | Path) -> str:
         return str(path)
     seen = os.path.relpath(path)
     return Path(path).name if seen.startswith(os.path.join("..", "..")) else seen
+
+
+@contextlib.contextmanager
+def one_line_errors(*also: type[Exception]) -> Iterator[None]:
+    """A command whose expected errors are one line on standard error, and exit code 1.
+
+    Args:
+        *also: Expected kinds besides `ValueError` and `OSError`.
+    """
+    import typer
+
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *also)
+    try:
+        yield
+    except expected as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def command_line(module: str, arguments: Sequence[str] | None = None) -> str:

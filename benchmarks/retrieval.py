@@ -18,7 +18,16 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
-from benchmarks.results import RESULTS, ResultFile, bootstrap_mean, command_line, interval, nearest, run_record
+from benchmarks.results import (
+    RESULTS,
+    ResultFile,
+    bootstrap_mean,
+    command_line,
+    interval,
+    nearest,
+    one_line_errors,
+    run_record,
+)
 from training.data import data_folder
 from training.embedders import NAMED
 
@@ -200,6 +209,26 @@ def matches(sparse: Ranking) -> Ranking:
     return {query: {name: value for name, value in found.items() if value > 0} for query, found in sparse.items()}
 
 
+def weight_or_best(
+    weight: float | None, dev: Collection | None, rank: Callable[[Collection], tuple[Ranking, Ranking]]
+) -> float:
+    """The share of the vectors that was given, else the best on a set.
+
+    Args:
+        weight: The one given.
+        dev: What it is chosen on where none is.
+        rank: The rankings of a set by vectors and by BM25.
+
+    Raises:
+        ValueError: If there is neither a weight nor a set.
+    """
+    if weight is not None:
+        return weight
+    if dev is None:
+        raise ValueError(f"Expected a weight or a set to choose it on, got neither. Give --weight, or {DOLLY_DEV}.")
+    return choose_weight(dev, *rank(dev))
+
+
 def run(
     system: Encoder | str,
     collections: Sequence[Collection],
@@ -263,8 +292,6 @@ def run_hybrid(
     Raises:
         ValueError: If there is neither a weight nor a set to choose it on.
     """
-    if weight is None and dev is None:
-        raise ValueError(f"Expected a weight or a set to choose it on, got neither. Give --weight, or {DOLLY_DEV}.")
     row = row_of(encoder, indexes)
     known: dict[str, Ranking] = {}
 
@@ -273,7 +300,7 @@ def run_hybrid(
             known[collection.name] = row.rank(collection)
         return known[collection.name], matches(rank_bm25(collection))
 
-    chosen = choose_weight(dev, *both(dev)) if weight is None and dev is not None else weight or 0.0
+    chosen = weight_or_best(weight, dev, both)
     say(f"{row.name}: weight of the vectors {chosen}" + (f", the best on {DOLLY_DEV}" if weight is None else ""))
     fusions: dict[str, tuple[str, Callable[[Collection], Ranking], dict[str, Any]]] = {
         "rrf": ("RRF", lambda collection: rank_rrf(*both(collection)), {}),
@@ -369,7 +396,7 @@ def main(
 
     if threads:
         torch.set_num_threads(threads)
-    try:
+    with one_line_errors():
         folder = data_folder(data_dir)
         known = local.collections(folder)
         wanted = collection or [name for name in COLLECTIONS if name in known or name != DOLLY_DEV]
@@ -394,9 +421,6 @@ def main(
             run(system, loaded, **options)
             if hybrid and not isinstance(system, str) and name in (*NAMED, *(model or [])):
                 run_hybrid(system, loaded, dev=dev, weight=weight, **options)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

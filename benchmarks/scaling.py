@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.process import status_bytes
 from ubmoe_st import UBMoE, UBMoETransformer, shards, upcycle
 from ubmoe_st.experts import save_low_rank
 from ubmoe_st.export import export
@@ -40,14 +40,6 @@ SIZES: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 SHARD_BYTES = 1_000_000_000
-
-
-def memory(kind: str) -> int:
-    """A figure of `/proc/self/status` such as `VmHWM` (peak resident) or `RssAnon`, bytes."""
-    found = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-    if found is None:
-        raise OSError(f"/proc/self/status names no {kind}: this needs Linux")
-    return int(found[1]) * 1024
 
 
 def make_base(folder: Path, tokenizer: Path) -> Path:
@@ -102,16 +94,16 @@ def measure_build(folder: Path, base: Path, limit_gb: float) -> None:
     """
     import resource
 
-    limit = memory("VmData") + int(limit_gb * 1e9)
+    limit = status_bytes("VmData") + int(limit_gb * 1e9)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    before, out = memory("VmHWM"), folder / "checkpoint"
+    before, out = status_bytes("VmHWM"), folder / "checkpoint"
     for step, work in (
         ("upcycle", lambda: upcycle(base, folder / "experts.safetensors", out=out, overwrite=True)),
         ("export hf", lambda: export(out, folder / "encoder", overwrite=True)),
     ):
         start = time.process_time()
         work()
-        report = {"step": step, "limit_gb": limit_gb, "before": before, "peak": memory("VmHWM")}
+        report = {"step": step, "limit_gb": limit_gb, "before": before, "peak": status_bytes("VmHWM")}
         sys.stdout.write(json.dumps(report | {"cpu_s": round(time.process_time() - start)}) + "\n")
 
 

@@ -21,7 +21,7 @@ import typer
 from benchmarks import data as local
 from benchmarks.ceiling import Sizes, measure_encoding, measure_generating
 from benchmarks.process import in_process
-from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def main(
     from benchmarks.peers import base_folder
     from ubmoe_st.compute import processor_flags
 
-    try:
+    with one_line_errors(RuntimeError):
         base_name = base if quick else base_folder(base)
         folder = data_folder(data_dir)
         mark = fingerprint(model)
@@ -276,9 +276,6 @@ def main(
                 facts = {"ratio": ratio, "ratio_to": MEMORY_SYSTEMS["base"], "n": 1}
                 file.add({**score, "value": found[metric] / 2**20, **facts})
             typer.echo(f"memory, {label}: weights {found['weights'] / 2**20:.0f} MiB")
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":
