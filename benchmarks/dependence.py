@@ -131,7 +131,8 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     base: Annotated[
-        str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the released one.")
+        str | None,
+        typer.Option(help="The untouched base; default $UBMOE_BASE, else that of the checkpoint."),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="UBMoE checkpoint: its bi experts, causally.")] = None,
     runs: Annotated[list[Path] | None, typer.Option("--run", help="Folder of a finished training; repeatable.")] = None,
@@ -145,7 +146,7 @@ def main(
     from benchmarks.peers import base_folder
 
     try:
-        models = {"base": ("base", base_folder(base))}
+        models = {"base": ("base", base_folder(base, model))}
         if model is not None:
             models[model.name] = ("model", str(model))
         for folder in runs or []:

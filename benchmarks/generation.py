@@ -312,7 +312,8 @@ app = typer.Typer(add_completion=False)
 def main(
     model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
     base: Annotated[
-        str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the released one.")
+        str | None,
+        typer.Option(help="The untouched base; default $UBMOE_BASE, else that of the checkpoint."),
     ] = None,
     base_row: Annotated[str, typer.Option(help="Row of the base, another for each base.")] = "base",
     rows: Annotated[
@@ -342,7 +343,7 @@ def main(
         torch.set_num_threads(threads)
     wanted = tasks or list(TASKS)
     with one_line_errors():
-        base_name = base_folder(base)
+        base_name = base_folder(base, model)
         folder = None if online else data_folder(data_dir)
         if count:
             from transformers import AutoTokenizer

@@ -29,6 +29,7 @@ from training.embedders import NAMED, embedder_path
 from training.prompted import PromptedReader
 from ubmoe_st.bases import SHORT_NAMES, resolve_base
 from ubmoe_st.checkpoint import is_checkpoint, read_config
+from ubmoe_st.lossless import recorded_base
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -118,9 +119,18 @@ class Encoder:
         return str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
 
-def base_folder(given: str | None = None) -> str:
-    """The base model: the one given, else `$UBMOE_BASE`, else that of the release; a GGUF or short name as a folder."""
-    name = given or os.environ.get("UBMOE_BASE") or "smollm2-135m"
+def base_folder(given: str | None = None, model: str | Path | None = None) -> str:
+    """The base model: the one given, else `$UBMOE_BASE`, else that of the checkpoint `model`, else SmolLM2-135M.
+
+    Returns:
+        A folder for a GGUF or a short name, else the name as it is.
+
+    Raises:
+        ValueError: If the checkpoint names no base, or that is not found here.
+    """
+    name = given or os.environ.get("UBMOE_BASE")
+    if not name:
+        name = recorded_base(read_config(model)) if model is not None and is_checkpoint(model) else "smollm2-135m"
     return str(resolve_base(name).path) if name in SHORT_NAMES or name.endswith(".gguf") else name
 
 

@@ -180,7 +180,8 @@ def commands() -> None:
 def main(
     model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
     base: Annotated[
-        str | None, typer.Option(help="The untouched base; default $UBMOE_BASE, else the released one.")
+        str | None,
+        typer.Option(help="The untouched base; default $UBMOE_BASE, else that of the checkpoint."),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
@@ -200,7 +201,7 @@ def main(
     from ubmoe_st.compute import processor_flags
 
     with one_line_errors(RuntimeError):
-        base_name = base if quick else base_folder(base)
+        base_name = base_folder(base, model) if base or not quick else None
         folder = data_folder(data_dir)
         mark = fingerprint(model)
         record = run_record(

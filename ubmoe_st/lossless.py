@@ -55,7 +55,7 @@ def check_lossless(views: UBMoETransformer, base: str | os.PathLike[str] | Base 
     """
     config = views.ubmoe_config
     if base is None:
-        base = _recorded(config)
+        base = recorded_base(config)
     found = base if isinstance(base, Base) else resolve_base(base)
     attention = views.model.config._attn_implementation
     reference: Any = AutoModelForCausalLM.from_pretrained(
@@ -100,7 +100,12 @@ def compare(lm: PreTrainedModel, reference: PreTrainedModel) -> dict[str, str | 
     return checks
 
 
-def _recorded(config: UBMoEConfig | None) -> str:
+def recorded_base(config: UBMoEConfig | None) -> str:
+    """The base that a checkpoint names, as `resolve_base` takes it: a short name where there is one, else the name.
+
+    Raises:
+        ValueError: If the checkpoint names none, or that is not found here.
+    """
     name = config.base_model if config else ""
     if not name:
         raise ValueError("the checkpoint names no base, as its generator was changed; say which with base=...")
