@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.embedders import NAMED
 from ubmoe_st import checkpoint
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def model_meta(
     path: str | Path | None = None,
     *,
     revision: str = "local",
-    name: str = NAME,
+    name: str | None = None,
     release_date: str | None = None,
     training_datasets: frozenset[str] = frozenset({"Tatoeba"}),  # its English sentences, without their translations
     code: str | None = None,
@@ -39,14 +40,15 @@ def model_meta(
 ) -> ModelMeta:
     """Metadata and loader of a UBMoE checkpoint for mteb.
 
-    Sizes are read from the checkpoint; without a folder they stay empty, which mteb's list of models does not take.
+    Sizes, base and licence are read from the checkpoint, and the data that its teachers were trained on from mteb's own
+    list; without a folder they stay empty, which mteb's list of models does not take.
 
     Args:
         path: Checkpoint folder; None: the Hub id in `name`.
         revision: Of the weights; results of mteb are stored under it.
-        name: `organization/model`.
+        name: `organization/model`. None: the folder's name, where it is a checkpoint, else the released one.
         release_date: Of the revision, like 2026-11-25.
-        training_datasets: Names that mteb gives the data of training.
+        training_datasets: Names that mteb gives the data of training, without that of the teachers.
         code: Address of the training code.
         data: Address of the training data.
 
@@ -56,11 +58,12 @@ def model_meta(
     from mteb.models import ModelMeta
     from mteb.models.model_meta import ScoringFunction
 
+    own = _read(Path(path)) if path and checkpoint.is_checkpoint(path) else {}
     return ModelMeta.create_empty(
         overwrites={
             "loader": _load,
             "loader_kwargs": {"path": str(path)} if path else {},
-            "name": name,
+            "name": name or own.pop("name", NAME),
             "revision": revision,
             "languages": ["eng-Latn"],
             "license": "apache-2.0",
@@ -68,24 +71,33 @@ def model_meta(
             "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
             "similarity_fn_name": ScoringFunction.COSINE,
             "use_instructions": False,
-            "training_datasets": set(training_datasets),
+            "training_datasets": set(training_datasets) | own.pop("taught", set()),
             "adapted_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "modalities": ["text"],
             "model_type": ["dense"],
             "release_date": release_date,
             "public_training_code": code,
             "public_training_data": data,
-            **(_sizes(Path(path)) if path and checkpoint.is_checkpoint(path) else {}),
+            **own,
         }
     )
 
 
-def _sizes(path: Path) -> dict[str, Any]:
-    """What mteb lists of a checkpoint's encoder, from its files."""
+def _read(path: Path) -> dict[str, Any]:
+    """What mteb lists of a checkpoint's encoder, from its files; `taught` is the data of its teachers."""
+    import mteb
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(path / "README.md").data
+    training = checkpoint.read_config(path).training or ""
+    teachers = [mteb.get_model_meta(f"sentence-transformers/{teacher}") for teacher in NAMED if teacher in training]
     facts = checkpoint.facts(path)
     stock = json.loads((path / "config.json").read_text(encoding="utf-8"))
     tokenizer = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = {
+        "name": f"ubmoe-st/{path.resolve().name}",
+        "license": card.license,
+        "taught": {dataset for teacher in teachers for dataset in teacher.training_datasets or ()},
         "n_parameters": facts["parameters"]["active_encoding"],
         "n_embedding_parameters": stock["vocab_size"] * stock["hidden_size"],
         "memory_usage_mb": round((facts["bytes"]["shared"] + facts["bytes"]["bi"]) / 2**20),

@@ -1,5 +1,7 @@
 """mteb runs: local forms of official tasks, values against numpy, resuming, mock run."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,4 +175,24 @@ def test_sizes_in_the_metadata_are_those_of_the_opened_model(checkpoint):
     assert meta.embed_dim == stock.get_embedding_dimension()
     assert meta.max_tokens == stock.max_seq_length
     assert meta.release_date == "2026-11-25"
+    assert meta.name == f"ubmoe-st/{Path(checkpoint).name}"
     assert model_meta().n_parameters is None
+    assert model_meta().name == "ubmoe-st/ubmoe-135m"
+
+
+def test_metadata_say_the_licence_of_the_checkpoint_and_what_its_teachers_have_seen(checkpoint, tmp_path):
+    """A derivative of Gemma is not under Apache-2.0, and a student of MS MARCO's students has seen MS MARCO."""
+    folder = tmp_path / "taught"
+    shutil.copytree(checkpoint, folder)
+    card = (folder / "README.md").read_text(encoding="utf-8").removeprefix("---\n")
+    lines = [line for line in card.splitlines(keepends=True) if not line.startswith("license")]
+    (folder / "README.md").write_text("---\nlicense: gemma\n" + "".join(lines), encoding="utf-8")
+    config = json.loads((folder / "generator" / "config.json").read_text(encoding="utf-8"))
+    config["ubmoe"]["training"] = "distilled from all-MiniLM-L6-v2"
+    (folder / "generator" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    meta = model_meta(folder)
+    assert meta.license == "gemma"
+    teacher = mteb.get_model_meta("sentence-transformers/all-MiniLM-L6-v2").training_datasets
+    assert teacher
+    assert teacher <= meta.training_datasets
+    assert not teacher & model_meta(checkpoint).training_datasets
