@@ -168,6 +168,36 @@ def rates(runs: Sequence[dict[str, Any]], unit: str = "tokens") -> dict[str, flo
     return {"value": float(np.median(values)), "low": min(values), "high": max(values), "n": len(values)}
 
 
+def memory_scores(common: dict[str, Any]) -> list[dict[str, Any]]:
+    """Memory of each of `MEMORY_SYSTEMS` in a process of its own, in MiB and as a share of the base's.
+
+    Args:
+        common: Of a task of `measure`, what does not depend on the system.
+    """
+    measured = {}
+    for system in MEMORY_SYSTEMS:
+        try:
+            measured[system] = measure({**common, "kind": "memory", "system": system})
+        except RuntimeError as error:
+            if system != "low":
+                raise
+            typer.echo(f"memory, {MEMORY_SYSTEMS[system]}: left out ({error})", err=True)
+    return [
+        {
+            "task": "memory",
+            "split": system,
+            "metric": f"{metric} MiB",
+            "label": MEMORY_SYSTEMS[system],
+            "value": found[metric] / 2**20,
+            "ratio": found[metric] / measured["base"][metric],
+            "ratio_to": MEMORY_SYSTEMS["base"],
+            "n": 1,
+        }
+        for system, found in measured.items()
+        for metric in ("weights", "resident", "private")
+    ]
+
+
 app = typer.Typer(add_completion=False)
 
 
@@ -194,14 +224,16 @@ def main(
     threads: int = 1,
     seed: int = 0,
     routers: Annotated[bool, typer.Option(help="Also measure generation with trained routers.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what is measured in turns, and little of it.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="What is measured in turns, little of it, and memory.")
+    ] = False,
 ) -> None:
     """Measure throughput and memory of a checkpoint beside its peers."""
     from benchmarks.peers import base_folder
     from ubmoe_st.compute import processor_flags
 
     with one_line_errors(RuntimeError):
-        base_name = base_folder(base, model) if base or not quick else None
+        base_name = base_folder(base, model)
         folder = data_folder(data_dir)
         mark = fingerprint(model)
         record = run_record(
@@ -223,10 +255,6 @@ def main(
         file.content["run"] |= facts
         file.add(*scores)
         file.add(*in_process(measure_generating, str(model), base_name, sizes, threads))
-        for done in file.content["scores"]:
-            typer.echo(f"{done['task']}, {done['label']}: {done['value']:.3g} {done['metric']}")
-        if quick:
-            return
         common = {
             "model": str(model),
             "base": base_name,
@@ -235,6 +263,11 @@ def main(
             "batch_size": batch_size,
             "new_tokens": new_tokens,
         }
+        file.add(*memory_scores(common))
+        for done in file.content["scores"]:
+            typer.echo(f"{done['task']}, {done['label']}: {done['value']:.3g} {done['metric']}")
+        if quick:
+            return
         for kind, count in (("short", short), ("long", long)):
             texts = sample_texts(folder, kind, count, seed)
             runs: dict[str, list[dict[str, Any]]] = {system: [] for system in ENCODE_SYSTEMS}
@@ -261,22 +294,6 @@ def main(
             peer = rates(runs["base"])["value"]
             file.add({**score, "ratio": score["value"] / peer, "ratio_to": GENERATE_SYSTEMS["base"]})
             typer.echo(f"generate, {label}: {score['value']:.1f} tokens/s")
-        measured = {}
-        for system in MEMORY_SYSTEMS:
-            try:
-                measured[system] = measure({**common, "kind": "memory", "system": system})
-            except RuntimeError as error:
-                if system != "low":
-                    raise
-                typer.echo(f"memory, {MEMORY_SYSTEMS[system]}: left out ({error})", err=True)
-        for system, found in measured.items():
-            label = MEMORY_SYSTEMS[system]
-            for metric in ("weights", "resident", "private"):
-                score = {"task": "memory", "split": system, "metric": f"{metric} MiB", "label": label}
-                ratio = found[metric] / measured["base"][metric]
-                facts = {"ratio": ratio, "ratio_to": MEMORY_SYSTEMS["base"], "n": 1}
-                file.add({**score, "value": found[metric] / 2**20, **facts})
-            typer.echo(f"memory, {label}: weights {found['weights'] / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":
