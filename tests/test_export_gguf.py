@@ -83,7 +83,10 @@ def test_windows_of_gemma_reach_as_far_as_those_of_the_checkpoint(gguf_checkpoin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}, "layer_types full_attention, "),
+        ({"layer_types": ["full_attention", *["sliding_attention"] * 5]}, "layer_types other"),
+        ({"layer_types": [*["sliding_attention"] * 2, *["full_attention"] * 4]}, "layer_types other"),
+        ({"layer_types": ["sliding_attention"] * 6}, "layer_types other"),
+        ({"layer_types": ["full_attention"] * 6}, "layer_types other"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"attention_bias": True}, "attention_bias"),
@@ -97,7 +100,7 @@ def test_windows_of_gemma_reach_as_far_as_those_of_the_checkpoint(gguf_checkpoin
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(changes, message):
-    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4}
+    sizes = {"num_hidden_layers": 6, "hidden_size": 32, "num_attention_heads": 4}
     check_gemma(Gemma3TextConfig(**sizes))
     with pytest.raises(ValueError, match=f"no Gemma 3 with {message}.*format='onnx'"):
         check_gemma(Gemma3TextConfig(**sizes, **changes))

@@ -28,7 +28,7 @@ GGUF_MODELS = {
     "gemma3-odd": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 40.0, "factor": 4.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
         "query_pre_attn_scalar": 3,

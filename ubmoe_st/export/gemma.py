@@ -26,7 +26,7 @@ def check_gemma(config: Any) -> None:
     """
     full, sliding = (config.rope_parameters[kind]["rope_type"] for kind in ("full_attention", "sliding_attention"))
     odd = {
-        f"layer_types {', '.join(config.layer_types)}": _period(config.layer_types) is None,
+        "layer_types other than some sliding layers and a full one, in turn": _period(config.layer_types) is None,
         f"rope type {full}": full not in ("default", "linear"),
         f"rope type {sliding} in its sliding layers": sliding != "default",
         "attn_logit_softcapping": config.attn_logit_softcapping is not None,
@@ -84,7 +84,11 @@ def gemma_tensor(name: str, tensor: Tensor, config: Any, view: str) -> Tensor:
 
 
 def _period(layer_types: Sequence[str]) -> int | None:
-    """Every how many layers one attends to the whole text, the last of each. None: at no regular distance."""
+    """Every how many layers one attends to the whole text, the last of each. None: at no regular distance.
+
+    Without layers of both kinds llama.cpp aborts: it makes a mask for each.
+    """
     full = [kind == "full_attention" for kind in layer_types]
-    period = full.index(True) + 1 if True in full else len(full) + 1
-    return period if full == [(layer + 1) % period == 0 for layer in range(len(full))] else None
+    period = full.index(True) + 1 if True in full else 1
+    regular = full == [(layer + 1) % period == 0 for layer in range(len(full))]
+    return period if regular and period > 1 else None
