@@ -48,7 +48,7 @@ def test_command_line(checkpoint, tmp_path):
 )
 def test_refusals_are_one_line_and_leave_nothing(arguments, message, checkpoint_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = {"model": checkpoint_of("llama"), "gemma": checkpoint_of("gemma3")}
+    folders = {"model": checkpoint_of("llama"), "gemma": checkpoint_of("gemma2")}
     assert message in refused(*(argument.format(**folders) for argument in arguments))
     assert list(tmp_path.iterdir()) == []
     assert (folders["model"] / "SHA256SUMS").is_file()

@@ -12,6 +12,8 @@ from helpers.engines import LLAMA_CPP_ADAPTER, cosine, in_process
 from helpers.gguf import GGUF_TEXTS, bpe_tokenizer
 from helpers.models import TEXTS, make_base, make_checkpoint, make_tokenizer, random_experts
 from peft import PeftModel
+from safetensors.numpy import load_file
+from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE, UBMoETransformer, upcycle
@@ -79,6 +81,30 @@ def test_llama_cpp_loads_the_adapter_beside_the_gguf_of_the_base(tmp_path, archi
     assert cosine(found, expected).min() > 0.999
     plain = in_process(LLAMA_CPP_ADAPTER, tmp_path / "base.gguf", "", json.dumps(GGUF_TEXTS))
     assert cosine(plain, expected).min() < 0.95
+
+
+@needs_llama
+def test_a_dense_layer_is_applied_behind_llama_cpp(gguf_checkpoint_of, tmp_path):
+    """A GGUF has no place for it and is refused; behind the adapter it is two arrays, as docs/serving.md shows."""
+    _, plain = gguf_checkpoint_of("qwen3")
+    backbone, pooling, normalize = UBMoE(str(plain))
+    torch.manual_seed(0)
+    dense = Dense(32, 24, bias=True, activation_function=torch.nn.Identity())
+    checkpoint = tmp_path / "checkpoint"
+    model = UBMoE(modules=[backbone, pooling, dense, normalize], device="cpu")
+    model.save(str(checkpoint))
+    with pytest.raises(ValueError, match=r"no place for the Dense between them.*gguf-lora.*docs/serving\.md"):
+        export(checkpoint, tmp_path / "encoder.gguf", format="gguf")
+    assert not (tmp_path / "encoder.gguf").exists()
+    export(checkpoint, tmp_path / "base.gguf", view="generator", format="gguf")
+    export(checkpoint, tmp_path / "adapter.gguf", format="gguf-lora")
+    texts = json.dumps(GGUF_TEXTS)
+    pooled = np.array(in_process(LLAMA_CPP_ADAPTER, tmp_path / "base.gguf", tmp_path / "adapter.gguf", texts))
+    arrays = load_file(checkpoint / "2_Dense" / "model.safetensors")
+    expected = model.encode(GGUF_TEXTS)
+    assert cosine(pooled @ arrays["linear.weight"].T + arrays["linear.bias"], expected).min() > 0.999
+    unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    assert cosine(unit @ arrays["linear.weight"].T + arrays["linear.bias"], expected).min() < 0.99
 
 
 def test_what_no_adapter_can_hold_is_refused(base, checkpoint, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from helpers.engines import ENCODE, ENGINES, LLAMA_CPP, LLAMA_CPP_ADAPTER, cosin
 from helpers.models import random_experts
 from peft import LoraConfig, PeftModel
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe_st import UBMoE, UBMoETransformer, upcycle
@@ -146,20 +149,36 @@ def test_llama_cpp_embeds_with_full_attention_beside_the_gguf_of_the_base(family
     assert similarity("") < full - 0.002, "the experts change nothing, so this test would be vacuous"
 
 
-def test_gguf_is_written_or_refused_before_anything_is_loaded(family, tmp_path):
+def test_gguf_embeds_as_the_checkpoint_does(family, tmp_path):
+    """Whole encoder and tokenizer in llama.cpp, on odd texts, too."""
     _, checkpoint = family
-    if "gemma" in (checkpoint / "config.json").read_text():
-        script = (
-            "import sys, torch\nfrom ubmoe_st.export import export\ntry:\n    export(*sys.argv[1:3], format='gguf')\n"
-            "except ValueError as error:\n    print(error)\n"
-            "import re; print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024)"
-        )
-        command = [sys.executable, "-c", script, str(checkpoint), str(tmp_path / "model.gguf")]
-        said, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        assert "convert_hf_to_gguf.py" in said
-        weights = sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors"))
-        assert int(peak) < weights
-    else:
-        assert export(checkpoint, tmp_path / "model.gguf", format="gguf")["bytes"] > 1e8
-        found = in_process(LLAMA_CPP, tmp_path / "model.gguf", "encode", json.dumps(TEXTS))
-        assert cosine(found["vectors"], UBMoE(str(checkpoint)).encode(TEXTS)).min() > 0.9999
+    texts = [*TEXTS, "def f(x):\n\n\n    return {'\u00e9': \"\u6f22\u5b57 \U0001f600\"}\t# 1984   ok  "]
+    assert export(checkpoint, tmp_path / "model.gguf", format="gguf")["bytes"] > 1e8
+    found = in_process(LLAMA_CPP, tmp_path / "model.gguf", "encode", json.dumps(texts))
+    model = UBMoE(str(checkpoint))
+    assert found["ids"] == model.tokenizer(texts)["input_ids"]
+    assert cosine(found["vectors"], model.encode(texts)).min() > 0.9999
+
+
+def test_gguf_is_refused_before_anything_is_loaded(family, tmp_path):
+    """A Dense behind the pooling has no place in it."""
+    _, checkpoint = family
+    dense = Dense(16, 16, bias=True)
+    shutil.copytree(checkpoint, tmp_path / "dense", copy_function=os.link)
+    (tmp_path / "dense" / "2_Dense").mkdir()
+    dense.save(str(tmp_path / "dense" / "2_Dense"))
+    modules = json.loads((checkpoint / "modules.json").read_text())
+    kind = f"{Dense.__module__}.{Dense.__qualname__}"
+    modules.insert(2, {"idx": 2, "name": "dense", "path": "2_Dense", "type": kind})
+    (tmp_path / "dense" / "modules.json").unlink()
+    (tmp_path / "dense" / "modules.json").write_text(json.dumps(modules))
+    script = (
+        "import sys, torch\nfrom ubmoe_st.export import export\ntry:\n    export(*sys.argv[1:3], format='gguf')\n"
+        "except ValueError as error:\n    print(error)\n"
+        "import re; print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "dense"), str(tmp_path / "model.gguf")]
+    said, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "no place for the Dense" in said
+    weights = sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors"))
+    assert int(peak) < max(weights, 1e9)  # A process with torch alone may be as large as a small model.

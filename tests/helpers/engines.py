@@ -55,7 +55,8 @@ params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
 if adapter:
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
 server = xllamacpp.Server(params)
-body = Request(server.listening_address + "/v1/embeddings", json.dumps({"input": texts}).encode())
+request = {"input": texts, "embd_normalize": -1}
+body = Request(server.listening_address + "/v1/embeddings", json.dumps(request).encode())
 print(json.dumps([entry["embedding"] for entry in json.load(urlopen(body, timeout=600))["data"]]))
 """
 

@@ -1,33 +1,31 @@
 """Export to llama.cpp: a view of a checkpoint as one GGUF file.
 
-Written for the Llama, Mistral, Qwen2 and Qwen3 architectures with byte-level BPE tokenizers. llama.cpp reads
-`attention.causal` and `pooling_type` of any architecture since March 2026; builds before that attend causally.
+Written for the Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text) architectures. llama.cpp reads `attention.causal` and
+`pooling_type` of any architecture since March 2026; builds before that attend causally.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import Tensor
 
+from ubmoe_st.export import gemma
 from ubmoe_st.export.folders import tensors_of
+from ubmoe_st.export.vocabulary import vocabulary_of
 from ubmoe_st.model import UBMoE
 
-# llama.cpp's names of the ways to cut a text before byte pairs are merged, by how many digits stay together.
-_BPE_CUT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_BPE_CUTS = {
-    _BPE_CUT.replace("DIGITS", r"\p{N}"): "qwen2",
-    _BPE_CUT.replace("DIGITS", r"\p{N}{1,3}"): "llama-bpe",
+_GGUF_ARCHITECTURES = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "gemma3_text": "GEMMA3",
 }
-_GGUF_ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 _CONVERT_HINT = "export it with format='hf' and convert that folder with convert_hf_to_gguf.py of llama.cpp"
 
 
@@ -49,11 +47,14 @@ def write_gguf(model: UBMoE, file: Path, view: str, quantize: str | None) -> Non
     network: Any = views.model if view == "encoder" else model.generator
     config = network.config
     architecture = _gguf_architecture(network)
+    pooling = _gguf_pooling(model) if view == "encoder" else None
     state = tensors_of(model, view)
-    tokens = _gguf_tokens(model, config.vocab_size)
+    vocabulary = vocabulary_of(model.tokenizer, config.vocab_size, _CONVERT_HINT)
     arch = getattr(gguf.MODEL_ARCH, architecture)
+    is_gemma = arch == gguf.MODEL_ARCH.GEMMA3
+    arch_name = gemma.ENCODER if is_gemma and view == "encoder" else gguf.MODEL_ARCH_NAMES[arch]
     # Tensors wait in a temporary file: a 7B would not fit into memory twice.
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[arch], use_temp_file=True)
+    writer = gguf.GGUFWriter(file, arch_name, use_temp_file=True)
     settings = model.ubmoe_config
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(f"{settings.base_model if settings else architecture} ({view} of UBMoE)")
@@ -74,12 +75,17 @@ def write_gguf(model: UBMoE, file: Path, view: str, quantize: str | None) -> Non
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if view == "encoder":
+    if is_gemma:
+        gemma.write_gemma_attention(writer, config, view)
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if pooling is not None:
         writer.add_causal_attention(False)
-        writer.add_pooling_type(_gguf_pooling(model))
-    _add_gguf_tokenizer(writer, tokens)
+        writer.add_pooling_type(pooling)
+    vocabulary.write(writer)
     for name, tensor in _gguf_tensors(network, state, arch, heads, kv_heads):
+        if is_gemma:
+            tensor = gemma.gemma_tensor(name, tensor, config, view)
         array = tensor.to(torch.float32).numpy()
         wanted = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
         if wanted == gguf.GGMLQuantizationType.Q8_0 and array.shape[-1] % 32:
@@ -99,6 +105,9 @@ def _gguf_architecture(network: Any) -> str:
         raise ValueError(
             f"gguf of {name} is not written here (known: {', '.join(_GGUF_ARCHITECTURES)}); {_CONVERT_HINT}"
         )
+    if found == "GEMMA3":
+        gemma.check_gemma(config)
+        return found
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window is not None
     ):
@@ -122,6 +131,11 @@ def _gguf_pooling(model: UBMoE) -> Any:
     behind = list(model)[1:]
     pooling = [module for module in behind if isinstance(module, Pooling)]
     others = [type(module).__name__ for module in behind if not isinstance(module, Pooling | Normalize)]
+    if others and all(isinstance(module, Pooling | Dense | Normalize) for module in behind):
+        raise ValueError(
+            "llama.cpp pools and normalises, and has no place for the Dense between them; take format='onnx', or "
+            "format='gguf-lora' and apply the Dense yourself, as docs/serving.md shows"
+        )
     mode = pooling[0].pooling_mode if len(pooling) == 1 else None
     known = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS, "lasttoken": gguf.PoolingType.LAST}
     if others or not isinstance(mode, str) or mode not in known:
@@ -132,74 +146,6 @@ def _gguf_pooling(model: UBMoE) -> Any:
     return known[mode]
 
 
-def _gguf_tokens(model: UBMoE, vocab_size: int) -> dict[str, Any]:
-    """What llama.cpp needs to know of a byte-level BPE tokenizer.
-
-    Raises:
-        ValueError: If the tokenizer is of another kind.
-    """
-    tokenizer: Any = model.tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = json.loads(backend.to_str()) if backend is not None else {}
-    bpe = content.get("model") or {}
-    cut = _gguf_cut(content.get("pre_tokenizer") or {})
-    if bpe.get("type") != "BPE" or bpe.get("byte_fallback") or cut is None:
-        raise ValueError(
-            "gguf is written here for byte-level BPE tokenizers as of GPT-2, SmolLM2, Llama 3 and Qwen, the checkpoint "
-            f"has another ({bpe.get('type', 'unknown')}); {_CONVERT_HINT}"
-        )
-    names = [f"[PAD{index}]" for index in range(vocab_size)]
-    kinds = [5] * vocab_size  # unused
-    for token, index in bpe["vocab"].items():
-        if index < vocab_size:
-            names[index], kinds[index] = token, 1
-    for entry in content["added_tokens"]:
-        if entry["id"] < vocab_size:
-            names[entry["id"]], kinds[entry["id"]] = entry["content"], 3 if entry["special"] else 4
-    probe = tokenizer("a")["input_ids"]
-    return {
-        "cut": cut,
-        "names": names,
-        "kinds": kinds,
-        "merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]],
-        "special": {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad")},
-        "adds": {
-            "bos": bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id,
-            "eos": bool(probe) and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id,
-        },
-        "chat_template": tokenizer.chat_template,
-    }
-
-
-def _gguf_cut(pre_tokenizer: dict[str, Any]) -> str | None:
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step.get("type") for step in steps]
-    if not kinds or kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        return None
-    if steps[-1].get("use_regex", True):
-        if kinds == ["ByteLevel"]:
-            return "gpt-2"
-        return "smollm" if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") else None
-    if kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated" and not steps[0].get("invert"):
-        return _BPE_CUTS.get(steps[0]["pattern"].get("Regex", ""))
-    return None
-
-
-def _add_gguf_tokenizer(writer: Any, tokens: dict[str, Any]) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(tokens["cut"])
-    writer.add_token_list(tokens["names"])
-    writer.add_token_types(tokens["kinds"])
-    writer.add_token_merges(tokens["merges"])
-    for kind, index in tokens["special"].items():
-        if index is not None:
-            getattr(writer, f"add_{kind}_token_id")(index)
-    writer.add_add_bos_token(tokens["adds"]["bos"])
-    writer.add_add_eos_token(tokens["adds"]["eos"])
-    if isinstance(tokens["chat_template"], str):
-        writer.add_chat_template(tokens["chat_template"])
-
-
 def _gguf_tensors(
     network: Any, state: Mapping[str, Tensor], arch: Any, heads: int, kv_heads: int
 ) -> Iterator[tuple[str, Tensor]]:
@@ -208,7 +154,7 @@ def _gguf_tensors(
     config = network.config
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     prefix = f"{network.base_model_prefix}."
-    factors = _rope_factors(_rotary(network), config)
+    factors = None if arch == gguf.MODEL_ARCH.GEMMA3 else _rope_factors(_rotary(network), config)
     if factors is not None:
         yield "rope_freqs.weight", factors
     for key, tensor in state.items():
