@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ubmoe_st.answers import answer, find, hit_table, search_options
+from ubmoe_st.answers import answer, find, hit_table, one_line, search_options
 from ubmoe_st.files import replacing_by_name
 from ubmoe_st.plan_command import plan
 from ubmoe_st.serving.command import ComputeOption, serve
@@ -373,7 +373,7 @@ def ask(
     say_stream(answer(opened.model, question, hits, stream=True, **options))
     say("")
     for number, hit in enumerate(hits, 1):
-        say(f"[{number}] {hit.id}  ({hit.score:.3f})")
+        say(f"[{number}] {one_line(hit.id)}  ({hit.score:.3f})")
 
 
 @app.command()
