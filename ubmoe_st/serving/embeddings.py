@@ -49,8 +49,6 @@ def texts_of(engine: Engine, body: EmbeddingRequest) -> list[Tokens]:
     prompt = prompt_of(engine, body)
     texts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
     if texts and isinstance(texts[0], str):
-        if blank := [position for position, text in enumerate(texts) if not text.strip()]:
-            raise ApiError(400, f"the text at position {blank[0]} is empty: leave it out", param="input")
         found = engine.tokenize(texts, prompt)
     elif body.input_type is not None or body.prompt_name is not None:
         raise ApiError(400, "a prompt can be put before texts, not before token ids", param="input")
