@@ -131,6 +131,11 @@ class Embedder:
     def queries(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """Unit vectors of queries, float32, (Q, D)."""
         encode = getattr(self.model, "encode_query", self.model.encode)
+        parts = [self._encode(encode, texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+    def warn_of_cut(self, texts: Sequence[str]) -> None:
+        """Warn of queries of which the model reads only the beginning."""
         limit = self.max_tokens
         # A token has a character at least: short texts are not counted.
         long = [] if limit is None else [text for text in texts if len(text) > limit]
@@ -138,10 +143,8 @@ class Embedder:
             warnings.warn(
                 f"{cut} of {len(texts)} queries are longer than the {limit} tokens the model reads and are compared by "
                 "their beginning",
-                stacklevel=2,
+                stacklevel=3,
             )
-        parts = [self._encode(encode, texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
-        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
     def _encode(self, encode: Any, texts: Sequence[str]) -> np.ndarray:
         vectors = encode(list(texts), batch_size=max(1, len(texts)), show_progress_bar=False)
@@ -267,7 +270,9 @@ def query_vectors(queries: Any, dimension: int, embedder: Callable[[], Embedder]
                 raise TypeError(f"query {position} is a {type(query).__name__}, expected a string")
             if not query.strip():
                 raise ValueError(f"query {position} is empty: say what to look for")
-        vectors = embedder().queries(queries)
+        model = embedder()
+        model.warn_of_cut(queries)
+        vectors = model.queries(queries)
     else:
         if hasattr(queries, "detach"):
             queries = queries.detach().float().cpu().numpy()
