@@ -14,7 +14,7 @@ from rich.console import Console
 from ubmoe_st import terminal
 from ubmoe_st.answers import hit_table
 from ubmoe_st.index import Hit
-from ubmoe_st.terminal import errors_in_one_line, printable, read_texts, say, say_json, with_flags
+from ubmoe_st.terminal import check_out_file, errors_in_one_line, printable, read_texts, say, say_json, with_flags
 
 
 def command(
@@ -129,3 +129,12 @@ def test_a_closed_pipe_is_no_error_of_ours(monkeypatch):
     with pytest.raises(BrokenPipeError):  # which the command line ends quietly
         errors_in_one_line(closed)()
     assert shown.getvalue() == ""
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.npy").mkdir()
+    for name, said in (("x.txt", "must end in"), ("folder.npy", "is a folder"), ("file/a/x.npy", "which is a file")):
+        with pytest.raises(ValueError, match=said):
+            check_out_file(tmp_path / name, (".npy", ".parquet"))
+    check_out_file(tmp_path / "new" / "x.npy", (".npy", ".parquet"))

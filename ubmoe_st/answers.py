@@ -64,12 +64,28 @@ def answer(
         **options: As for `UBMoE.generate`, such as `max_new_tokens` and `routing`.
 
     Raises:
-        ValueError: If there are no entries; nothing is generated then.
+        ValueError: If there are no entries, or question and entries are more than the model holds; nothing is
+            generated then.
     """
     if not hits:
         raise ValueError("no entry was found, so there is nothing to answer from")
-    text: Any = model.generate(answer_prompt(question, hits), stream=stream, **options)
+    prompt = answer_prompt(question, hits)
+    _check_room(model, prompt, len(hits))
+    text: Any = model.generate(prompt, stream=stream, **options)
     return text
+
+
+def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> None:
+    tokenizer = getattr(model, "tokenizer", None)
+    if getattr(tokenizer, "chat_template", None) is None:
+        return
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    size, room = len(model.token_ids(text)), model.generator.config.max_position_embeddings
+    if size >= room:
+        raise ValueError(
+            f"the question and {entries} entries have {size} tokens, and the model holds {room} with its answer: ask "
+            "shorter, or of fewer entries with a smaller k"
+        )
 
 
 def answer_prompt(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -64,6 +65,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "" if err.is_terminal else "1")
+    # Without the place in the code, which says nothing to who calls a command.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
 
 
 def _write_anything() -> None:
@@ -149,7 +152,7 @@ def converse(model: UBMoE, options: dict[str, Any]) -> None:
     err.print("chat; an empty line ends it", style="dim")
     while True:
         try:
-            text = input("> ").strip()
+            text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             break
         if not text:
@@ -167,7 +170,7 @@ def read_texts(source: Path) -> list[str]:
         ValueError: If it is another kind of file, or a line is not valid; names it.
     """
     if not source.is_file():
-        raise FileNotFoundError(f"{source} does not exist")
+        raise FileNotFoundError(f"{source} {'is no file' if source.exists() else 'does not exist'}")
     if source.suffix.lower() not in TEXT_SUFFIXES:
         raise ValueError(f"{source}: expected a {' or '.join(TEXT_SUFFIXES)} file")
     texts = []
@@ -192,6 +195,20 @@ def read_texts(source: Path) -> list[str]:
                 raise ValueError(f"{source}, line {number}: expected a field `text` with a string")
             texts.append(text)
     return texts
+
+
+def check_out_file(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a file that could not be written, before the work for it is done.
+
+    Raises:
+        ValueError: If it ends otherwise, is a folder, or lies in a file.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {path.name}")
+    if path.is_dir():
+        raise ValueError(f"--out is a folder, {path}: name a file")
+    if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+        raise ValueError(f"--out lies in {blocked}, which is a file: give another path")
 
 
 def megabytes(count: int) -> str:
