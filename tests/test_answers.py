@@ -33,6 +33,24 @@ class Recorder:
         return "an answer"
 
 
+def test_more_than_the_model_holds_is_no_prompt():
+    class Small(Recorder):
+        tokenizer = SimpleNamespace(
+            chat_template="", apply_chat_template=lambda prompt, **options: prompt[0]["content"], is_fast=True
+        )
+        generator = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=60))
+
+        @staticmethod
+        def token_ids(text):
+            return text.split()
+
+    model = Small()
+    assert answer(model, "where?", HITS, max_new_tokens=3) == "an answer"
+    with pytest.raises(ValueError, match=r"2 entries have \d+ tokens, and the model holds 60"):
+        answer(model, "where? " * 60, HITS, max_new_tokens=3)
+    assert len(model.asked) == 1
+
+
 def test_find_passes_on_what_it_is_asked():
     index = Recorder()
     assert find(index, "where?", 1, filter={"a": 1}, mode="hybrid") == HITS[:1]

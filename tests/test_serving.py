@@ -545,7 +545,8 @@ def test_with_a_key_nobody_is_answered_without_it(engine):
                 answer = client.get(url + path, headers=headers)
                 assert answer.status_code == 401
                 assert answer.json()["error"]["type"] == "authentication_error"
-        right = {"Authorization": f"Bearer {KEY}"}
+                assert answer.headers["WWW-Authenticate"] == "Bearer"
+        right = {"Authorization": f"bearer  {KEY}"}  # the name of a scheme has no case
         assert client.get(f"{url}/v1/models", headers=right).json()["data"][0]["id"] == "tiny"
         assert client.get(f"{url}/health").json() == {"status": "ok"}
 
@@ -591,6 +592,17 @@ def test_a_request_that_is_too_long_is_refused(engine, chunked):
         ("rerank", {"query": "a", "documents": ["a"], "top_n": 0}, "top_n"),
         ("rerank", {"query": "a", "documents": ["a"], "method": "yes_no"}, "yes from no"),
         ("rerank", {"query": "the cat " * 100, "documents": ["a"]}, "shorten the query"),
+        ("rerank", {"query": "a", "documents": ["a", " "]}, "position 1 is empty"),
+        ("rerank", {"query": "a", "documents": ["a"], "max_tokens_per_doc": 9}, "max_tokens_per_doc is not supported"),
+        ("embeddings", {"input": "a", "dimensions": True}, "dimensions: expected a number, got a truth value"),
+        ("embeddings", {"input": [-1]}, "greater than or equal to 0"),
+        ("completions", {"prompt": "the cat", "max_tokens": True}, "max_tokens: expected a number"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", "odd": 1}]}, "messages.0.odd"),
         ("chat/completions", {"messages": []}, "messages"),
         ("chat/completions", {"messages": [{"role": "king", "content": "a"}]}, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "f"}]}, "tools"),
@@ -601,6 +613,76 @@ def test_what_cannot_be_done_is_refused_with_a_reason(url, path, body, said):
     error = post(url, path, 400, **body)["error"]
     assert said in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        (b'{"input": "a"}', "application/x-www-form-urlencoded", "Content-Type: application/json"),
+        (b'{"input": "a"}', "text/plain", "Content-Type: application/json"),
+        (b'["a"]', "application/json", "expected a JSON object"),
+        (b"", "application/json", "expected a JSON object"),
+        (b'{"input": ', "application/json", "the body is not JSON"),
+        (b'{"input": "\\ud800"}', "application/json", "half a character"),
+        (b'{"input": ["a", "\\udc00"]}', "application/json", "half a character"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused_with_what_to_send(url, content, kind, said):
+    answer = client.post(f"{url}/v1/embeddings", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]
+
+
+def test_what_is_not_here_says_what_is(url):
+    wrong = client.get(f"{url}/v1/embeddings")
+    assert (wrong.status_code, wrong.headers["Allow"]) == (405, "POST")
+    gone = client.post(f"{url}/v1/responses", json={})
+    assert gone.status_code == 404
+    assert "POST /v1/responses" in gone.json()["error"]["message"]
+    assert client.head(f"{url}/health").status_code == 200
+
+
+def test_null_asks_for_nothing(url):
+    null = dict.fromkeys(["temperature", "stop", "stream", "functions", "verbosity", "max_completion_tokens", "n"])
+    asked = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 3}
+    plain, other = (post(url, "chat/completions", **asked, **more)["choices"] for more in ({}, null))
+    assert other == plain
+    post(url, "embeddings", input="a", encoding_format=None, dimensions=None)
+    assert "input" in post(url, "embeddings", 400, input=None)["error"]["message"]
+
+
+def test_an_answer_can_come_back_as_clients_write_it(url):
+    ask = {"role": "user", "content": "the cat"}
+    said = {"role": "assistant", "content": "sits"}
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    plain, other = (
+        post(url, "chat/completions", messages=[ask, answer, ask], max_tokens=3)["choices"]
+        for answer in (said, said | empty)
+    )
+    assert other == plain
+    calls = said | {"tool_calls": [{"id": "x"}]}
+    assert "messages.1.tool_calls" in post(url, "chat/completions", 400, messages=[ask, calls])["error"]["message"]
+
+
+def test_documents_of_a_ranking_come_back_as_they_were(url):
+    documents = [{"text": "the cat", "id": 5}, {"text": "a red bird", "title": "Birds"}]
+    asked = {"query": "the bird", "return_documents": True, "rank_fields": ["text"], "truncation": True, "priority": 1}
+    found = post(url, "rerank", documents=documents, **asked)["results"]
+    assert [result["document"] for result in found] == [documents[result["index"]] for result in found]
+    plain = post(url, "rerank", query="the bird", documents=[document["text"] for document in documents])["results"]
+    assert [result["index"] for result in found] == [result["index"] for result in plain]
+
+
+def test_a_chat_that_the_template_refuses_is_the_clients_matter(url, model, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ raise_exception('System role not supported') }}")
+    error = post(url, "chat/completions", 400, messages=[{"role": "system", "content": "a"}])["error"]
+    assert "System role not supported" in error["message"]
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-10])
+def test_a_temperature_near_0_is_greedy(url, temperature):
+    greedy = post(url, "completions", prompt="the cat", max_tokens=5, temperature=0)["choices"]
+    assert post(url, "completions", prompt="the cat", max_tokens=5, temperature=temperature)["choices"] == greedy
 
 
 def test_another_model_is_refused_and_neutral_fields_are_taken(url):

@@ -181,6 +181,9 @@ def test_without_a_key_it_listens_on_loopback_only(checkpoint):
         check_host(host, KEY)
     with pytest.raises(ValueError, match="empty"):
         check_host("0.0.0.0", " ")
+    for key in ("a key\n", " key", "кey", "a\tkey"):
+        with pytest.raises(ValueError, match="a header cannot carry"):
+            check_host("127.0.0.1", key)
 
 
 def test_what_cannot_be_served_is_told_before_anything_is_loaded(checkpoint, tmp_path):

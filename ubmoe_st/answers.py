@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from ubmoe_st.terminal import printable
+
 if TYPE_CHECKING:
     from ubmoe_st.index import EmbeddingIndex, Hit, IndexGroup
     from ubmoe_st.model import UBMoE
@@ -62,18 +64,34 @@ def answer(
         **options: As for `UBMoE.generate`, such as `max_new_tokens` and `routing`.
 
     Raises:
-        ValueError: If there are no entries; nothing is generated then.
+        ValueError: If there are no entries, or question and entries are more than the model holds; nothing is
+            generated then.
     """
     if not hits:
         raise ValueError("no entry was found, so there is nothing to answer from")
-    text: Any = model.generate(answer_prompt(question, hits), stream=stream, **options)
+    prompt = answer_prompt(question, hits)
+    _check_room(model, prompt, len(hits))
+    text: Any = model.generate(prompt, stream=stream, **options)
     return text
+
+
+def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> None:
+    tokenizer = getattr(model, "tokenizer", None)
+    if getattr(tokenizer, "chat_template", None) is None:
+        return
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    size, room = len(model.token_ids(text)), model.generator.config.max_position_embeddings
+    if size >= room:
+        raise ValueError(
+            f"the question and {entries} entries have {size} tokens, and the model holds {room} with its answer: ask "
+            "shorter, or of fewer entries with a smaller k"
+        )
 
 
 def answer_prompt(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:
     """A chat that asks for an answer from search results, numbered from 1."""
     entries = "\n".join(
-        f"[{number}] {_one_line(hit.title or hit.id)}: {_one_line(hit.text)[:ENTRY_CHARACTERS]}"
+        f"[{number}] {_words(hit.title or hit.id)}: {_words(hit.text)[:ENTRY_CHARACTERS]}"
         for number, hit in enumerate(hits, 1)
     )
     return [{"role": "user", "content": _PROMPT.format(entries=entries, question=question)}]
@@ -87,17 +105,22 @@ def hit_table(hits: Sequence[Hit], title: str | None = None) -> Table:
         title: Above the table.
     """
     table = Table(title=Text(title, style="bold") if title else None, title_justify="left", show_lines=False)
-    table.add_column("", justify="right")
-    table.add_column("score", justify="right")
+    table.add_column("", justify="right", min_width=3)
+    table.add_column("score", justify="right", min_width=5)
     table.add_column("id", style="cyan", overflow="fold")
     table.add_column("text", ratio=1)
     for number, hit in enumerate(hits, 1):
-        text = _one_line(hit.text)
+        text = one_line(hit.text)
         shown = text if len(text) < SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
         # As `Text`: a string would be read as markup, in which `[...]` is a tag.
-        table.add_row(Text(f"[{number}]"), f"{hit.score:.3f}", Text(hit.id), Text(shown))
+        table.add_row(Text(f"[{number}]"), f"{hit.score:.3f}", Text(one_line(hit.id)), Text(shown))
     return table
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text of others as one line that a terminal can be given."""
+    return printable(_words(text))
+
+
+def _words(text: str) -> str:
     return " ".join(text.split())

@@ -13,11 +13,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ubmoe_st.answers import answer, find, hit_table, search_options
+from ubmoe_st.answers import answer, find, hit_table, one_line, search_options
 from ubmoe_st.files import replacing_by_name
 from ubmoe_st.plan_command import plan
 from ubmoe_st.serving.command import ComputeOption, serve
 from ubmoe_st.terminal import (
+    check_out_file,
     converse,
     err,
     errors_in_one_line,
@@ -162,8 +163,7 @@ def encode(
     as_json: JsonFlag = False,
 ) -> None:
     """Embed the texts of a file."""
-    if out_file.suffix not in {".npy", ".parquet"}:
-        raise ValueError(f"--out must end in .npy or .parquet, got {out_file.name}")
+    check_out_file(out_file, (".npy", ".parquet"))
     if out_file.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ImportError("--out in parquet needs pyarrow: pip install 'ubmoe-st[index]', or write .npy")
     texts = read_texts(source)
@@ -177,6 +177,8 @@ def encode(
         truncate_dim=truncate_dim,
         show_progress_bar=not as_json and err.is_terminal,
     )
+    if truncate_dim is not None and truncate_dim > vectors.shape[1]:
+        raise ValueError(f"truncate_dim={truncate_dim} is more than the model's {vectors.shape[1]} dimensions")
     out_file.parent.mkdir(parents=True, exist_ok=True)
     with replacing_by_name(out_file, unique=True) as temporary:
         if out_file.suffix == ".npy":
@@ -211,7 +213,7 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed for sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Random seed for sampling.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a text, or chat when no prompt is given."""
@@ -373,7 +375,7 @@ def ask(
     say_stream(answer(opened.model, question, hits, stream=True, **options))
     say("")
     for number, hit in enumerate(hits, 1):
-        say(f"[{number}] {hit.id}  ({hit.score:.3f})")
+        say(f"[{number}] {one_line(hit.id)}  ({hit.score:.3f})")
 
 
 @app.command()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -28,6 +30,9 @@ err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 EXPECTED = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Advice of the Python interface that is another command here.
 _CALLS = {r"`upcycle\('([^']*)', out=\.\.\.\)`": r"`ubmoe build \1 --out DIR`"}
+# What moves a terminal's cursor, colours it or turns the order of its letters.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+TEXT_SUFFIXES = (".txt", ".jsonl")
 _KEYWORD = re.compile(r"""(?<![\w'"/.-])([a-z_]+)=(True|\.\.\.|'[^']*'|[^\s,;:()]+)""")
 _NAME = re.compile(r"""(?<![\w'"`/.=-])([a-z]+_[a-z_]+)(?![\w'"`/.=(-])""")
 
@@ -39,13 +44,17 @@ def errors_in_one_line(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             _quiet_libraries()
+            _write_anything()
             function(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:  # as of `| head`, which has read enough: the command line ends quietly
+            raise
         except KeyboardInterrupt:
             err.print("interrupted", style="red")
             raise typer.Exit(130) from None
         except EXPECTED as error:
             message = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
-            err.print(f"error: {with_flags(message, function)}", style="red", soft_wrap=True)
+            err.print(f"error: {printable(with_flags(message, function))}", style="red", soft_wrap=True)
             raise typer.Exit(1) from None
 
     return run
@@ -56,6 +65,20 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "" if err.is_terminal else "1")
+    # Without the place in the code, which says nothing to who calls a command.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
+
+
+def _write_anything() -> None:
+    """Let texts of others be written to streams that lack their letters, as those of an old terminal do."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """A text of others for a terminal: control characters, but for tabs and ends of lines, are shown and do nothing."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def with_flags(message: str, function: Callable[..., None]) -> str:
@@ -88,12 +111,13 @@ def with_flags(message: str, function: Callable[..., None]) -> str:
 
 def say(text: str) -> None:
     """Print a line, which a narrow terminal does not cut into several."""
-    out.print(text, soft_wrap=True)
+    out.print(printable(text), soft_wrap=True)
 
 
 def say_json(value: object) -> None:
     """Print JSON for machines."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not unicode) + "\n")
 
 
 def say_stream(pieces: Iterable[str]) -> str:
@@ -101,7 +125,7 @@ def say_stream(pieces: Iterable[str]) -> str:
     text = ""
     for piece in pieces:
         text += piece
-        sys.stdout.write(piece)
+        sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
     return text
@@ -128,7 +152,7 @@ def converse(model: UBMoE, options: dict[str, Any]) -> None:
     err.print("chat; an empty line ends it", style="dim")
     while True:
         try:
-            text = input("> ").strip()
+            text = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             break
         if not text:
@@ -143,15 +167,22 @@ def read_texts(source: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a line is not valid; names it.
+        ValueError: If it is another kind of file, or a line is not valid; names it.
     """
     if not source.is_file():
-        raise FileNotFoundError(f"{source} does not exist")
+        raise FileNotFoundError(f"{source} {'is no file' if source.exists() else 'does not exist'}")
+    if source.suffix.lower() not in TEXT_SUFFIXES:
+        raise ValueError(f"{source}: expected a {' or '.join(TEXT_SUFFIXES)} file")
     texts = []
-    with open(source, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if source.suffix != ".jsonl":
-                texts.append(line.rstrip("\n"))
+    # Decoded line by line, so that a wrong byte has a place; bytes are split at `\n` alone.
+    with open(source, "rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{source}, line {number}: not valid UTF-8 ({error.reason})") from error
+            if source.suffix.lower() != ".jsonl":
+                texts.append(line)
                 continue
             if not line.strip():
                 continue
@@ -164,6 +195,20 @@ def read_texts(source: Path) -> list[str]:
                 raise ValueError(f"{source}, line {number}: expected a field `text` with a string")
             texts.append(text)
     return texts
+
+
+def check_out_file(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse a file that could not be written, before the work for it is done.
+
+    Raises:
+        ValueError: If it ends otherwise, is a folder, or lies in a file.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"--out must end in {' or '.join(suffixes)}, got {path.name}")
+    if path.is_dir():
+        raise ValueError(f"--out is a folder, {path}: name a file")
+    if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+        raise ValueError(f"--out lies in {blocked}, which is a file: give another path")
 
 
 def megabytes(count: int) -> str:

@@ -8,17 +8,18 @@ entries of another.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .core import EmbeddingIndex
-from .filters import MISSING, Filter, both, holds, passes
+from .filters import MISSING, Filter, as_test, both, holds
 from .group import IndexGroup
-from .search import Hit
+from .search import Hit, check_k
 
-SEARCH_OPTIONS = ("filter", "mode", "exact", "parameters")
+SEARCH_OPTIONS = ("filter", "mode", "weight", "exact", "parameters", "rerank", "candidates")
 LANGCHAIN_OPTIONS = (*SEARCH_OPTIONS, "search_type", "score_threshold", "fetch_k", "lambda_mult")
 LANGCHAIN_SEARCHES = ("similarity", "similarity_score_threshold", "mmr")
 
@@ -32,9 +33,9 @@ def langchain_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **searc
     Args:
         index: An open index, or several in a group.
         k: Documents per query.
-        search: `filter`, `mode`, `exact` and `parameters` of `EmbeddingIndex.search_entries`; `search_type`
-            (`similarity` or `mmr`), `score_threshold` (smallest cosine), and for `mmr` `fetch_k` (20) and `lambda_mult`
-            (0.5), as LangChain's own retriever has them.
+        search: `filter`, `mode`, `weight`, `exact`, `parameters`, `rerank` and `candidates`, as far as the index's
+            own `search_entries` has them; `search_type` (`similarity` or `mmr`), `score_threshold` (smallest cosine),
+            and for `mmr` `fetch_k` (20) and `lambda_mult` (0.5), as LangChain's own retriever has them.
 
     Returns:
         A retriever whose documents carry score, title, parent and span in `metadata`; where a row has a field of such a
@@ -51,7 +52,8 @@ def langchain_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **searc
         from pydantic import ConfigDict
     except ImportError as error:
         raise ImportError("the retriever needs langchain-core: pip install 'ubmoe-st[langchain]'") from error
-    _check_options(search, LANGCHAIN_OPTIONS)
+    _check_options(search, LANGCHAIN_OPTIONS, index)
+    check_k(k)
 
     class UBMoERetriever(BaseRetriever):
         """Retrieves entries of an embedding index."""
@@ -64,7 +66,7 @@ def langchain_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **searc
         def _get_relevant_documents(
             self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **call: Any
         ) -> list[Document]:
-            _check_options(call, ("k", *LANGCHAIN_OPTIONS))
+            _check_options(call, ("k", *LANGCHAIN_OPTIONS), self.index)
             options = {"k": self.k, **self.search, **call}
             spec = both(self.search.get("filter"), call.get("filter"))
             return [
@@ -88,6 +90,9 @@ def langchain_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **searc
             if search_type == "similarity_score_threshold" and score_threshold is None:
                 raise ValueError(f"search_type={search_type!r} needs a score_threshold, a cosine")
             mmr = search_type == "mmr"
+            check_k(k)
+            if mmr and not 0 <= lambda_mult <= 1:
+                raise ValueError(f"lambda_mult is the share of the similarity, 0 to 1, got {lambda_mult!r}")
             hits = self.index.search_entries(query, max(k, fetch_k) if mmr else k, filter=spec, **options)[0]
             if score_threshold is not None:
                 hits = [hit for hit in hits if hit.score >= score_threshold]
@@ -106,8 +111,8 @@ def llama_index_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **sea
     Args:
         index: An open index, or several in a group.
         k: Nodes per query.
-        search: `filter`, `mode`, `exact` and `parameters` of `EmbeddingIndex.search_entries`; `filters`, the
-            `MetadataFilters` of LlamaIndex. Both must hold where both are given.
+        search: As for `langchain_retriever`, without what is LangChain's own; `filters`, the `MetadataFilters` of
+            LlamaIndex. Both must hold where both are given.
 
     Returns:
         A retriever. `ref_doc_id` of a node is the id of its document; score, parent and span are in `metadata` as in
@@ -122,7 +127,8 @@ def llama_index_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **sea
         from llama_index.core.schema import NodeRelationship, NodeWithScore, QueryBundle, RelatedNodeInfo, TextNode
     except ImportError as error:
         raise ImportError("the retriever needs llama-index-core: pip install 'ubmoe-st[llama-index]'") from error
-    _check_options(search, (*SEARCH_OPTIONS, "filters"))
+    _check_options(search, (*SEARCH_OPTIONS, "filters"), index)
+    check_k(k)
     filters = search.pop("filters", None)
     spec = both(search.pop("filter", None), None if filters is None else _metadata_filter(filters))
 
@@ -155,7 +161,9 @@ def llama_index_retriever(index: EmbeddingIndex | IndexGroup, k: int = 10, **sea
     return UBMoERetriever()
 
 
-def _check_options(options: Collection[str], known: Sequence[str]) -> None:
+def _check_options(options: Collection[str], known: Sequence[str], index: EmbeddingIndex | IndexGroup) -> None:
+    found = inspect.signature(index.search_entries).parameters
+    known = [name for name in known if name not in SEARCH_OPTIONS or name in found]
     if strange := [name for name in options if name not in known]:
         raise TypeError(f"the retriever has no option {strange[0]!r}, only {', '.join(known)}")
 
@@ -204,25 +212,33 @@ def _metadata_filter(filters: Any) -> Filter:
         for part in parts:
             joined = both(joined, part)
         return {} if joined is None else joined
+    tests = [as_test(part) for part in parts]
     if condition == "or":
-        return lambda fields: any(passes(fields, part) for part in parts)
+        return lambda fields: any(test(dict(fields)) for test in tests)
     if condition == "not":
-        return lambda fields: not any(passes(fields, part) for part in parts)
+        return lambda fields: not any(test(dict(fields)) for test in tests)
     raise ValueError(f"filters: the condition is and, or or not, got {condition!r}")
 
 
 def _one_filter(one: Any) -> Filter:
     """One `MetadataFilter` as a filter."""
     field, wanted, name = one.key, one.value, one.operator.value
-    plain: Mapping[str, str] = {"nin": "not in", "any": "in", "contains": "=="}
+    plain: Mapping[str, str] = {"nin": "not in", "any": "in"}
     if name in ("==", "!=", ">", ">=", "<", "<=", "in", *plain):
         return {field: {plain.get(name, name): wanted}}
+    if name == "contains":  # a list its item, a text its part
+        return lambda fields: holds(fields.get(field, MISSING), "==", wanted) or str(wanted) in _text(fields.get(field))
     if name == "all":
         return lambda fields: all(holds(fields.get(field, MISSING), "==", value) for value in wanted)
     if name == "is_empty":
         return lambda fields: fields.get(field) in (None, "", [])
     if name == "text_match":
-        return lambda fields: str(wanted) in str(fields.get(field, ""))
+        return lambda fields: str(wanted) in _text(fields.get(field))
     if name == "text_match_insensitive":
-        return lambda fields: str(wanted).lower() in str(fields.get(field, "")).lower()
+        return lambda fields: str(wanted).lower() in _text(fields.get(field)).lower()
     raise ValueError(f"filters: there is no operator {name!r} for {field!r}")
+
+
+def _text(value: Any) -> str:
+    """A field's value where it is a text, else none."""
+    return value if isinstance(value, str) else ""

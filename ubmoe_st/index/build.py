@@ -73,6 +73,8 @@ def build_index(
         workplace = stack.enter_context(Workplace(folder))
         fitting = request.budget.sizes(embedder.model, embedder.dimension)
         options = replace(options, **fitting | sizes)
+        if isinstance(corpus.source, str) and folder.resolve().is_relative_to(Path(corpus.source).resolve()):
+            raise ValueError(f"{folder} lies in the corpus {corpus.source}, whose files are read: give another folder")
         run = Build(workplace, embedder, corpus, options, dtype, segment_rows, show(stack, progress))
         if Manifest.exists(folder):
             if not overwrite:
@@ -183,7 +185,7 @@ class Build:
         numbered_from = self._corpus.first_number - source.corpus_rows  # as it was when this corpus went in
         if (
             source.version != base.version
-            or (self._workplace.unfinished() and not self._workplace.committed())
+            or self._workplace.begun()
             or not self._corpus.repeatable
             or not self._took_in(source, replace(self._corpus, first_number=numbered_from))
         ):
@@ -221,7 +223,7 @@ class Build:
         Raises:
             ValueError: If the stopped run had another model, other options or another base.
         """
-        if self._workplace.unfinished() and not self._workplace.committed():
+        if self._workplace.begun():
             try:
                 self._resume()
                 return
@@ -240,26 +242,30 @@ class Build:
         self.journal = Journal(uuid.uuid4().hex, config, self._rules())
         self.journal.write(self._folder)
 
+    def _otherwise(self) -> str:
+        """What to do about a stopped run that is not to be finished."""
+        return "begin again with overwrite=True" if self._base is None else "throw it away with discard_unfinished()"
+
     def _resume(self) -> None:
         journal = Journal.read(self._folder)
         before = journal.config.operation
         if different := journal.config.differences(self.config()):
             raise ValueError(
                 f"an unfinished {before} in {self._folder} was begun differently ({'; '.join(different)}): repeat it "
-                "as it was, or begin again with overwrite=True"
+                f"as it was, or {self._otherwise()}"
             )
         for name, rule in self._rules().items():
             if journal.rules[name] not in ("raise", rule):
                 raise ValueError(
                     f"the unfinished build in {self._folder} was begun with {name}={journal.rules[name]!r}, now it is "
-                    f"{rule!r}: repeat it as it was, or begin again with overwrite=True"
+                    f"{rule!r}: repeat it as it was, or {self._otherwise()}"
                 )
         try:
             check_probes(self._probes, map_npy(self._work / "probes.npy"), SAME_RUN_COSINE)
         except ValueError as error:
             raise ValueError(
                 f"the model changed since the unfinished build in {self._folder} was begun ({error}): give the same "
-                "model, or begin again with overwrite=True"
+                f"model, or {self._otherwise()}"
             ) from error
         for part in journal.parts:
             for path, record in part.paths(self._work):

@@ -36,7 +36,7 @@ def writing(folder: Path) -> Iterator[tuple[Workplace, Snapshot]]:
         ValueError: If an addition or build has not finished.
     """
     with Workplace(folder) as workplace:
-        if workplace.unfinished() and not workplace.committed():
+        if workplace.begun():
             raise ValueError(
                 f"a build or an addition in {folder} has not finished: repeat it to finish it, or throw it away with "
                 "discard_unfinished()"

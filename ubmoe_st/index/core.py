@@ -94,8 +94,9 @@ class EmbeddingIndex:
 
         Args:
             model: A `SentenceTransformer` (or an object with its `encode`), or a folder or Hub id to load.
-            corpus: A .jsonl(.gz), .csv, .tsv or .parquet file, a folder of those or of text files, `hf:NAME#split`,
-                or an iterable of mappings (or strings). To resume, give the same rows in the same order.
+            corpus: A .jsonl(.gz), .csv, .tsv or .parquet file, a folder of those or of text files (no hidden ones),
+                `hf:NAME#split`, or an iterable of mappings (or strings). To resume, give the same rows in the same
+                order.
             out: The index folder.
             id_field: Field with the id, a string or an integer. None numbers the rows, as it does where a row is a
                 string; rows that are added later go on where these end.
@@ -141,6 +142,8 @@ class EmbeddingIndex:
             RuntimeError: If another writer is at work in `out`.
         """
         require_libraries()
+        if isinstance(metadata_fields, str):
+            raise TypeError(f"metadata_fields is a list of names, got the text {metadata_fields!r}")
         metadata = tuple(metadata_fields) if metadata_fields is not None else None
         fields = CorpusFields(id_field, text_field, title_field, metadata, max_row_bytes)
         given = {"batch_tokens": batch_tokens, "window_tokens": window_tokens}

@@ -9,10 +9,13 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import io
 import json
+import logging
 import numbers
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
@@ -23,8 +26,15 @@ from uuid import UUID
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
 
+logger = logging.getLogger(__name__)
 _quoted = json.encoder.encode_basestring_ascii
 _decoded = json.JSONDecoder().decode
+_OTHER_FILES = {
+    b"\xff\xfe": "UTF-16: write it as UTF-8",
+    b"\xfe\xff": "UTF-16: write it as UTF-8",
+    b"\x1f\x8b": "compressed: name it .gz",
+}
+"""First bytes of files that are not what their names say."""
 
 PARQUET_BYTES = 4 << 20
 """Rows of a Parquet file decoded at a time, in bytes by the file's own count."""
@@ -112,6 +122,13 @@ class Corpus:
             self.source = os.fspath(self.source)
         if isinstance(self.source, str) and not self.source.startswith("hf:") and not Path(self.source).exists():
             raise FileNotFoundError(f"corpus {self.source} does not exist: give a file, a folder, hf:NAME or rows")
+        if hasattr(self.source, "columns"):
+            raise TypeError(
+                f"a corpus is a path or an iterable of rows, got a {type(self.source).__name__}, which iterates over "
+                "columns: give its rows, with to_dict('records') of pandas or iter_rows(named=True) of polars"
+            )
+        if isinstance(self.source, io.IOBase):
+            raise TypeError("a corpus is a path or an iterable of rows, got an open file: give its path")
         if isinstance(self.source, (bytes, Mapping)) or not (
             isinstance(self.source, str) or isinstance(self.source, Iterable)
         ):
@@ -168,7 +185,7 @@ class Corpus:
                     self._read = number + 1
                     yield f"{path.name} row {number}", row
                 return
-            files = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(ROW_SUFFIXES + TEXT_SUFFIXES))
+            files = self._files_of(path)
             if not files:
                 raise CorpusError(f"folder {path} holds no {', '.join(ROW_SUFFIXES + TEXT_SUFFIXES)} file")
         else:
@@ -176,9 +193,9 @@ class Corpus:
         self._total = sum(file.stat().st_size for file in files)
         for file in files:
             name = file.name if file == path else file.relative_to(path).as_posix()
-            if file.name.endswith(ROW_SUFFIXES):
+            if file.name.lower().endswith(ROW_SUFFIXES):
                 yield from self._row_file(file, name)
-            elif file.name.endswith(TEXT_SUFFIXES):
+            elif file.name.lower().endswith(TEXT_SUFFIXES):
                 yield name, self._text_file(file, name)
             else:
                 raise CorpusError(
@@ -187,6 +204,21 @@ class Corpus:
                 )
             self._counted = None
             self._read += file.stat().st_size
+
+    @staticmethod
+    def _files_of(folder: Path) -> list[Path]:
+        """The files of a folder that are read, sorted; hidden ones are not, and of other kinds a warning tells."""
+        visible = [
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+        files = sorted(path for path in visible if path.name.lower().endswith(ROW_SUFFIXES + TEXT_SUFFIXES))
+        others = Counter(path.suffix or path.name for path in visible) - Counter(path.suffix for path in files)
+        if files and others:
+            counts = ", ".join(f"{number} {suffix}" for suffix, number in others.most_common(5))
+            logger.warning("%s: %d files are of no known kind and left out (%s)", folder, others.total(), counts)
+        return files
 
     def _text_file(self, file: Path, name: str) -> Any:
         if file.stat().st_size > self.fields.max_row_bytes:
@@ -201,13 +233,17 @@ class Corpus:
         return row
 
     def _row_file(self, file: Path, name: str) -> Iterator[tuple[str, Any]]:
-        if file.name.endswith(".parquet"):
+        if file.name.lower().endswith(".parquet"):
             yield from self._parquet(file, name)
             return
         with file.open("rb") as raw:
             self._counted = raw
-            stream: Any = gzip.open(raw, "rb") if file.name.endswith(".gz") else raw
-            stem = file.name.removesuffix(".gz")
+            packed = file.name.lower().endswith(".gz")
+            if not packed and (other := _OTHER_FILES.get(raw.read(2))):
+                raise CorpusError(f"{name} is {other}")
+            raw.seek(0)
+            stream: Any = gzip.open(raw, "rb") if packed else raw
+            stem = file.name.lower().removesuffix(".gz")
             try:
                 if stem.endswith((".csv", ".tsv")):
                     yield from self._csv(stream, name, "\t" if stem.endswith(".tsv") else ",")
@@ -352,12 +388,16 @@ class Corpus:
         """One row as a document, or what is wrong with it."""
         fields = self.fields
         if isinstance(row, str) and not isinstance(self.source, str):
+            if row.lower().endswith(ROW_SUFFIXES + TEXT_SUFFIXES) and os.path.isfile(row):
+                return BadRow(place, f"is the name of a file, {row!r}: give the path of a file or of a folder, no list")
             row = {fields.text: row} if fields.id is None else {fields.text: row, fields.id: number}
         if type(row) is not dict and not isinstance(row, Mapping):  # an abstract class is slow to ask
             return BadRow(place, f"is a {type(row).__name__}, expected an object with {fields.text!r}")
         text = row.get(fields.text)
         if not isinstance(text, str):
-            got = f"is a {type(text).__name__}" if fields.text in row else "is absent"
+            got = (
+                f"is a {type(text).__name__}" if fields.text in row else f"is absent; it has {', '.join(map(str, row))}"
+            )
             return BadRow(place, f"needs a string in {fields.text!r}, which {got}")
         if not text.strip():
             return BadRow(place, f"has an empty {fields.text!r}")
@@ -366,7 +406,10 @@ class Corpus:
         else:
             identity = id_text(row.get(fields.id))
         if not identity:
-            return BadRow(place, f"needs a non-empty string or integer in {fields.id!r}, got {row.get(fields.id)!r}")
+            got = (
+                f"got {row[fields.id]!r}" if fields.id in row else f"which is absent; it has {', '.join(map(str, row))}"
+            )
+            return BadRow(place, f"needs a non-empty string or integer in {fields.id!r}, {got}")
         title = row.get(fields.title) if fields.title is not None else None
         if title is not None and not isinstance(title, str):
             return BadRow(place, f"needs a string in {fields.title!r}, got {type(title).__name__}")
@@ -439,6 +482,8 @@ def id_texts(ids: Any) -> list[str]:
     Raises:
         TypeError: If one is neither a text nor a whole number.
     """
+    if isinstance(ids, (bytes, bytearray)) or not isinstance(ids, (str, numbers.Integral, Iterable)):
+        raise TypeError(f"an id is a text or a whole number, got {ids!r}")
     many = [ids] if isinstance(ids, (str, numbers.Integral)) else list(ids)
     found = []
     for value in many:
@@ -449,5 +494,5 @@ def id_texts(ids: Any) -> list[str]:
 
 
 def key_of(identity: str) -> bytes:
-    """The 128-bit key of an id."""
-    return hashlib.blake2b(identity.encode(), digest_size=16).digest()
+    """The 128-bit key of an id; one with surrogates has a key, too, and is in no index."""
+    return hashlib.blake2b(identity.encode(errors="surrogatepass"), digest_size=16).digest()

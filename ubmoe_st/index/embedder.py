@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,6 +134,18 @@ class Embedder:
         parts = [self._encode(encode, texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
+    def warn_of_cut(self, texts: Sequence[str]) -> None:
+        """Warn of queries of which the model reads only the beginning."""
+        limit = self.max_tokens
+        # A token has a character at least: short texts are not counted.
+        long = [] if limit is None else [text for text in texts if len(text) > limit]
+        if cut := sum(size > limit for size in self.counter().sizes(long)) if long and limit else 0:
+            warnings.warn(
+                f"{cut} of {len(texts)} queries are longer than the {limit} tokens the model reads and are compared by "
+                "their beginning",
+                stacklevel=3,
+            )
+
     def _encode(self, encode: Any, texts: Sequence[str]) -> np.ndarray:
         vectors = encode(list(texts), batch_size=max(1, len(texts)), show_progress_bar=False)
         if hasattr(vectors, "detach"):
@@ -242,19 +255,31 @@ def query_vectors(queries: Any, dimension: int, embedder: Callable[[], Embedder]
         queries: A text, a list of texts, or vectors of shape (D,) or (Q, D).
         dimension: D.
         embedder: Gives the model, asked for with texts only.
+
+    Raises:
+        TypeError: If it is neither, naming the position.
+        ValueError: For an empty text, another dimension, or a vector that is zero or not finite.
     """
+    if getattr(getattr(queries, "dtype", None), "kind", "") in ("U", "O", "T"):  # of numpy and pandas
+        queries = queries.tolist()
     if isinstance(queries, str):
         queries = [queries]
     if isinstance(queries, (list, tuple)) and queries and any(isinstance(query, str) for query in queries):
         for position, query in enumerate(queries):
             if not isinstance(query, str):
                 raise TypeError(f"query {position} is a {type(query).__name__}, expected a string")
-        vectors = embedder().queries(queries)
+            if not query.strip():
+                raise ValueError(f"query {position} is empty: say what to look for")
+        model = embedder()
+        model.warn_of_cut(queries)
+        vectors = model.queries(queries)
     else:
         if hasattr(queries, "detach"):
             queries = queries.detach().float().cpu().numpy()
         try:
             array = np.asarray(queries, dtype=np.float32)
+            if array.ndim == 0:
+                raise TypeError("a number is no vector")
         except (TypeError, ValueError) as error:
             raise TypeError(f"queries are texts or vectors, got {type(queries).__name__}") from error
         if array.size == 0:

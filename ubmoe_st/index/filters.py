@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
-from datetime import date, datetime, timezone
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import date, datetime, time, timezone
 from decimal import Decimal
+from enum import Enum
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 
@@ -20,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 Filter = Mapping[str, Any] | Callable[[dict[str, Any]], bool]
 """`{"lang": "en"}`, `{"lang": ["en", "de"]}`, `{"year": {">=": 1990, "<": 2000}}` (all must hold), or a function of the
-metadata of a row. `id`, `title` and `parent` of the entry are there too, unless the row has such a field of its own."""
+metadata of a row. `id`, `title` and `parent` of the entry are there too, unless the row has such a field of its own.
+A wanted None is a field that is not there."""
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
@@ -45,12 +48,12 @@ def holds(value: Any, name: str, wanted: Any) -> bool:
         return (value is not MISSING) == bool(wanted)
     if name in NEGATIVE:
         return not holds(value, {"!=": "==", "not in": "in"}[name], wanted)
-    if value is MISSING:
-        return False
-    if isinstance(value, list) and not (name == "==" and isinstance(wanted, list)):
-        return any(holds(item, name, wanted) for item in value)
     if name == "in":
         return any(holds(value, "==", item) for item in wanted)
+    if wanted is None or value is MISSING:
+        return wanted is None and value is MISSING
+    if isinstance(value, list) and not (name == "==" and isinstance(wanted, list)):
+        return any(holds(item, name, wanted) for item in value)
     if (pair := _alike(value, wanted)) is None:
         return False
     try:
@@ -65,8 +68,6 @@ def _alike(value: Any, wanted: Any) -> tuple[Any, Any] | None:
     A corpus may hold as text what is wanted as a number or a truth value (CSV has nothing else), and dates are stored
     as ISO text.
     """
-    if isinstance(wanted, np.generic):
-        wanted = wanted.item()
     if isinstance(wanted, date):
         return _as_times(value, wanted)
     if isinstance(wanted, bool) and isinstance(value, str):
@@ -80,18 +81,18 @@ def _alike(value: Any, wanted: Any) -> tuple[Any, Any] | None:
             return None
     if isinstance(wanted, Decimal):
         wanted = float(wanted)
-    return None if wanted is None or isinstance(value, str) != isinstance(wanted, str) else (value, wanted)
+    return None if isinstance(value, str) != isinstance(wanted, str) else (value, wanted)
 
 
 def _as_times(value: Any, wanted: date) -> tuple[date, date] | None:
     """ISO text and a wanted date, or a wanted time, which is in UTC where it has no zone; None for other values."""
     try:
-        time = datetime.fromisoformat(value.replace("Z", "+00:00"))
+        stored = datetime.fromisoformat(value.replace("Z", "+00:00"))
     except (AttributeError, ValueError):
         return None
     if not isinstance(wanted, datetime):
-        return time.date(), wanted
-    first, second = (one if one.tzinfo else one.replace(tzinfo=timezone.utc) for one in (time, wanted))
+        return stored.date(), wanted
+    first, second = (one if one.tzinfo else one.replace(tzinfo=timezone.utc) for one in (stored, wanted))
     return first, second
 
 
@@ -105,13 +106,40 @@ def _as_id(value: Any) -> Any:
     return value if (identity := id_text(value)) is None else identity
 
 
+def _as_wanted(field: str, value: Any) -> Any:
+    """A wanted value, or a list of them, in the form in which values are stored.
+
+    Raises:
+        TypeError: If it is nothing that a field can hold.
+        ValueError: If it is NaN or no time, which equal nothing.
+    """
+    if hasattr(value, "tolist"):  # of numpy, pandas and torch
+        value = value.tolist()
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, (UUID, time)):
+        return str(value) if isinstance(value, UUID) else value.isoformat()
+    if value is None or isinstance(value, (str, int, float, Decimal, date)):
+        if value != value:
+            raise ValueError(f"filter on {field!r}: {value!r} equals nothing; ask for None, or for another value")
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping)):
+        return [_as_wanted(field, one) for one in value]
+    raise TypeError(
+        f"filter on {field!r}: expected a text, a number, a truth value, a date or None, or a list of those, "
+        f"got {value!r}"
+    )
+
+
 def conditions(spec: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     """A filter as (field, operator, value) triples that must all hold.
 
     Raises:
-        ValueError: For an operator that does not exist, or none at all.
-        TypeError: For a field that is no text, or `in` without a list.
+        ValueError: For an operator that does not exist, or none at all, and for NaN.
+        TypeError: For what is no filter, a field that is no text, and a value that its operator does not take.
     """
+    if not isinstance(spec, Mapping):
+        raise TypeError(f"a filter is a mapping or a function, got {type(spec).__name__}")
     triples = []
     for field, wanted in spec.items():
         if not isinstance(field, str):
@@ -123,21 +151,32 @@ def conditions(spec: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
                 if name not in (*OPERATORS, *NEGATIVE, "in", "exists"):
                     known = ", ".join([*OPERATORS, *NEGATIVE, "in", "exists"])
                     raise ValueError(f"filter on {field!r}: there is no operator {name!r}, only {known}")
-                if name in ("in", "not in") and not isinstance(value, COLLECTIONS):
+                value = _as_wanted(field, value)
+                many = isinstance(value, list)
+                if name in ("in", "not in") and not many:
                     raise TypeError(f"filter on {field!r}: {name!r} takes a list of values, got {value!r}")
+                if name in ORDERS and (many or value is None):
+                    raise TypeError(f"filter on {field!r}: {name!r} takes one value, got {value!r}")
+                if name == "exists" and not isinstance(value, bool):
+                    raise TypeError(f"filter on {field!r}: 'exists' takes true or false, got {value!r}")
                 triples.append((field, name, value))
         else:
-            many = isinstance(wanted, COLLECTIONS)
-            triples.append((field, "in" if many else "==", wanted))
+            value = _as_wanted(field, wanted)
+            triples.append((field, "in" if isinstance(value, list) else "==", value))
     return triples
 
 
-def passes(fields: Mapping[str, Any], spec: Filter) -> bool:
-    """Whether a row with these fields passes."""
+def as_test(spec: Filter) -> Callable[[dict[str, Any]], bool]:
+    """A filter as a function of the fields of a row.
+
+    Raises:
+        TypeError: As `conditions`, like `ValueError`.
+    """
     if callable(spec):
-        return bool(spec(dict(fields)))
-    return all(
-        holds(*_comparable(field, name, fields.get(field, MISSING), wanted)) for field, name, wanted in conditions(spec)
+        return spec
+    wanted_all = conditions(spec)
+    return lambda fields: all(
+        holds(*_comparable(field, name, fields.get(field, MISSING), wanted)) for field, name, wanted in wanted_all
     )
 
 
@@ -147,7 +186,8 @@ def both(first: Filter | None, second: Filter | None) -> Filter | None:
         return second if first is None else first
     if isinstance(first, Mapping) and isinstance(second, Mapping) and not first.keys() & second.keys():
         return {**first, **second}
-    return lambda fields: passes(fields, first) and passes(fields, second)
+    tests = [as_test(first), as_test(second)]
+    return lambda fields: all(test(dict(fields)) for test in tests)
 
 
 def _comparable(field: str, name: str, value: Any, wanted: Any) -> tuple[Any, str, Any]:
@@ -175,15 +215,13 @@ class FilterEngine:
         """Which stored rows pass, bool (N,). Deleted rows are not looked at apart.
 
         Raises:
-            TypeError: If `spec` is neither a mapping nor callable.
+            TypeError: If `spec` is neither a mapping nor callable; else as `conditions`.
         """
         if callable(spec):
             return np.fromiter((bool(spec(fields)) for fields in self._rows()), bool, self._snapshot.stored_rows)
-        if not isinstance(spec, Mapping):
-            raise TypeError(f"a filter is a mapping or a function, got {type(spec).__name__}")
         with self._lock:
             wanted_all = conditions(spec)
-            key = repr(sorted(spec.items(), key=lambda item: item[0]))
+            key = repr(wanted_all)
             if key not in self._masks:
                 mask = np.ones(self._snapshot.stored_rows, bool)
                 for field, name, wanted in wanted_all:
@@ -201,9 +239,14 @@ class FilterEngine:
     def _warn_of_type(self, field: str, name: str, column: list[Any], wanted: Any) -> None:
         """Say that a filter decides nothing because no row has a value of the type that is wanted."""
         other = None
+        if any(one is None for one in _items(wanted)):
+            return
+        whole = isinstance(wanted, list) and name in ("==", "!=")  # of a field that is a list itself
+        if whole and any(isinstance(value, list) for value in column):
+            return
         for item in (item for value in column if value is not MISSING for item in _items(value)):
             value, _, wanted_here = _comparable(field, name, item, wanted)
-            if any(_alike(value, one) is not None for one in _items(wanted_here)):
+            if not whole and any(_alike(value, one) is not None for one in _items(wanted_here)):
                 return
             other = value
         if other is not None:

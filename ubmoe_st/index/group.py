@@ -24,12 +24,18 @@ class IndexGroup:
         indexes: Open indexes.
 
     Raises:
+        TypeError: If it is no list of open indexes.
         ValueError: If there is none, or their vectors are of different models.
     """
 
     def __init__(self, indexes: Sequence[EmbeddingIndex]) -> None:
+        if isinstance(indexes, EmbeddingIndex):
+            raise TypeError("a group is of several open indexes, got one: give a list")
         if not indexes:
             raise ValueError("a group needs at least one index, got none")
+        for index in indexes:
+            if not isinstance(index, EmbeddingIndex):
+                raise TypeError(f"a group is of open indexes, got {index!r}: open folders with IndexGroup.open([...])")
         self.indexes = list(indexes)
         first = self.indexes[0]
         for index in self.indexes[1:]:

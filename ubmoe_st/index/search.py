@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 FUSION_DEPTH = 100
 """Results of each search that reciprocal rank fusion looks at, at least."""
+PARAMETERS = ("nprobe", "efSearch", "rerank")
+"""What `parameters` of a search may hold."""
 QUERY_BLOCK = 256
 """Queries that faiss gets at a time."""
 RERANK_BYTES = 16 << 20
@@ -136,6 +138,7 @@ class Searcher:
             Scores, float32, (Q, K), and rows, (Q, K).
         """
         check_k(k)
+        check_parameters(parameters)
         snapshot = self.snapshot
         count = snapshot.stored_rows if allowed is None else int(np.count_nonzero(allowed))
         k = min(k, count)
@@ -280,3 +283,12 @@ def check_k(k: Any) -> None:
     """Refuse a number of results that is none."""
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k is a whole number of at least 1, got {k!r}")
+
+
+def check_parameters(parameters: Any) -> None:
+    """Refuse search parameters that no index has."""
+    for name, value in dict(parameters or {}).items():
+        if name not in PARAMETERS or isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise ValueError(
+                f"parameters are {', '.join(PARAMETERS)}, whole numbers of at least 1; got {name}={value!r}"
+            )

@@ -76,11 +76,13 @@ class PipelineOptions:
     """A row that cannot be indexed: refuse the corpus, or leave it out and report it."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "batch_rows", "window_tokens", "window_rows", "window_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
+        sizes = ("batch_tokens", "batch_rows", "window_tokens", "window_rows", "window_bytes", "chunk_tokens")
+        for name in (*sizes, "overlap_tokens"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise TypeError(f"{name} is a whole number, got {value!r}")
+            if value is not None and name in sizes and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.overlap_tokens < 0 or (self.overlap_tokens and self.overlap_tokens >= (self.chunk_tokens or 0)):
             raise ValueError(
                 f"overlap_tokens must be at least 0 and below chunk_tokens={self.chunk_tokens}, "
@@ -412,7 +414,7 @@ class WindowMaker:
         if (self._digest.hexdigest() if number else "") != self._start.digest or number != self._start.row:
             raise CorpusChangedError(
                 f"the corpus is not the one this build began with: among its first {self._start.row:,} rows something "
-                "changed; give the same corpus, or begin again with overwrite=True"
+                "changed; give the same corpus, or begin again with overwrite=True (an addition: discard_unfinished())"
             )
 
     def _room(self, document: Document) -> int | None:

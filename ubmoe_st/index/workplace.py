@@ -49,7 +49,12 @@ class Workplace:
             OSError: If the file system has no locks.
             ValueError: If `build` is no folder, or its record of names is damaged.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(
+                f"{self.folder} is, or lies in, a file; an index is a folder: give another path"
+            ) from error
         try:
             with warnings.catch_warnings():
                 # Where flock is not there filelock warns and takes a marker file, which before its 4.1 let in two.
@@ -102,6 +107,10 @@ class Workplace:
     def unfinished(self) -> bool:
         """Whether a build or an addition left its journal."""
         return Journal.path(self.folder).is_file()
+
+    def begun(self) -> bool:
+        """Whether there is an unfinished build or addition with something to lose."""
+        return self.unfinished() and not self.committed() and Journal.read(self.folder).position.row > 0
 
     def committed(self) -> bool:
         """Whether the run in `build/` became the current version (and was killed before it could clear up)."""

@@ -36,6 +36,8 @@ def check_host(host: str, api_key: str | None) -> None:
     if api_key is not None:
         if not api_key.strip():
             raise ValueError("the API key is empty; give a long random text, or none at all to serve this machine only")
+        if api_key != api_key.strip() or not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("a header cannot carry the API key: give ASCII characters, without spaces around them")
         return
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -102,6 +104,7 @@ def create_app(
         service.check_model(name)
         return (await models())["data"][0]
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", summary="Whether the server answers")
     async def health() -> dict[str, str]:
         return {"status": "ok"}

@@ -180,10 +180,12 @@ class Sampler:
         Args:
             logits: (V,).
         """
-        scaled = logits.astype(np.float64) / self._temperature
+        wide = logits.astype(np.float64)
+        with np.errstate(over="ignore"):  # at a temperature near 0
+            scaled = (wide - wide.max()) / self._temperature
         if 0 < self._top_k < len(scaled):
             scaled[scaled < np.partition(scaled, -self._top_k)[-self._top_k]] = -np.inf
-        shares = np.exp(scaled - scaled.max())
+        shares = np.exp(scaled)
         shares /= shares.sum()
         if self._top_p < 1.0:
             order = np.argsort(-shares, kind="stable")
@@ -282,7 +284,10 @@ class TorchEngine:
         elif self.model.tokenizer.chat_template is None:
             raise ValueError("this checkpoint has no chat template; ask for a completion of a text instead")
         else:
-            text = self.model.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            try:
+                text = self.model.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # the template's own, which refuses roles or an order that it does not know
+                raise ValueError(f"the chat template cannot write these messages: {error}") from error
             ids = self._views.token_ids(text, add_special_tokens=False)
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to continue")

@@ -15,7 +15,9 @@ from .batching import Busy
 
 logger = logging.getLogger("ubmoe_st.serving")
 
-_RETRY_AFTER_S = 1
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+_PROBLEMS = 4
+"""What is told of a request in which much is wrong."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -51,25 +53,40 @@ def body_of(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, message = error.status_code, str(error.detail)
     elif isinstance(error, RequestValidationError):
         status, code = 400, "invalid_request"
-        param, message = _first_problem(error)
+        param, message = _problem(error)
     else:
         logger.error("unforeseen error", exc_info=error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return status, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _first_problem(error: RequestValidationError) -> tuple[str | None, str]:
-    found = error.errors()[0]
-    # Behind the first name come the alternatives of a union, which say nothing to a client.
-    param = next((str(part) for part in found["loc"] if part != "body"), None)
-    message = str(found["msg"]).removeprefix("Value error, ")
-    return param, f"{param}: {message}" if param else message
+def _problem(error: RequestValidationError) -> tuple[str | None, str]:
+    """The first field that is wrong, and what is; of a field that may be one of several things, what each lacks."""
+    found = error.errors()
+    first = found[0]
+    if first["type"] == "json_invalid":
+        return None, f"the body is not JSON: {first['ctx']['error']}, at character {first['loc'][-1]}"
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
+        return None, "expected a JSON object, sent with the header `Content-Type: application/json`"
+    param = next((str(part) for part in first["loc"] if part != "body"), None)
+    messages = []
+    for one in found:
+        place = [str(part) for part in one["loc"][1:] if isinstance(part, int) or _is_field(part)]
+        if place[:1] == [param] or param is None:
+            message = str(one["msg"]).removeprefix("Value error, ")
+            messages.append(f"{'.'.join(place)}: {message}" if place else message)
+    return param, "; ".join(dict.fromkeys(messages[:_PROBLEMS]))
+
+
+def _is_field(part: str) -> bool:
+    """Whether a part of a place is the name of a field, not that of an alternative: `str`, `list[...]`, a class."""
+    return part.isidentifier() and part.islower() and part != "str"
 
 
 def response_of(error: BaseException) -> JSONResponse:
     """The answer for whatever a handler raised."""
     status, body = body_of(error)
-    headers = {"Retry-After": str(_RETRY_AFTER_S)} if status == 429 else None
+    headers = dict(getattr(error, "headers", None) or {}) | _HEADERS.get(status, {})
     return JSONResponse(body, status, headers)
 
 
@@ -77,6 +94,11 @@ def add_handlers(app: FastAPI) -> None:
     """Answer every error of an app in one form."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, HTTPException) and error.status_code in (404, 405):
+            path = request.url.path
+            error = HTTPException(
+                error.status_code, f"there is no {request.method} {path} here; /docs lists what there is", error.headers
+            )
         return response_of(error)
 
     for kind in (ApiError, Busy, TimeoutError, asyncio.TimeoutError, HTTPException, RequestValidationError, Exception):

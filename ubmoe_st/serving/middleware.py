@@ -35,7 +35,7 @@ class Gate:
     def __init__(self, app: App, api_key: str | None, max_body_bytes: int) -> None:
         self._app, self._longest = app, max_body_bytes
         self._too_long = f"the request is longer than {max_body_bytes:,} bytes; send fewer texts at once"
-        self._key = None if api_key is None else f"Bearer {api_key}".encode()
+        self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -45,8 +45,8 @@ class Gate:
         headers = dict(scope["headers"])
         refusal = None
         if self._key is not None and scope["path"] not in OPEN:
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._key):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._key):
                 refusal = ApiError(401, "expected the header `Authorization: Bearer KEY` with this server's key")
         size = headers.get(b"content-length", b"0")
         if refusal is None and size.isdigit() and int(size) > self._longest:

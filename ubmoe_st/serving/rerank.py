@@ -35,6 +35,8 @@ def router(service: Service) -> APIRouter:
     engine, settings = service.engine, service.settings
 
     def read(body: RerankRequest) -> Any:
+        if blank := [position for position, text in enumerate(body.texts) if not text.strip()]:
+            raise ApiError(400, f"the document at position {blank[0]} is empty: leave it out", param="documents")
         try:
             reading = engine.read_to_rank(body.query, body.texts, body.method)
         except NotImplementedError as error:
@@ -74,7 +76,9 @@ def router(service: Service) -> APIRouter:
                 "index": position,
                 "relevance_score": relevance(scores[position], body.method),
             }
-            results.append(result | ({"document": {"text": body.texts[position]}} if body.return_documents else {}))
+            document = body.documents[position]
+            shown = {"text": document} if isinstance(document, str) else document.model_dump()
+            results.append(result | ({"document": shown} if body.return_documents else {}))
         return {
             "id": f"rerank-{uuid.uuid4().hex}",
             "object": "list",

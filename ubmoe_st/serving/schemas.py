@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Text = Annotated[str, Field(strict=True)]
+
+def _whole_characters(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text holds half a character, a lone surrogate") from error
+    return text
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, got a truth value")
+    return value
+
+
+Text = Annotated[str, Field(strict=True), AfterValidator(_whole_characters)]
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
 TokenList = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 InputType = Literal["query", "document"]
 
@@ -26,14 +44,21 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "rank_fields": (["text"],),
+    "max_tokens_per_doc": (),
+    "max_chunks_per_doc": (),
 }
 """Fields of the protocol for what this server does not do, with the values that ask for nothing."""
-_PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+_PASSED_OVER = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "priority"}
 """Fields that say something of the client and change no answer."""
+_SAID_OF_ANSWERS = {"refusal", "annotations", "audio", "function_call", "tool_calls"}
+"""Fields of a message that an answer may have had, and that come back with it, empty."""
 
 
 class Request(BaseModel):
-    """A request; unknown fields are errors."""
+    """A request; unknown fields are errors, and null is as good as no field."""
 
     model_config = ConfigDict(extra="forbid")
     model: str | None = Field(None, description="Not needed: there is one model. Another name than its own is refused.")
@@ -45,10 +70,12 @@ class Request(BaseModel):
             return values
         kept = {}
         for name, value in values.items():
+            if value is None:  # as clients write what is not asked for
+                continue
             if name in _PASSED_OVER and name not in cls.model_fields:
                 continue
             if name in _NEUTRAL and name not in cls.model_fields:
-                if value is not None and value not in _NEUTRAL[name]:
+                if value not in _NEUTRAL[name]:
                     raise ValueError(f"{name} is not supported here: leave it out, got {value!r}")
                 continue
             kept[name] = value
@@ -62,7 +89,9 @@ class EmbeddingRequest(Request):
         description="A text, texts, or token ids of this model's tokenizer (prompt and special tokens included)."
     )
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="Keep the first dimensions; the vectors stay unit vectors.")
+    dimensions: Whole | None = Field(
+        None, ge=1, description="Keep the first dimensions; the vectors stay unit vectors."
+    )
     input_type: InputType | None = Field(None, description="Puts the checkpoint's prompt for it before each text.")
     prompt_name: str | None = Field(None, description="Any prompt of the checkpoint by its name.")
     truncate: bool = Field(False, description="Cut a text that is too long, instead of refusing it.")
@@ -79,13 +108,13 @@ class StreamOptions(BaseModel):
 class GenerationRequest(Request):
     """What chats and completions have in common."""
 
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(
+    max_tokens: Whole | None = Field(None, ge=1)
+    temperature: Number | None = Field(
         None, ge=0, le=10, description="0: greedy. None: as the base model's config says."
     )
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, description="0: all tokens.")
-    seed: int | None = None
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Whole | None = Field(None, ge=0, description="0: all tokens.")
+    seed: Whole | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -101,7 +130,7 @@ class ContentPart(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -109,8 +138,15 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
-    name: str | None = None
+    content: Text | list[ContentPart]
+    name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value or name not in _SAID_OF_ANSWERS}
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -122,7 +158,7 @@ class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    max_completion_tokens: Whole | None = Field(None, ge=1, description="The newer name of max_tokens.")
 
 
 class CompletionRequest(GenerationRequest):
@@ -132,9 +168,9 @@ class CompletionRequest(GenerationRequest):
 
 
 class RerankDocument(BaseModel):
-    """A document as an object."""
+    """A document as an object; its text is read, what else it has comes back with it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
     text: Text
 
 
@@ -143,14 +179,18 @@ class RerankRequest(Request):
 
     query: Text
     documents: list[Text | RerankDocument] = Field(min_length=1)
-    top_n: int | None = Field(None, ge=1, description="Best documents to return. None: all.")
+    top_n: Whole | None = Field(None, ge=1, description="Best documents to return. None: all.")
     return_documents: bool = Field(False, description="Also return the text of each.")
     method: Literal["likelihood", "yes_no"] = Field(
         "likelihood",
         description="likelihood: how well the base model foresees the query after the document. yes_no: whether it "
         "says that the document answers the query; for bases that were tuned to chats.",
     )
-    truncate: bool = Field(False, description="Read the beginning of a document that is too long; else it is refused.")
+    truncate: bool = Field(
+        False,
+        validation_alias=AliasChoices("truncate", "truncation"),
+        description="Read the beginning of a document that is too long; else it is refused.",
+    )
 
     @property
     def texts(self) -> list[str]:
@@ -162,7 +202,7 @@ class SearchRequest(Request):
     """`POST /v1/search`."""
 
     query: Text = Field(min_length=1)
-    k: int = Field(10, ge=1, le=1000)
+    k: Whole = Field(10, ge=1, le=1000)
     filter: dict[str, Any] | None = Field(None, description='Of the metadata, e.g. {"year": {">=": 1990}}.')
     mode: Literal["dense", "bm25", "hybrid"] = "dense"
 
@@ -171,5 +211,5 @@ class AskRequest(GenerationRequest):
     """`POST /v1/ask`."""
 
     question: Text = Field(min_length=1)
-    k: int = Field(3, ge=1, le=20, description="Entries to answer from.")
+    k: Whole = Field(3, ge=1, le=20, description="Entries to answer from.")
     filter: dict[str, Any] | None = None
