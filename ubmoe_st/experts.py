@@ -186,6 +186,23 @@ def share_copy(module: nn.Module, memo: dict[int, object] | None = None) -> nn.M
     return copy.deepcopy(module, {**kept, **(memo or {})})
 
 
+def same_low_rank(held: LowRank, stored: LowRank) -> bool:
+    """Whether the experts that a model holds are the stored ones, in its dtype."""
+    if set(held) != set(stored):
+        return False
+    pairs = (pair for name in held for pair in zip(held[name], stored[name], strict=True))
+    return all(torch.equal(half.detach().cpu(), other.to(half.dtype)) for half, other in pairs)
+
+
+def with_ffns(encoder: PreTrainedModel, ffns: dict[str, nn.Module]) -> PreTrainedModel:
+    """A copy of an encoder that shares its parameters and has other FFNs, by name."""
+    memo: dict[int, object] = {id(encoder.get_submodule(prefix)): ffn for prefix, ffn in ffns.items()}
+    copied = share_copy(encoder, memo)
+    if not isinstance(copied, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(copied).__name__}")
+    return copied
+
+
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the submodule called `name`."""
     parent, _, child = name.rpartition(".")

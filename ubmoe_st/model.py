@@ -316,7 +316,7 @@ class UBMoE(SentenceTransformer):
             CheckpointError: If what was written would not open, as of a compiled or quantised model; an old checkpoint
                 stays as it was.
         """
-        checkpoint.refuse_foreign_weights(path)
+        checkpoint.refuse_foreign_weights(path, adapter=self._views.has_adapter)
         with replacing_folder(path, keep=checkpoint.is_of_others) as temporary:
             before = self.ubmoe_config
             try:
@@ -330,7 +330,7 @@ class UBMoE(SentenceTransformer):
             except CheckpointError as error:
                 raise CheckpointError(
                     f"nothing was written to {path}, because it would not open again: {error}. Save a model before it "
-                    "is compiled or quantised"
+                    "is compiled, quantised or given an adapter in its generator, or after the adapter is merged"
                 ) from error
             config = before if self._views.has_adapter else checkpoint.read_config(temporary)
             checkpoint.name_first_module(temporary, _STOCK_TRANSFORMER)
@@ -450,6 +450,11 @@ def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> P
             token=kwargs.get("token"),
             local_files_only=kwargs.get("local_files_only", False),
             whole=checkpoint.is_checkpoint,
+        )
+    if (path / "adapter_config.json").is_file() and not checkpoint.is_checkpoint(path):
+        raise CheckpointError(
+            f"{path} is a PEFT adapter, not a UBMoE checkpoint: open the checkpoint that it was trained on and call "
+            f"`load_adapter({str(name)!r})`, or make a checkpoint with `upcycle(base, {str(name)!r}, out=...)`"
         )
     if not checkpoint.is_checkpoint(path):
         raise CheckpointError(
