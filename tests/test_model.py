@@ -141,3 +141,8 @@ def test_both_views_can_be_compiled(checkpoint, base):
     model[0].model = torch.compile(model[0].model, backend=backend)
     np.testing.assert_allclose(model.encode(TEXTS[0]), expected, atol=1e-5)
     assert graphs
+
+
+def test_a_backend_without_generator_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"ubmoe export CHECKPOINT OUT --format onnx"):
+        UBMoE(str(checkpoint), backend="onnx")

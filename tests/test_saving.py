@@ -349,3 +349,30 @@ def test_a_head_that_was_not_resized_with_the_embeddings_is_named(checkpoint_of,
         if not used:
             with pytest.raises(ValueError, match=r"resize by `model\.generator`"):
                 model.generate("the")
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_checkpoint_that_is_only_read_is_saved_as_the_same_bytes(checkpoint, tmp_path, low_memory):
+    """Also in another dtype, where the experts merged anew would be rounded twice."""
+    for dtype in ("float32", "bfloat16"):
+        UBMoE(str(checkpoint), model_kwargs={"dtype": dtype}).save(str(tmp_path / "first"))
+        model = UBMoE(str(tmp_path / "first"), low_memory=low_memory)
+        model.generate("the", max_new_tokens=1)
+        model.save(str(tmp_path / "again"))
+        first, again = (
+            {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
+            for folder in (tmp_path / "first", tmp_path / "again")
+        )
+        assert first == again
+        assert len(first) == 4
+
+
+@pytest.mark.parametrize("name", [".", "", ".."])
+def test_the_current_directory_is_not_replaced(checkpoint, tmp_path, monkeypatch, name):
+    here = tmp_path / "a" / "b"
+    here.mkdir(parents=True)
+    (here / "README.md").write_text("mine")
+    monkeypatch.chdir(here)
+    with pytest.raises(FileExistsError, match="is the current directory"):
+        UBMoE(str(checkpoint)).save(name)
+    assert [p.name for p in here.iterdir()] == ["README.md"]

@@ -192,6 +192,10 @@ def build_generator(
             memo[id(bi)] = _routed(encoder, prefix, ffn, bi, router, router_state) if routing == "router" else ffn
     setattr(lm, lm.base_model_prefix, share_copy(encoder, memo))
     _set_head(lm, uni)
+    if lm.config.tie_word_embeddings:
+        low_memory = any(isinstance(module, LowRankLinear) for module in encoder.modules())
+        own = (tensor for key, tensor in uni.items() if is_ffn_key(key) and isinstance(tensor, nn.Parameter))
+        lm.get_output_embeddings().register_forward_pre_hook(_AsUnfrozen(None if low_memory else next(own, None)))
     if hasattr(encoder, "peft_config"):
         backbone = getattr(lm, lm.base_model_prefix)
         del backbone.peft_config
@@ -209,6 +213,26 @@ def build_generator(
             "call `torch.nn.utils.parametrize.remove_parametrizations` first"
         )
     return lm.eval()
+
+
+class _AsUnfrozen:
+    """Lets a tied head multiply as that of a loaded base, where the encoder whose embeddings it is was frozen.
+
+    torch folds a product with the last tokens of a padded batch into one where the weight asks for a gradient, and adds
+    up in another order where it does not. A contiguous input is folded in any case.
+
+    Args:
+        own: A parameter that only the generator has: it is frozen where the generator was, as a base may be.
+    """
+
+    def __init__(self, own: nn.Parameter | None) -> None:
+        self.own = own
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        weight: Any = head.weight
+        if weight.requires_grad or (self.own is not None and not self.own.requires_grad):
+            return args
+        return (args[0].contiguous(), *args[1:])
 
 
 def _without_adapter(encoder: Any) -> tuple[Any, dict[int, object]]:

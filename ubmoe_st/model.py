@@ -76,6 +76,11 @@ class UBMoE(SentenceTransformer):
         compute: Compute = "stored",
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("backend", "torch") != "torch":
+            raise ValueError(
+                f"both views are torch models, and backend={kwargs['backend']!r} is not: export the encoder by "
+                f"`ubmoe export CHECKPOINT OUT --format {kwargs['backend']}` and open that with SentenceTransformer"
+            )
         path = None
         if model_name_or_path is not None:
             path = str(_local_checkpoint(model_name_or_path, kwargs))
@@ -169,9 +174,9 @@ class UBMoE(SentenceTransformer):
             The new text; a list of texts for a list of prompts; an iterator if `stream`.
 
         Raises:
-            TypeError: If a prompt is neither a text nor a chat.
-            ValueError: If a keyword argument is not known, several prompts are to be streamed, or the chat template
-                does not take a chat.
+            TypeError: If a prompt is neither a text nor a chat, or the limit is no whole number.
+            ValueError: If a keyword argument is not known, or made of the prompts here, several prompts are to be
+                streamed, or the chat template does not take a chat.
         """
         return generation.generate(
             self._views,

@@ -506,8 +506,7 @@ class UBMoETransformer(Transformer):
         """Tensors of the encoder under their stock names, with low-rank experts merged."""
         low = {name: module for name, module in self.model.named_modules() if isinstance(module, LowRankLinear)}
         state = {}
-        for full, tensor in self.model.state_dict().items():
-            key = plain_name(full)
+        for key, tensor in ((plain_name(full), tensor) for full, tensor in self.model.state_dict().items()):
             name, _, leaf = key.rpartition(".")
             owner = name.removesuffix(".base")
             if owner not in low:
@@ -533,8 +532,7 @@ class UBMoETransformer(Transformer):
             **kwargs: Not used.
 
         Raises:
-            CheckpointError: If the base is quantised, the generator carries an adapter or other modules, or what was
-                written would not open again.
+            CheckpointError: If a view holds what no checkpoint does, or what was written would not open again.
             ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
         """
         if not safe_serialization:
@@ -550,13 +548,16 @@ class UBMoETransformer(Transformer):
         encoder, uni = self.encoder_state(), self.uni_tensors()
         if "uni" in self._generators:
             uni = generator_tensors(self._generators["uni"], self.model, uni)
+        low_rank = self._current_low_rank(encoder, uni)
+        if self.is_low_memory:
+            encoder |= self.source.bi(low_rank, uni, self.model.dtype)
         checkpoint.write(
             Path(output_path),
             self._honest_config(self.ubmoe_config, encoder, uni),
             self.model,
             encoder=encoder,
             uni=uni,
-            low_rank=self._current_low_rank(encoder, uni),
+            low_rank=low_rank,
             routers=self._load_routers() if self.ubmoe_config.router else None,
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
