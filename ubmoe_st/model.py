@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
 from ubmoe_st.configuration import Routing, UBMoEConfig
-from ubmoe_st.experts import is_ffn_key
+from ubmoe_st.experts import LowRankLinear, is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import download, push
@@ -129,6 +130,16 @@ class UBMoE(SentenceTransformer):
                 if all(tensor.device == here for tensor in tensors):
                     return here
             return super()._resolve_inference_device(device)
+
+        @wraps(SentenceTransformer.add_adapter)
+        def add_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - the stock docstring
+            with _low_memory_explained(self._views):
+                super().add_adapter(*args, **kwargs)
+
+        @wraps(SentenceTransformer.load_adapter)
+        def load_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - the stock docstring
+            with _low_memory_explained(self._views):
+                super().load_adapter(*args, **kwargs)
 
     # --- generating ------------------------------------------------------------------------------------------
 
@@ -408,6 +419,20 @@ class UBMoE(SentenceTransformer):
 
     def _get_model_config(self) -> dict[str, Any]:
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
+
+
+@contextlib.contextmanager
+def _low_memory_explained(views: UBMoETransformer) -> Iterator[None]:
+    """Says of an adapter that PEFT cannot put on low-rank experts what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if not views.is_low_memory or LowRankLinear.__name__ not in str(error):
+            raise
+        raise ValueError(
+            "an adapter on the FFN needs the bi experts in one piece, and with low_memory=True they stand as low-rank "
+            "deltas beside the original ones; load the checkpoint again, without low_memory"
+        ) from error
 
 
 def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
