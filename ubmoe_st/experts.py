@@ -85,8 +85,9 @@ class LowRankLinear(nn.Module):
         check_low_rank(base, lora_a, lora_b, name="low-rank expert")
         weight = base.weight
         self.base = base
-        self.lora_A = nn.Parameter(lora_a.to(weight.device, weight.dtype), requires_grad=False)
-        self.lora_B = nn.Parameter(lora_b.to(weight.device, weight.dtype), requires_grad=False)
+        # Copies: what they were read from tells later whether they were trained.
+        self.lora_A = nn.Parameter(lora_a.to(weight.device, weight.dtype, copy=True), requires_grad=False)
+        self.lora_B = nn.Parameter(lora_b.to(weight.device, weight.dtype, copy=True), requires_grad=False)
 
     def delta(self, x: Tensor) -> Tensor:
         """What the expert adds to the base layer: (..., in) -> (..., out)."""
