@@ -6,11 +6,12 @@ import copy
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from helpers.benchmark_data import make_base as make_byte_base
 from helpers.models import make_checkpoint
-from transformers import GenerationConfig, LogitsProcessor, pipeline
+from transformers import GenerationConfig, LogitsProcessor, TextStreamer, pipeline
 
 from ubmoe_st import UBMoE
 
@@ -262,3 +263,50 @@ def test_bad_generation_input(model):
     with pytest.raises(ValueError, match="at least 1"):
         model.generate("the", max_new_tokens=0)
     assert model.generate([]) == []
+
+
+def test_what_is_made_of_the_prompts_is_refused(model):
+    ids = torch.tensor([[4, 5, 6]])
+    for name in ("inputs", "input_ids", "attention_mask"):
+        with pytest.raises(ValueError, match=rf"^{name} is made of the prompts here"):
+            model.generate("the cat", **{name: ids})
+    with pytest.raises(ValueError, match=r"^inputs_embeds is made of the prompts"):
+        model.generate("the cat", inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ValueError, match="a streamer of its own"):
+        model.generate("the", stream=True, streamer=TextStreamer(model.tokenizer))
+
+
+@pytest.mark.parametrize("limit", [2.5, "3", True, [3]])
+def test_a_limit_that_is_no_whole_number_is_named(model, limit):
+    with pytest.raises(TypeError, match="whole number"):
+        model.generate("the", max_new_tokens=limit)
+    for whole in (np.int64(3), torch.tensor(3)):
+        assert model.generate("the", max_new_tokens=whole) == model.generate("the", max_new_tokens=3)
+
+
+def test_a_prompt_beyond_the_context_is_named_and_answered_as_by_the_base(model, stock):
+    short, long = "the cat", "the " * 130
+    with pytest.warns(UserWarning, match="position 1 has 130 tokens, and the base was made for 128"):
+        found = model.generate([short, long], max_new_tokens=3)
+    assert found[1] == new_text(stock, long, max_new_tokens=3)
+
+
+def test_a_call_of_a_tool_needs_no_content(model, stock):
+    model.tokenizer.chat_template = stock.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' }}{% if m.content %}{{ m.content + ' ' }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + ' ' }}{% endfor %}{% endfor %}"
+    )
+    call = [{"type": "function", "function": {"name": "train", "arguments": {}}}]
+    for message in (
+        {"role": "assistant", "tool_calls": call},
+        {"role": "assistant", "content": None, "tool_calls": call},
+    ):
+        chat = [{"role": "user", "content": "the cat"}, message, {"role": "tool", "content": "red"}]
+        expected = new_text(stock, "user the cat assistant train tool red ", max_new_tokens=4)
+        assert model.generate(chat, max_new_tokens=4) == expected
+
+    def undocumented(x: int) -> int:
+        return x
+
+    with pytest.raises(ValueError, match=r"^tools: .*undocumented"):
+        model.generate(chat, tools=[undocumented])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.models import make_base, make_checkpoint
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE
@@ -64,3 +66,56 @@ def test_experts_of_another_shape_are_named(tmp_path):
     module._uni = uni
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has shape \(3, 3\), expected"):
         module.generator()
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_generator_that_is_held_follows_the_model_with_its_adapter(base_of, checkpoint_of, architecture, low_memory):
+    base = AutoModelForCausalLM.from_pretrained(base_of(architecture))
+    model = UBMoE(str(checkpoint_of(architecture)), low_memory=low_memory)
+    held = model.generator
+    for lm in (held, base):
+        torch.manual_seed(0)
+        lm.add_adapter(LoraConfig(r=2, target_modules=["up_proj", "q_proj"], init_lora_weights=False))
+    unadapted = logits(AutoModelForCausalLM.from_pretrained(base_of(architecture)).to(torch.bfloat16))
+    model.to(torch.bfloat16)
+    base.to(torch.bfloat16)
+    assert model.generator is held
+    assert torch.equal(logits(held), logits(base))
+    assert not torch.equal(logits(held), unadapted)
+
+
+def put_in(model, adapter):
+    model[0].model.add_adapter(adapter)
+
+
+def put_around(model, adapter):
+    model[0].model = get_peft_model(model[0].model, adapter)
+
+
+@pytest.mark.parametrize("attach", [put_in, put_around])
+def test_an_adapter_of_the_encoder_stays_there(base, checkpoint, attach):
+    model = UBMoE(str(checkpoint))
+    vectors = model.encode("the cat")
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"], init_lora_weights=False)
+    attach(model, adapter)
+    assert (model.encode("the cat") != vectors).any()
+    assert torch.equal(logits(model.generator), logits(AutoModelForCausalLM.from_pretrained(base)))
+    assert (model.encode("the cat") != vectors).any()
+    assert "lora" not in str(model.generator).lower()
+
+
+class Plus(nn.Module):
+    def forward(self, weight):
+        return weight + 1
+
+
+def test_parametrised_layers(base, checkpoint):
+    expected = logits(AutoModelForCausalLM.from_pretrained(base))
+    model = UBMoE(str(checkpoint))
+    parametrize.register_parametrization(model[0].model.layers[1].mlp.up_proj, "weight", Plus())
+    assert torch.equal(logits(model.generator), expected)
+    model = UBMoE(str(checkpoint))
+    parametrize.register_parametrization(model[0].model.layers[1].self_attn.q_proj, "weight", Plus())
+    with pytest.raises(ValueError, match=r"q_proj is shared by both views and was parametrised"):
+        model.generate("the")

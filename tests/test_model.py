@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import TEXTS
+from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
@@ -141,3 +142,16 @@ def test_both_views_can_be_compiled(checkpoint, base):
     model[0].model = torch.compile(model[0].model, backend=backend)
     np.testing.assert_allclose(model.encode(TEXTS[0]), expected, atol=1e-5)
     assert graphs
+
+
+def test_a_backend_without_generator_is_refused(checkpoint):
+    with pytest.raises(ValueError, match=r"ubmoe export CHECKPOINT OUT --format onnx"):
+        UBMoE(str(checkpoint), backend="onnx")
+
+
+def test_an_adapter_on_low_rank_experts_is_refused_with_the_way_out(checkpoint):
+    model = UBMoE(str(checkpoint), low_memory=True)
+    with pytest.raises(ValueError, match="load the checkpoint again, without low_memory"):
+        model.add_adapter(LoraConfig(target_modules=["up_proj"]))
+    model = UBMoE(str(checkpoint), low_memory=True)
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))

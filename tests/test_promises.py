@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 
@@ -48,6 +49,21 @@ def test_p1_logits_are_bit_identical_to_the_base(pair, dtype):
             assert torch.equal(model.generator(**inputs).logits, expected)
             # Not vacuous: the other experts do change the logits.
             assert not torch.equal(model.generator_for("bi")(**inputs).logits, expected)
+
+
+def test_p1_freezing_the_encoder_changes_no_kernel_of_the_generator(pair):
+    """torch multiplies in another order by a flag of the weight, and a tied head is the encoder's."""
+    base, checkpoint = pair
+    reference = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), "logits_to_keep": 1}
+    models = [load(checkpoint), load(checkpoint, low_memory=True)]
+    models += [copy.deepcopy(model.requires_grad_(False)) for model in models]
+    with torch.no_grad():
+        expected = reference(**inputs).logits
+        assert all(torch.equal(model.generator(**inputs).logits, expected) for model in models)
+        both = [load(checkpoint).generator.requires_grad_(False), reference.requires_grad_(False)]
+        assert torch.equal(*(lm(**inputs).logits for lm in both))
 
 
 def test_p1_the_last_logits_of_a_padded_batch_are_bit_identical(pair):

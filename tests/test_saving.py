@@ -59,6 +59,12 @@ def change_the_original_experts(model):
     merge_into(model.generator, "up_proj")
 
 
+def merge_safely_into_the_original_experts(model):
+    """With `safe_merge`, PEFT puts another tensor in the place of the weight's data."""
+    adapter = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False)
+    get_peft_model(model.generator, adapter).merge_and_unload(safe_merge=True)
+
+
 def lose_digits(model):
     model.half().float()
 
@@ -70,6 +76,7 @@ def lose_digits(model):
         change_attention_of_the_encoder,
         change_attention_of_the_generator,
         change_the_original_experts,
+        merge_safely_into_the_original_experts,
         lose_digits,
     ],
 )
@@ -81,6 +88,7 @@ def test_a_changed_generator_claims_no_base(checkpoint, tmp_path, change, low_me
     assert "exactly like its base" in (folder / "README.md").read_text()
     model = UBMoE(str(folder), low_memory=low_memory)
     change(model)
+    logits = model.generator(IDS).logits
     with pytest.warns(UserWarning, match="no longer generates exactly like base"):
         model.save(str(folder))
     section = json.loads((folder / layout.GENERATOR_CONFIG).read_text())["ubmoe"]
@@ -90,6 +98,8 @@ def test_a_changed_generator_claims_no_base(checkpoint, tmp_path, change, low_me
     assert "exactly like" not in card
     assert "changed" in card
     again = UBMoE(str(folder), verify=True)
+    if change is not lose_digits:  # buffers lost some, too
+        assert torch.equal(again.generator(IDS).logits, logits)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again.save(str(tmp_path / "again"))
@@ -204,10 +214,37 @@ def one_view_in_half(model):
     return model
 
 
+def adapter_in_the_generator(model):
+    get_peft_model(model.generator, LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    return model
+
+
+def another_layer_in_the_generator(model):
+    attention = model.generator.model.layers[1].self_attn
+    attention.q_proj = nn.Linear(32, 32, bias=False)
+    return model
+
+
+def another_head(model):
+    model.generator.lm_head = nn.Linear(32, 48, bias=False)
+    return model
+
+
+CHANGES = [
+    compiled,
+    one_compiled_layer,
+    quantised,
+    tensors_of_another_class,
+    integers,
+    one_view_in_half,
+    adapter_in_the_generator,
+    another_layer_in_the_generator,
+    another_head,
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "change", [compiled, one_compiled_layer, quantised, tensors_of_another_class, integers, one_view_in_half]
-)
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_what_would_not_open_replaces_nothing(checkpoint, tmp_path, change, low_memory):
     if low_memory and change is one_view_in_half:
@@ -253,3 +290,89 @@ def test_weights_have_the_mode_that_the_umask_leaves(base, tmp_path, mask, mode)
     files = [p for p in tmp_path.rglob("*.safetensors")]
     assert len(files) == 8
     assert {p.stat().st_mode & 0o777 for p in files} == {mode}
+
+
+def test_an_adapter_alone_replaces_no_checkpoint(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    model = UBMoE(str(folder))
+    model.add_adapter(LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    with pytest.raises(FileExistsError, match="holds a checkpoint"):
+        model.save(str(folder))
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    for _ in range(2):
+        model.save(str(tmp_path / "adapter"))
+    with pytest.raises(CheckpointError, match=r"is a PEFT adapter.*load_adapter"):
+        UBMoE(str(tmp_path / "adapter"))
+    again = UBMoE(str(folder))
+    again.load_adapter(str(tmp_path / "adapter"))
+    assert np.array_equal(again.encode(TEXTS), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("view", ["encoder", "generator"])
+def test_a_deleted_adapter_leaves_nothing_behind(checkpoint, tmp_path, view):
+    model = UBMoE(str(checkpoint))
+    vectors = model.encode(TEXTS)
+    network = model[0].model if view == "encoder" else model.generator
+    network.add_adapter(LoraConfig(r=2, target_modules=["up_proj", "q_proj"], init_lora_weights=False))
+    network.delete_adapter("default")
+    model.save(str(tmp_path / "m"))
+    again = UBMoE(str(tmp_path / "m"))
+    assert np.array_equal(again.encode(TEXTS), vectors)
+    assert again.ubmoe_config.expert_rank == 2
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_resized_embeddings_are_saved(checkpoint_of, tmp_path, architecture):
+    model = UBMoE(str(checkpoint_of(architecture)))
+    vectors = model.encode(TEXTS)
+    model.generator.resize_token_embeddings(60)
+    assert np.array_equal(model.encode(TEXTS), vectors)
+    logits = model.generator(IDS).logits
+    with pytest.warns(UserWarning, match="no longer generates exactly like base"):
+        model.save(str(tmp_path / "m"))
+    again = UBMoE(str(tmp_path / "m"))
+    assert torch.equal(again.generator(IDS).logits, logits)
+    assert logits.shape[-1] == again[0].model.config.vocab_size == 60
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_that_was_not_resized_with_the_embeddings_is_named(checkpoint_of, tmp_path):
+    for used in (False, True):
+        model = UBMoE(str(checkpoint_of("qwen3")))
+        if used:
+            model.generate("the", max_new_tokens=1)
+        model[0].model.resize_token_embeddings(60)
+        with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape"):
+            model.save(str(tmp_path / "m"))
+        assert not (tmp_path / "m").exists()
+        if not used:
+            with pytest.raises(ValueError, match=r"resize by `model\.generator`"):
+                model.generate("the")
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_checkpoint_that_is_only_read_is_saved_as_the_same_bytes(checkpoint, tmp_path, low_memory):
+    """Also in another dtype, where the experts merged anew would be rounded twice."""
+    for dtype in ("float32", "bfloat16"):
+        UBMoE(str(checkpoint), model_kwargs={"dtype": dtype}).save(str(tmp_path / "first"))
+        model = UBMoE(str(tmp_path / "first"), low_memory=low_memory)
+        model.generate("the", max_new_tokens=1)
+        model.save(str(tmp_path / "again"))
+        first, again = (
+            {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.safetensors")}
+            for folder in (tmp_path / "first", tmp_path / "again")
+        )
+        assert first == again
+        assert len(first) == 4
+
+
+@pytest.mark.parametrize("name", [".", "", ".."])
+def test_the_current_directory_is_not_replaced(checkpoint, tmp_path, monkeypatch, name):
+    here = tmp_path / "a" / "b"
+    here.mkdir(parents=True)
+    (here / "README.md").write_text("mine")
+    monkeypatch.chdir(here)
+    with pytest.raises(FileExistsError, match="is the current directory"):
+        UBMoE(str(checkpoint)).save(name)
+    assert [p.name for p in here.iterdir()] == ["README.md"]

@@ -77,8 +77,8 @@ def read_adapter(module: UBMoETransformer, base: Base, path: Path, *, allow_mism
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Missing keys are an error here, see below.
             tuned: Any = PeftModel.from_pretrained(stock, str(path))
-        _check_keys(tuned, keys, path)
         delta = layer_deltas(tuned.get_base_model(), prefix)
+        _check_keys(tuned, keys, path)
         merged = tuned.merge_and_unload()
     except (ValueError, OSError, ImportError, MemoryError):
         raise

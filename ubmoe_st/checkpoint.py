@@ -41,6 +41,7 @@ NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
 
 _MODULES_FILE = "modules.json"
 _ONE_FILE = "model.safetensors"
+_ADAPTER = "adapter_model.safetensors"
 _PICKLE = "pytorch_model.bin"
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
 """Endings of the files of a checkpoint that are read when it is loaded."""
@@ -50,15 +51,25 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be trusted: names the file and what is wrong with it."""
 
 
-def refuse_foreign_weights(path: str | os.PathLike[str]) -> None:
+def refuse_foreign_weights(path: str | os.PathLike[str], *, adapter: bool = False) -> None:
     """Refuse a folder that holds weights, but no checkpoint: saving into it would replace somebody's model.
+
+    Args:
+        path: The folder.
+        adapter: Whether an adapter alone is to be saved, which may replace another adapter and no checkpoint.
 
     Raises:
         FileExistsError: If it does.
     """
     target = Path(path)
+    if adapter and is_checkpoint(target):
+        raise FileExistsError(
+            f"{target} holds a checkpoint, and a model with a PEFT adapter is saved as the adapter alone, which would "
+            "replace it; choose another folder, or merge the adapter first"
+        )
     if target.is_dir() and not is_checkpoint(target):
-        weights = sorted(file.name for file in target.glob("*.safetensors"))
+        own = {_ADAPTER} if adapter else set()
+        weights = sorted({file.name for file in target.glob("*.safetensors")} - own)
         if weights:
             raise FileExistsError(f"{target} holds {weights[0]}, not of a UBMoE checkpoint; choose another folder")
 
@@ -213,6 +224,7 @@ def _check_against_config(
 ) -> None:
     from transformers import AutoConfig
 
+    from ubmoe_st.experts import is_ffn_key
     from ubmoe_st.generator import meta_causal_lm, uni_keys
 
     layers = len({key.split(".")[1] for key in encoder if key.startswith("layers.")})
@@ -222,7 +234,7 @@ def _check_against_config(
             raise CheckpointError(f"config.json asks for {asked} layers, {INDEX_FILE} has those of {layers}")
         lm = meta_causal_lm(config)
         expected = getattr(lm, lm.base_model_prefix).state_dict()
-        needed = uni_keys(lm)
+        needed = {key: tuple(lm.state_dict()[name].shape) for key, name in uni_keys(lm).items()}
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:  # stock classes check little of a config, and each in its own way
@@ -240,6 +252,9 @@ def _check_against_config(
     missing = sorted(set(needed) - set(uni))
     if missing:
         raise CheckpointError(f"{UNI_FILE}: {missing[0]} is missing, which the generator of config.json needs")
+    for key, shape in needed.items():
+        if not is_ffn_key(key) and uni[key] != shape:
+            raise CheckpointError(f"{UNI_FILE}: {key} has shape {uni[key]}, config.json asks for {shape}")
 
 
 def _check_delta(delta: dict[str, tuple[int, ...]], uni: dict[str, tuple[int, ...]]) -> None:

@@ -85,8 +85,9 @@ class LowRankLinear(nn.Module):
         check_low_rank(base, lora_a, lora_b, name="low-rank expert")
         weight = base.weight
         self.base = base
-        self.lora_A = nn.Parameter(lora_a.to(weight.device, weight.dtype), requires_grad=False)
-        self.lora_B = nn.Parameter(lora_b.to(weight.device, weight.dtype), requires_grad=False)
+        # Copies: what they were read from tells later whether they were trained.
+        self.lora_A = nn.Parameter(lora_a.to(weight.device, weight.dtype, copy=True), requires_grad=False)
+        self.lora_B = nn.Parameter(lora_b.to(weight.device, weight.dtype, copy=True), requires_grad=False)
 
     def delta(self, x: Tensor) -> Tensor:
         """What the expert adds to the base layer: (..., in) -> (..., out)."""
@@ -184,6 +185,23 @@ def share_copy(module: nn.Module, memo: dict[int, object] | None = None) -> nn.M
     """
     kept = {id(parameter): parameter for parameter in module.parameters()}
     return copy.deepcopy(module, {**kept, **(memo or {})})
+
+
+def same_low_rank(held: LowRank, stored: LowRank) -> bool:
+    """Whether the experts that a model holds are the stored ones, in its dtype."""
+    if set(held) != set(stored):
+        return False
+    pairs = (pair for name in held for pair in zip(held[name], stored[name], strict=True))
+    return all(torch.equal(half.detach().cpu(), other.to(half.dtype)) for half, other in pairs)
+
+
+def with_ffns(encoder: PreTrainedModel, ffns: dict[str, nn.Module]) -> PreTrainedModel:
+    """A copy of an encoder that shares its parameters and has other FFNs, by name."""
+    memo: dict[int, object] = {id(encoder.get_submodule(prefix)): ffn for prefix, ffn in ffns.items()}
+    copied = share_copy(encoder, memo)
+    if not isinstance(copied, PreTrainedModel):
+        raise TypeError(f"expected a transformers model, got {type(copied).__name__}")
+    return copied
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:

@@ -193,12 +193,14 @@ def replacing_folder(
         keep: Whether an entry of the old folder that the new one does not have is carried over.
 
     Raises:
-        FileExistsError: If `path` is a file, or the folder is not empty and `overwrite` is False.
+        FileExistsError: If `path` is a file, holds the current directory, or is a folder that is not empty and
+            `overwrite` is False.
         OSError: If the disk is full, naming the folder and saying that what was committed is intact.
     """
     target = Path(path).resolve()
     if target.is_file():
         raise FileExistsError(f"{target} is a file; expected a folder")
+    _refuse_to_leave(target)
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or overwrite it")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +221,18 @@ def replacing_folder(
             old = _swap(temporary, target)
             sync_directory(target.parent)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_to_leave(target: Path) -> None:
+    """Refuse to replace the folder in which this process works: it would be left in one that is gone."""
+    try:
+        here = Path.cwd().resolve()
+    except FileNotFoundError:
+        return
+    if here.is_relative_to(target):
+        raise FileExistsError(
+            f"{target} is the current directory, or holds it, and cannot be replaced; name another folder"
+        )
 
 
 def _swap(new: Path, target: Path) -> Path:

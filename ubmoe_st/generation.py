@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty
@@ -14,6 +16,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from ubmoe_st.configuration import Routing
 from ubmoe_st.transformer import UBMoETransformer
@@ -23,6 +26,8 @@ Tool = dict[str, Any] | Callable[..., Any]
 
 DEFAULT_NEW_TOKENS = 256
 """Limit where neither the call nor the generation config of the model sets one, as in the stock pipeline."""
+
+_OF_PROMPTS = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"}
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,7 @@ def generate(
     batch: list[str | Chat] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
     if stream and len(batch) != 1:
         raise ValueError(f"stream=True takes one prompt, got {len(batch)}")
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    _check_arguments(max_new_tokens, stream, generation_kwargs)
     if not batch:
         return []
     config = views.ubmoe_config
@@ -77,6 +81,22 @@ def generate(
         sequences = sequences.sequences
     texts = tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts[0] if single and len(texts) == 1 else texts
+
+
+def _check_arguments(max_new_tokens: object, stream: bool, generation_kwargs: Mapping[str, Any]) -> None:
+    if max_new_tokens is not None:
+        if isinstance(max_new_tokens, bool) or not hasattr(max_new_tokens, "__index__"):
+            raise TypeError(f"max_new_tokens must be a whole number or None, got {max_new_tokens!r}")
+        if operator.index(max_new_tokens) < 1:  # type: ignore[arg-type]
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    taken = sorted(_OF_PROMPTS & generation_kwargs.keys())
+    if taken:
+        raise ValueError(
+            f"{taken[0]} is made of the prompts here; where you have it already, call `model.generator.generate(...)`, "
+            "the stock method"
+        )
+    if stream and generation_kwargs.get("streamer") is not None:
+        raise ValueError("stream=True has a streamer of its own; give one of the two")
 
 
 def _settled(
@@ -118,7 +138,11 @@ def _is_chat(prompt: object) -> bool:
         isinstance(prompt, Sequence)
         and not isinstance(prompt, str)
         and len(prompt) > 0
-        and all(isinstance(message, dict) and "role" in message and "content" in message for message in prompt)
+        and all(
+            # A call of a tool says nothing beside it.
+            isinstance(message, dict) and "role" in message and ("content" in message or "tool_calls" in message)
+            for message in prompt
+        )
     )
 
 
@@ -144,6 +168,13 @@ def _padded(
             raise ValueError(f"the prompt at position {position} is empty: there is nothing to continue")
         rows.append(ids)
     length = max(map(len, rows))
+    longest = getattr(views.model.config, "max_position_embeddings", None)
+    if longest and length > longest:
+        warnings.warn(
+            f"the prompt at position {max(range(len(rows)), key=lambda row: len(rows[row]))} has {length} tokens, and "
+            f"the base was made for {longest}: what it generates may have no sense, as that of the base",
+            stacklevel=4,
+        )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in rows], device=device)
     mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows], device=device)
@@ -179,16 +210,18 @@ def chat_text(tokenizer: Any, chat: Chat, options: ChatOptions) -> str:
             continue_final_message=continued,
             **further,
         )
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ValueError(f"tools: {error}") from error
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template of this checkpoint does not take the chat: {error}") from error
 
 
 def _with_readable_parts(tokenizer: Any, chat: Chat) -> Chat:
     """The chat as the template reads it: parts stay parts where it knows them, else their texts are joined."""
-    if all(isinstance(message["content"], str) or message["content"] is None for message in chat):
+    if all(isinstance(message.get("content"), str | None) for message in chat):
         return chat
     for position, message in enumerate(chat):
-        content = message["content"]
+        content = message.get("content")
         for part in content if isinstance(content, (list, tuple)) else []:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
@@ -200,7 +233,7 @@ def _with_readable_parts(tokenizer: Any, chat: Chat) -> Chat:
         return chat
     return [
         {**message, "content": "".join(part["text"] for part in message["content"])}
-        if isinstance(message["content"], (list, tuple))
+        if isinstance(message.get("content"), (list, tuple))
         else message
         for message in chat
     ]

@@ -7,13 +7,15 @@ objects are separate, so nothing is switched between encoding and generating.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from ubmoe_st.checkpoint import CheckpointError, plain_dtypes
 from ubmoe_st.configuration import RouterKind, Routing
 from ubmoe_st.experts import (
     LowRankLinear,
@@ -99,9 +101,61 @@ def uni_ffns(
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a tensor a parameter with the flag that `from_pretrained` leaves: torch folds products by it."""
     parent, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    setattr(module.get_submodule(parent), leaf, generator_parameter(tensor))
+
+
+def generator_parameter(tensor: Tensor) -> nn.Parameter:
+    """A tensor as a parameter with the flag that `from_pretrained` leaves: torch folds products by it.
+
+    One that is a parameter stays the same object: who replaces its data replaces it wherever it is.
+    """
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+
+
+def converted(parameters: Mapping[str, nn.Parameter], fn: Callable[..., Any]) -> dict[str, nn.Parameter]:
+    """Parameters after `fn`, by the rules of `Module._apply`: the same objects with other data, where that can be."""
+    holder = nn.Module()
+    holder._parameters = dict(parameters)
+    holder._apply(fn)
+    return {name: parameter for name, parameter in holder._parameters.items() if parameter is not None}
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without the layers that PEFT put around others and leaves there when an adapter is deleted."""
+    return name.replace(".base_layer.", ".")
+
+
+def generator_tensors(lm: PreTrainedModel, encoder: nn.Module, uni: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a generator in use has beside the shared tensors, by the names of `uni_keys`.
+
+    Args:
+        lm: The generator.
+        encoder: The encoder view.
+        uni: What it had when it was built. Where low-rank experts stand on it, it is shared, too.
+
+    Raises:
+        CheckpointError: If it is no longer what a checkpoint holds: names a tensor that was added, or put in the place
+            of a shared one, as adapters and quantisers do.
+    """
+    stock = meta_causal_lm(lm.config)
+    shared = {plain_name(key): tensor for key, tensor in encoder.named_parameters() if not is_ffn_key(key)}
+    if any(isinstance(module, LowRankLinear) for module in encoder.modules()):
+        shared |= {key: tensor for key, tensor in uni.items() if is_ffn_key(key)}
+    state = {plain_name(name): tensor for name, tensor in lm.state_dict(keep_vars=True).items()}
+    odd = sorted(state.keys() ^ stock.state_dict().keys())
+    if odd:
+        raise CheckpointError(f"the generator differs from a {type(stock).__name__} in {odd[0]}")
+    for name, tensor in state.items():
+        if shared.get(name.removeprefix(f"{lm.base_model_prefix}."), tensor) is not tensor:
+            raise CheckpointError(f"{name} of the generator was replaced, and is not that of the encoder any more")
+    if lm.config.tie_word_embeddings and lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight:
+        raise CheckpointError("the generator's head is not that of its embeddings, though its config ties them")
+    own = {key: state[name].detach() for key, name in uni_keys(stock).items()}
+    plain_dtypes(own)
+    return own
 
 
 def build_generator(
@@ -127,8 +181,9 @@ def build_generator(
         ValueError: If the head needs a tensor that nothing provides.
     """
     encoder = getattr(encoder, "_orig_mod", encoder)  # of torch.compile
+    encoder, memo = _without_adapter(encoder)
     lm = meta_causal_lm(causal_config(encoder.config))
-    memo: dict[int, object] = {id(encoder.config): lm.config}
+    memo |= {id(encoder.config): lm.config}
     if routing == "bi":
         memo |= {id(ffn): ffn for ffn in find_ffns(encoder).values()}
     else:
@@ -137,13 +192,64 @@ def build_generator(
             memo[id(bi)] = _routed(encoder, prefix, ffn, bi, router, router_state) if routing == "router" else ffn
     setattr(lm, lm.base_model_prefix, share_copy(encoder, memo))
     _set_head(lm, uni)
+    if lm.config.tie_word_embeddings:
+        low_memory = any(isinstance(module, LowRankLinear) for module in encoder.modules())
+        own = (tensor for key, tensor in uni.items() if is_ffn_key(key) and isinstance(tensor, nn.Parameter))
+        lm.get_output_embeddings().register_forward_pre_hook(_AsUnfrozen(None if low_memory else next(own, None)))
+    if hasattr(encoder, "peft_config"):
+        backbone = getattr(lm, lm.base_model_prefix)
+        del backbone.peft_config
+        backbone._hf_peft_config_loaded = False
     if generation_config is not None:
         lm.generation_config = copy.deepcopy(generation_config)
     left = [name for name, tensor in lm.named_parameters() if tensor.is_meta]
     left += [name for name, tensor in lm.named_buffers() if tensor.is_meta]
     if left:
         raise ValueError(f"{type(lm).__name__} needs {left[0]}, which is neither shared nor in the uni weights")
+    odd = next((name for name, module in lm.named_modules() if is_parametrized(module)), None)
+    if odd is not None:
+        raise ValueError(
+            f"{odd} is shared by both views and was parametrised in the encoder, so that this would not be the base: "
+            "call `torch.nn.utils.parametrize.remove_parametrizations` first"
+        )
     return lm.eval()
+
+
+class _AsUnfrozen:
+    """Lets a tied head multiply as that of a loaded base, where the encoder whose embeddings it is was frozen.
+
+    torch folds a product with the last tokens of a padded batch into one where the weight asks for a gradient, and adds
+    up in another order where it does not. A contiguous input is folded in any case.
+
+    Args:
+        own: A parameter that only the generator has: it is frozen where the generator was, as a base may be.
+    """
+
+    def __init__(self, own: nn.Parameter | None) -> None:
+        self.own = own
+
+    def __call__(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        weight: Any = head.weight
+        if weight.requires_grad or (self.own is not None and not self.own.requires_grad):
+            return args
+        return (args[0].contiguous(), *args[1:])
+
+
+def _without_adapter(encoder: Any) -> tuple[Any, dict[int, object]]:
+    """The encoder inside what PEFT puts around it, and a memo for `share_copy` that leaves PEFT's layers out."""
+    if not hasattr(encoder, "peft_config"):
+        return encoder, {}
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(encoder, PeftModel):
+        encoder = encoder.get_base_model()
+    memo: dict[int, object] = {id(m): m.get_base_layer() for m in encoder.modules() if isinstance(m, BaseTunerLayer)}
+    for module in encoder.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            memo[id(module)] = module.original_module
+    return encoder, memo
 
 
 def _routed(
@@ -169,6 +275,11 @@ def _set_head(lm: PreTrainedModel, uni: Mapping[str, Tensor]) -> None:
         head.weight = lm.get_input_embeddings().weight
     for key, name in uni_keys(lm).items():
         if not is_ffn_key(key) and key in uni:
+            if uni[key].shape != lm.get_parameter(name).shape:
+                raise ValueError(
+                    f"{key} has shape {tuple(uni[key].shape)}, and the embeddings were resized to "
+                    f"{lm.config.vocab_size} tokens: resize by `model.generator`, which takes the encoder along"
+                )
             _put(lm, name, uni[key])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
 from ubmoe_st.configuration import Routing, UBMoEConfig
-from ubmoe_st.experts import is_ffn_key
+from ubmoe_st.experts import LowRankLinear, is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import download, push
@@ -76,6 +77,11 @@ class UBMoE(SentenceTransformer):
         compute: Compute = "stored",
         **kwargs: Any,
     ) -> None:
+        if kwargs.get("backend", "torch") != "torch":
+            raise ValueError(
+                f"both views are torch models, and backend={kwargs['backend']!r} is not: export the encoder by "
+                f"`ubmoe export CHECKPOINT OUT --format {kwargs['backend']}` and open that with SentenceTransformer"
+            )
         path = None
         if model_name_or_path is not None:
             path = str(_local_checkpoint(model_name_or_path, kwargs))
@@ -125,6 +131,16 @@ class UBMoE(SentenceTransformer):
                     return here
             return super()._resolve_inference_device(device)
 
+        @wraps(SentenceTransformer.add_adapter)
+        def add_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - the stock docstring
+            with _low_memory_explained(self._views):
+                super().add_adapter(*args, **kwargs)
+
+        @wraps(SentenceTransformer.load_adapter)
+        def load_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - the stock docstring
+            with _low_memory_explained(self._views):
+                super().load_adapter(*args, **kwargs)
+
     # --- generating ------------------------------------------------------------------------------------------
 
     @property
@@ -169,9 +185,9 @@ class UBMoE(SentenceTransformer):
             The new text; a list of texts for a list of prompts; an iterator if `stream`.
 
         Raises:
-            TypeError: If a prompt is neither a text nor a chat.
-            ValueError: If a keyword argument is not known, several prompts are to be streamed, or the chat template
-                does not take a chat.
+            TypeError: If a prompt is neither a text nor a chat, or the limit is no whole number.
+            ValueError: If a keyword argument is not known, or made of the prompts here, several prompts are to be
+                streamed, or the chat template does not take a chat.
         """
         return generation.generate(
             self._views,
@@ -316,7 +332,7 @@ class UBMoE(SentenceTransformer):
             CheckpointError: If what was written would not open, as of a compiled or quantised model; an old checkpoint
                 stays as it was.
         """
-        checkpoint.refuse_foreign_weights(path)
+        checkpoint.refuse_foreign_weights(path, adapter=self._views.has_adapter)
         with replacing_folder(path, keep=checkpoint.is_of_others) as temporary:
             before = self.ubmoe_config
             try:
@@ -330,7 +346,7 @@ class UBMoE(SentenceTransformer):
             except CheckpointError as error:
                 raise CheckpointError(
                     f"nothing was written to {path}, because it would not open again: {error}. Save a model before it "
-                    "is compiled or quantised"
+                    "is compiled, quantised or given an adapter in its generator, or after the adapter is merged"
                 ) from error
             config = before if self._views.has_adapter else checkpoint.read_config(temporary)
             checkpoint.name_first_module(temporary, _STOCK_TRANSFORMER)
@@ -405,6 +421,20 @@ class UBMoE(SentenceTransformer):
         return {**super()._get_model_config(), "requirements": REQUIREMENTS}
 
 
+@contextlib.contextmanager
+def _low_memory_explained(views: UBMoETransformer) -> Iterator[None]:
+    """Says of an adapter that PEFT cannot put on low-rank experts what to do."""
+    try:
+        yield
+    except ValueError as error:
+        if not views.is_low_memory or LowRankLinear.__name__ not in str(error):
+            raise
+        raise ValueError(
+            "an adapter on the FFN needs the bi experts in one piece, and with low_memory=True they stand as low-rank "
+            "deltas beside the original ones; load the checkpoint again, without low_memory"
+        ) from error
+
+
 def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
     """A module and all below it, a shared one as often as it is there; without names, so that it costs little."""
     waiting = [module]
@@ -450,6 +480,11 @@ def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> P
             token=kwargs.get("token"),
             local_files_only=kwargs.get("local_files_only", False),
             whole=checkpoint.is_checkpoint,
+        )
+    if (path / "adapter_config.json").is_file() and not checkpoint.is_checkpoint(path):
+        raise CheckpointError(
+            f"{path} is a PEFT adapter, not a UBMoE checkpoint: open the checkpoint that it was trained on and call "
+            f"`load_adapter({str(name)!r})`, or make a checkpoint with `upcycle(base, {str(name)!r}, out=...)`"
         )
     if not checkpoint.is_checkpoint(path):
         raise CheckpointError(

@@ -101,6 +101,24 @@ class Source:
         files = self._open()
         return files.low_rank if files else None
 
+    def bi(self, low_rank: LowRank | None, uni: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The merged `bi` experts as they were read: merged anew in another dtype, they would be rounded twice.
+
+        Args:
+            low_rank: The experts as they are now.
+            uni: The original FFNs as they are now, by backbone name.
+            dtype: Of the result.
+
+        Returns:
+            Tensors by backbone name; none where the experts are others now.
+        """
+        files = self._open()
+        ffn = {key: tensor for key, tensor in uni.items() if is_ffn_key(key)}
+        if not isinstance(files, _CheckpointFiles) or low_rank is not files.low_rank or self.changed(ffn) is not None:
+            return {}
+        originals = files.originals(True)
+        return {key: originals(key).to(dtype) for key in ffn}
+
     def routers(self) -> dict[str, Tensor] | None:
         """The token routers of a checkpoint that says it has some."""
         files = self._open()

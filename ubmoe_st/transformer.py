@@ -30,11 +30,22 @@ from ubmoe_st.experts import (
     low_rank_mismatch,
     merge_low_rank,
     replace_module,
-    share_copy,
+    same_low_rank,
+    with_ffns,
     with_low_rank,
 )
 from ubmoe_st.forking import held_over_fork
-from ubmoe_st.generator import build_generator, causal_config, meta_causal_lm, router_state, uni_ffns
+from ubmoe_st.generator import (
+    build_generator,
+    causal_config,
+    converted,
+    generator_parameter,
+    generator_tensors,
+    meta_causal_lm,
+    plain_name,
+    router_state,
+    uni_ffns,
+)
 from ubmoe_st.source import Source
 
 _TEXT_ONLY: dict[str, Any] = {
@@ -106,7 +117,7 @@ class UBMoETransformer(Transformer):
         self.fast = FastEncoder()
         self.ubmoe_config: UBMoEConfig | None = None
         self.notices: dict[str, bytes] = {}
-        self._uni: dict[str, Tensor] | None = None
+        self._uni: dict[str, nn.Parameter] | None = None
         self._routers: dict[str, Tensor] | None = None
         self._generators: dict[str, PreTrainedModel] = {}
         if source.folder is not None:
@@ -351,7 +362,7 @@ class UBMoETransformer(Transformer):
         with torch.inference_mode(False):
             for prefix, ffn in uni_ffns(self.model, uni).items():
                 replace_module(self.model, prefix, with_low_rank(ffn, prefix, low_rank))
-        self._uni = {key: tensor for key, tensor in uni.items() if not is_ffn_key(key)}
+        self._uni = {key: generator_parameter(tensor) for key, tensor in uni.items() if not is_ffn_key(key)}
         self._generators = {}
         self.model.eval()
 
@@ -371,7 +382,7 @@ class UBMoETransformer(Transformer):
         if self.is_low_memory:
             lows = ((n, m) for n, m in self.model.named_modules() if isinstance(m, LowRankLinear))
             held: LowRank = {name: (low.lora_A, low.lora_B) for name, low in lows}
-            return stored if _same_low_rank(held, stored or {}) else held
+            return stored if same_low_rank(held, stored or {}) else held
         if stored is None:
             return None
         bi = {key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}
@@ -406,13 +417,12 @@ class UBMoETransformer(Transformer):
         with _BUILD_LOCK:
             if self._uni is None:
                 with torch.inference_mode(False):
-                    self._uni = {key: t.to(self.model.device, self.model.dtype) for key, t in self.source.uni().items()}
-        tensors = dict(self._uni)
-        for prefix, ffn in find_ffns(self.model).items():
-            for name, module in ffn.named_modules():
-                if isinstance(module, LowRankLinear):
-                    for key, parameter in module.base.named_parameters():
-                        tensors[f"{prefix}.{name}.{key}"] = parameter.detach()
+                    to = self.model.device, self.model.dtype
+                    self._uni = {key: generator_parameter(t.to(*to)) for key, t in self.source.uni().items()}
+        tensors: dict[str, Tensor] = dict(self._uni)
+        for name, module in self.model.named_modules():
+            if isinstance(module, LowRankLinear):
+                tensors |= {f"{name}.{key}": parameter for key, parameter in module.base.named_parameters()}
         return tensors
 
     def generator(self, routing: Routing = "uni") -> PreTrainedModel:
@@ -434,7 +444,7 @@ class UBMoETransformer(Transformer):
             return self._generators[routing]
 
     def _build(self, routing: Routing) -> PreTrainedModel:
-        if self.has_adapter:
+        if self.has_adapter and (routing != "uni" or self.is_low_memory):
             raise ValueError("the encoder carries a PEFT adapter; export it with `upcycle(base, bi_experts=...)` first")
         uni = self.uni_tensors()
         kind = self.ubmoe_config.router if self.ubmoe_config else None
@@ -450,7 +460,7 @@ class UBMoETransformer(Transformer):
         low_rank = None if self.is_low_memory else self._current_low_rank(self.encoder_state(), uni)
         if low_rank is not None:
             ffns = uni_ffns(encoder, uni)
-            encoder = _with_ffns(encoder, {p: with_low_rank(ffn, p, low_rank) for p, ffn in ffns.items()})
+            encoder = with_ffns(encoder, {p: with_low_rank(ffn, p, low_rank) for p, ffn in ffns.items()})
         return build_generator(
             encoder,
             uni,
@@ -467,14 +477,20 @@ class UBMoETransformer(Transformer):
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
         # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.
-        places = [parameter.data_ptr() for parameter in self.parameters()]
-        if self._uni is not None:
-            self._uni = {key: fn(tensor) for key, tensor in self._uni.items()}
+        before = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
         super()._apply(fn, *args, **kwargs)
+        after = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
         # Stock `encode` moves the model to the device where it is.
-        if places != [parameter.data_ptr() for parameter in self.parameters()]:
+        if [place for _, place in before] == [place for _, place in after]:
+            return self
+        if self._uni is not None:
+            self._uni = converted(self._uni, fn)
+        if any(old is not new for (old, _), (new, _) in zip(before, after, strict=True)):
             self._generators = {}
-            self.fast.follow(self.model.device)
+        # Not built anew: a caller may hold one, or have put an adapter into it.
+        for generator in self._generators.values():
+            generator._apply(fn)
+        self.fast.follow(self.model.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -490,7 +506,7 @@ class UBMoETransformer(Transformer):
         """Tensors of the encoder under their stock names, with low-rank experts merged."""
         low = {name: module for name, module in self.model.named_modules() if isinstance(module, LowRankLinear)}
         state = {}
-        for key, tensor in self.model.state_dict().items():
+        for key, tensor in ((plain_name(full), tensor) for full, tensor in self.model.state_dict().items()):
             name, _, leaf = key.rpartition(".")
             owner = name.removesuffix(".base")
             if owner not in low:
@@ -516,7 +532,7 @@ class UBMoETransformer(Transformer):
             **kwargs: Not used.
 
         Raises:
-            CheckpointError: If the base is quantised, or what was written would not open again.
+            CheckpointError: If a view holds what no checkpoint does, or what was written would not open again.
             ValueError: If `safe_serialization` is False, or there is no base model to take the generator from.
         """
         if not safe_serialization:
@@ -527,14 +543,21 @@ class UBMoETransformer(Transformer):
         if self.ubmoe_config is None:
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
         checkpoint.plain_dtypes(self.model.state_dict())  # first: what others put into layers compares with nothing
+        # Of the embeddings, which a caller may have resized through the generator's config.
+        self.model.config.vocab_size = len(self.model.get_input_embeddings().weight)
         encoder, uni = self.encoder_state(), self.uni_tensors()
+        if "uni" in self._generators:
+            uni = generator_tensors(self._generators["uni"], self.model, uni)
+        low_rank = self._current_low_rank(encoder, uni)
+        if self.is_low_memory:
+            encoder |= self.source.bi(low_rank, uni, self.model.dtype)
         checkpoint.write(
             Path(output_path),
             self._honest_config(self.ubmoe_config, encoder, uni),
             self.model,
             encoder=encoder,
             uni=uni,
-            low_rank=self._current_low_rank(encoder, uni),
+            low_rank=low_rank,
             routers=self._load_routers() if self.ubmoe_config.router else None,
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
@@ -575,19 +598,3 @@ def _check_bidirectional(encoder: PreTrainedModel) -> None:
             f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
             "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
         )
-
-
-def _same_low_rank(held: LowRank, stored: LowRank) -> bool:
-    """Whether the experts that a model holds are the stored ones, in its dtype."""
-    if set(held) != set(stored):
-        return False
-    pairs = (pair for name in held for pair in zip(held[name], stored[name], strict=True))
-    return all(torch.equal(half.detach().cpu(), other.to(half.dtype)) for half, other in pairs)
-
-
-def _with_ffns(encoder: PreTrainedModel, ffns: dict[str, nn.Module]) -> PreTrainedModel:
-    memo: dict[int, object] = {id(encoder.get_submodule(prefix)): ffn for prefix, ffn in ffns.items()}
-    copied = share_copy(encoder, memo)
-    if not isinstance(copied, PreTrainedModel):
-        raise TypeError(f"expected a transformers model, got {type(copied).__name__}")
-    return copied

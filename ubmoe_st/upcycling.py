@@ -73,7 +73,8 @@ def upcycle(
         FileNotFoundError: If the base or the experts are not found.
         ValueError: If the base cannot be split, or the experts do not belong to it.
     """
-    target = Path(out)
+    target = Path(out).expanduser()
+    bi_experts = Path(bi_experts).expanduser() if bi_experts is not None else None
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True")
     if max_seq_length is not None and max_seq_length < 1:
