@@ -76,7 +76,7 @@ def answer(
 
 
 def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> None:
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     if getattr(tokenizer, "chat_template", None) is None:
         return
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)

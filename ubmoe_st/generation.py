@@ -87,7 +87,7 @@ def _check_arguments(max_new_tokens: object, stream: bool, generation_kwargs: Ma
     if max_new_tokens is not None:
         if isinstance(max_new_tokens, bool) or not hasattr(max_new_tokens, "__index__"):
             raise TypeError(f"max_new_tokens must be a whole number or None, got {max_new_tokens!r}")
-        if operator.index(max_new_tokens) < 1:  # type: ignore[arg-type]
+        if operator.index(max_new_tokens) < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     taken = sorted(_OF_PROMPTS & generation_kwargs.keys())
     if taken:

@@ -141,7 +141,9 @@ def generator_tensors(lm: PreTrainedModel, encoder: nn.Module, uni: Mapping[str,
             of a shared one, as adapters and quantisers do.
     """
     stock = meta_causal_lm(lm.config)
-    shared = {plain_name(key): tensor for key, tensor in encoder.named_parameters() if not is_ffn_key(key)}
+    shared: dict[str, Tensor] = {
+        plain_name(key): tensor for key, tensor in encoder.named_parameters() if not is_ffn_key(key)
+    }
     if any(isinstance(module, LowRankLinear) for module in encoder.modules()):
         shared |= {key: tensor for key, tensor in uni.items() if is_ffn_key(key)}
     state = {plain_name(name): tensor for name, tensor in lm.state_dict(keep_vars=True).items()}

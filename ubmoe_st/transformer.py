@@ -544,7 +544,7 @@ class UBMoETransformer(Transformer):
             raise ValueError("this module knows no base model; make it with `UBMoETransformer.from_base(...)`")
         checkpoint.plain_dtypes(self.model.state_dict())  # first: what others put into layers compares with nothing
         # Of the embeddings, which a caller may have resized through the generator's config.
-        self.model.config.vocab_size = len(self.model.get_input_embeddings().weight)
+        self.model.config.vocab_size = len(self.model.get_input_embeddings().state_dict()["weight"])
         encoder, uni = self.encoder_state(), self.uni_tensors()
         if "uni" in self._generators:
             uni = generator_tensors(self._generators["uni"], self.model, uni)
