@@ -22,7 +22,7 @@ pytest.importorskip("peft")
 
 from helpers.training import make_recipe, make_teacher, make_training_data
 
-from training.contrastive import load_run, main, train, training_arguments
+from training.contrastive import load_run, main, released_projection, train, training_arguments
 from training.recipe import EmbedderTeacher, Groups, SimilarityWeights, Texts, TextSource
 from training.resume import trained_parameters
 from training.student import build_model
@@ -99,6 +99,18 @@ def similarity(recipe, checkpoint, data, tmp_path):
         return recipe(**{**values, **changes})
 
     return make
+
+
+def test_a_number_of_components_is_released(similarity):
+    """The first ones of what was trained, which are the largest."""
+    run = train(similarity(project=True, components=8, trainer={"max_steps": 2}))
+    released, trained = UBMoE(str(run.checkpoint)).encode(TEXTS), run.model.eval().encode(TEXTS)
+    assert released.shape == (len(TEXTS), 8)
+    assert trained.shape[1] > 8
+    leading = trained[:, :8] / np.linalg.norm(trained[:, :8], axis=1, keepdims=True)
+    assert np.abs(released - leading).max() < 1e-2
+    with pytest.raises(ValueError, match="more than the"):
+        released_projection(similarity(project=True, components=10_000), run.model)
 
 
 def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):

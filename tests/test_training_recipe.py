@@ -204,6 +204,7 @@ def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
         (["batch_tokens=null"], "set it"),
         (["head=null"], "similarity.cosine needs `head`"),
         (["head=output", "project=true"], "choose one"),
+        (["project=true", "components=0"], "at least 1"),
         (["components=true"], "components turns the layer of `project: true`"),
         (["groups=null", "similarity.within=0.5"], "needs `groups`"),
         (["pairs=x"], "exactly one of"),

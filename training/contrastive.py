@@ -384,7 +384,7 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
         return export_experts(
             module,
             out,
-            projection=next((m for m in modules_behind(model) if isinstance(m, Dense)), None),
+            projection=released_projection(recipe, model),
             recipe={
                 "pooling": {"mode": recipe.pooling, "include_prompt": recipe.pool_prompt},
                 "max_seq_length": recipe.encode_max_seq_length,
@@ -395,6 +395,24 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
         )
     causal_model(module, base).save_pretrained(out)
     return out
+
+
+def released_projection(recipe: ContrastiveRecipe, model: SentenceTransformer) -> Dense | None:
+    """The layer behind the pooling with the outputs that the recipe releases. None where there is none.
+
+    Raises:
+        ValueError: If the recipe asks for more components than there are outputs.
+    """
+    trained = next((module for module in modules_behind(model) if isinstance(module, Dense)), None)
+    if trained is None or isinstance(recipe.components, bool):
+        return trained
+    width, kept = trained.linear.out_features, recipe.components
+    if kept > width:
+        raise ValueError(f"components: {kept} is more than the {width} dimensions of the vectors")
+    released = Dense(trained.linear.in_features, kept, activation_function=trained.activation_function)
+    state = trained.linear.state_dict()
+    released.linear.load_state_dict({key: tensor[:kept] for key, tensor in state.items()})
+    return released
 
 
 def teachers_of(recipe: ContrastiveRecipe) -> dict[str, Any]:

@@ -348,9 +348,9 @@ class ContrastiveRecipe:
     """A square linear layer behind the pooling that is part of the model. It starts by subtracting the mean of the
     pooled vectors of the `ridge` texts."""
 
-    components: bool = False
+    components: bool | int = False
     """At the end the projection is turned to the principal components of the vectors of the `ridge` texts: cosines
-    stay, and the leading dimensions say most, so that `truncate_dim` costs little."""
+    stay, and the leading dimensions say most, so that `truncate_dim` costs little. A number: so many are released."""
 
     pooling: Literal["mean", "lasttoken"] = "mean"
     prompt: str | None = None
@@ -405,6 +405,8 @@ class ContrastiveRecipe:
                 "components turns the layer of `project: true` by the vectors of `sentences` or `texts`; it goes "
                 "neither with `pairs` nor with matryoshka_dims, which order the dimensions themselves"
             )
+        if not isinstance(self.components, bool) and self.components < 1:
+            raise ValueError(f"components is true, false, or at least 1, got {self.components}")
         if self.project and self.head == "output":
             raise ValueError("project changes the vectors that head: output ties to the teacher's space; choose one")
         if self.views == 2 and self.pairs is None and not self.has_noise:
