@@ -371,6 +371,41 @@ def _plain_dtype(key: str, tensor: object) -> torch.dtype:
     return tensor.dtype
 
 
+def generator_tensors(lm: PreTrainedModel, encoder: torch.nn.Module, uni: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a generator in use has beside the shared tensors, by the names of `uni_keys`.
+
+    Args:
+        lm: The generator.
+        encoder: The encoder view.
+        uni: What it had when it was built. Where low-rank experts stand on it, it is shared, too.
+
+    Raises:
+        CheckpointError: If it is no longer what a checkpoint holds: names a tensor that was added, or put in the place
+            of a shared one, as adapters and quantisers do.
+    """
+    from ubmoe_st.experts import LowRankLinear, is_ffn_key
+    from ubmoe_st.generator import meta_causal_lm, plain_name, uni_keys
+
+    stock = meta_causal_lm(lm.config)
+    shared: dict[str, Tensor] = {
+        plain_name(key): tensor for key, tensor in encoder.named_parameters() if not is_ffn_key(key)
+    }
+    if any(isinstance(module, LowRankLinear) for module in encoder.modules()):
+        shared |= {key: tensor for key, tensor in uni.items() if is_ffn_key(key)}
+    state = {plain_name(name): tensor for name, tensor in lm.state_dict(keep_vars=True).items()}
+    odd = sorted(state.keys() ^ stock.state_dict().keys())
+    if odd:
+        raise CheckpointError(f"the generator differs from a {type(stock).__name__} in {odd[0]}")
+    for name, tensor in state.items():
+        if shared.get(name.removeprefix(f"{lm.base_model_prefix}."), tensor) is not tensor:
+            raise CheckpointError(f"{name} of the generator was replaced, and is not that of the encoder any more")
+    if lm.config.tie_word_embeddings and lm.get_output_embeddings().weight is not lm.get_input_embeddings().weight:
+        raise CheckpointError("the generator's head is not that of its embeddings, though its config ties them")
+    own = {key: state[name].detach() for key, name in uni_keys(stock).items()}
+    plain_dtypes(own)
+    return own
+
+
 def name_first_module(folder: Path, kind: str) -> None:
     """Let `modules.json` name the class that stock sentence-transformers takes for the first module.
 

@@ -40,7 +40,6 @@ from ubmoe_st.generator import (
     causal_config,
     converted,
     generator_parameter,
-    generator_tensors,
     meta_causal_lm,
     plain_name,
     router_state,
@@ -547,7 +546,7 @@ class UBMoETransformer(Transformer):
         self.model.config.vocab_size = len(self.model.get_input_embeddings().state_dict()["weight"])
         encoder, uni = self.encoder_state(), self.uni_tensors()
         if "uni" in self._generators:
-            uni = generator_tensors(self._generators["uni"], self.model, uni)
+            uni = checkpoint.generator_tensors(self._generators["uni"], self.model, uni)
         low_rank = self._current_low_rank(encoder, uni)
         if self.is_low_memory:
             encoder |= self.source.bi(low_rank, uni, self.model.dtype)
