@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from helpers.engines import cosine, in_process
 from helpers.gguf import GGUF_TEXTS
 from helpers.models import TEXTS
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from ubmoe_st import UBMoE
 from ubmoe_st.export import export
@@ -82,6 +84,23 @@ def test_vectors_are_those_of_the_torch_encoder(native, files):
     np.testing.assert_allclose(found, alone, atol=2e-4)
     base = model[0].generator("uni").model(**model.tokenizer(TEXTS[:1], return_tensors="pt")).last_hidden_state.mean(1)
     assert cosine(base.detach().numpy(), expected[:1])[0] < 0.99, "the base gives these vectors, too"
+
+
+def test_a_dense_layer_is_applied_to_what_llama_cpp_pools(files, tmp_path):
+    checkpoint, base = files
+    model = UBMoE(str(checkpoint), device="cpu")
+    width = model.get_embedding_dimension()
+    layer = Dense(width, width // 2, activation_function=torch.nn.Identity())
+    model.insert(2, layer)
+    model.save(str(tmp_path / "projected"))
+    expected = UBMoE(str(tmp_path / "projected"), device="cpu").encode(GGUF_TEXTS)
+    native = NativeUBMoE.from_checkpoint(tmp_path / "projected", gguf=base, context=128, longest_text=64, threads=1)
+    assert native.dimension == width // 2 == expected.shape[1]
+    assert cosine(native.encode(GGUF_TEXTS), expected).min() > 0.9999
+    native.close()
+    with torch.no_grad():
+        layer.linear.bias.add_(1.0)
+    assert cosine(model.encode(GGUF_TEXTS), expected).min() < 0.99, "the bias changes nothing: the test says nothing"
 
 
 def test_tokens_are_those_of_plain_llama_cpp(native, files):

@@ -156,7 +156,8 @@ class NativeUBMoE:
         self._vocab = lib.llama_model_get_vocab(self._model)
         trained = lib.llama_model_n_ctx_train(self._model)
         self.context, self.longest_text = min(context, trained), min(longest_text, trained)
-        self.dimension = lib.llama_model_n_embd(self._model)
+        self._width = lib.llama_model_n_embd(self._model)
+        self.dimension = len(parts.dense[-1][1]) if parts.dense else self._width
         self._vocab_size = lib.llama_vocab_n_tokens(self._vocab)
         threads = threads or os.cpu_count() or 1
         written = adapter_of(parts.experts, self._architecture())
@@ -275,7 +276,7 @@ class NativeUBMoE:
 
     def embed(self, batch: Sequence[Tokens]) -> np.ndarray:
         """See `Engine`."""
-        vectors = np.empty((len(batch), self.dimension), np.float32)
+        vectors = np.empty((len(batch), self._width), np.float32)
         with self._encoder_lock:
             first = 0
             while first < len(batch):
@@ -287,6 +288,8 @@ class NativeUBMoE:
                     last += 1
                 vectors[first:last] = self._embed([tokens.ids for tokens in batch[first:last]])
                 first = last
+        for weight, bias in self.parts.dense:
+            vectors = vectors @ weight.T + bias
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def _embed(self, rows: list[list[int]]) -> np.ndarray:
@@ -309,7 +312,7 @@ class NativeUBMoE:
             if failed:
                 raise RuntimeError(f"llama.cpp could not embed {count} tokens (status {failed})")
             vectors = [lib.llama_get_embeddings_seq(self._encoder, sequence) for sequence in range(len(rows))]
-            size = self.dimension * 4
+            size = self._width * 4
             return np.stack([np.frombuffer(ffi.buffer(vector, size), np.float32) for vector in vectors])
         finally:
             lib.llama_batch_free(batch)

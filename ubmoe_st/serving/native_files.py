@@ -27,6 +27,7 @@ class Parts:
         gguf: The base model.
         experts: The `bi` experts, `bi_delta.safetensors`.
         pooling: `mean`, `cls` or `lasttoken`.
+        dense: Linear layers behind the pooling: weight, (out, in), and bias, (out,).
         prompts: Of the encoder, by name.
         default_prompt: Name of the prompt of a text that comes without one.
         chat_template: Jinja template. None: the model does not chat.
@@ -37,6 +38,7 @@ class Parts:
     gguf: Path
     experts: Path
     pooling: str = "mean"
+    dense: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     chat_template: str | None = None
@@ -69,6 +71,7 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
         gguf=base,
         experts=folder / checkpoint.DELTA_FILE,
         pooling=_pooling_of(folder, bool(prompts)),
+        dense=_dense_of(folder),
         prompts=prompts,
         default_prompt=default if default in prompts else None,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template"),
@@ -88,7 +91,7 @@ def _token(entry: Any) -> str:
 def _pooling_of(folder: Path, prompted: bool) -> str:
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     kinds = [module["type"].rpartition(".")[2] for module in modules]
-    other = [kind for kind in kinds[1:] if kind not in ("Pooling", "Normalize")]
+    other = [kind for kind in kinds[1:] if kind not in ("Pooling", "Dense", "Normalize")]
     settings = [
         _json(folder / module["path"] / "config.json") for module in modules if module["type"].endswith("Pooling")
     ]
@@ -96,9 +99,31 @@ def _pooling_of(folder: Path, prompted: bool) -> str:
     if other or mode not in ("mean", "cls", "lasttoken"):
         found = other[0] if other else f"pooling {mode}"
         raise ValueError(f"llama.cpp pools by mean, cls or lasttoken and nothing else, the checkpoint has {found}")
+    if kinds[1] != "Pooling":
+        raise ValueError(
+            f"llama.cpp pools first, and the checkpoint has {kinds[1]} before it; serve it with engine torch"
+        )
     if prompted and not settings[0].get("include_prompt", True):
         raise ValueError("the checkpoint pools without its prompts, which llama.cpp cannot; serve it with engine torch")
     return str(mode)
+
+
+def _dense_of(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """The linear layers between pooling and normalising, which llama.cpp has no place for."""
+    found = []
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        if module["type"].rpartition(".")[2] != "Dense":
+            continue
+        place = folder / module["path"]
+        activation = str(_json(place / "config.json").get("activation_function", "none named"))
+        if activation.rpartition(".")[2] != "Identity":
+            raise ValueError(
+                f"the Dense of {folder} has {activation} behind it; serve this checkpoint with engine torch"
+            )
+        tensors = dict(_tensors(place / "model.safetensors"))
+        weight = tensors["linear.weight"]
+        found.append((weight, tensors.get("linear.bias", np.zeros(len(weight), np.float32))))
+    return tuple(found)
 
 
 def _cache() -> Path:
