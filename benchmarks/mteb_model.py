@@ -58,12 +58,13 @@ def model_meta(
     from mteb.models import ModelMeta
     from mteb.models.model_meta import ScoringFunction
 
-    own = _read(Path(path)) if path and checkpoint.is_checkpoint(path) else {}
+    own, taught = _read(Path(path)) if path and checkpoint.is_checkpoint(path) else ({}, set())
+    named = {"name": name} if name else {}
     return ModelMeta.create_empty(
         overwrites={
             "loader": _load,
             "loader_kwargs": {"path": str(path)} if path else {},
-            "name": name or own.pop("name", NAME),
+            "name": NAME,
             "revision": revision,
             "languages": ["eng-Latn"],
             "license": "apache-2.0",
@@ -71,7 +72,7 @@ def model_meta(
             "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
             "similarity_fn_name": ScoringFunction.COSINE,
             "use_instructions": False,
-            "training_datasets": set(training_datasets) | own.pop("taught", set()),
+            "training_datasets": training_datasets | taught,
             "adapted_from": "HuggingFaceTB/SmolLM2-135M-Instruct",
             "modalities": ["text"],
             "model_type": ["dense"],
@@ -79,12 +80,13 @@ def model_meta(
             "public_training_code": code,
             "public_training_data": data,
             **own,
+            **named,
         }
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What mteb lists of a checkpoint's encoder, from its files; `taught` is the data of its teachers."""
+def _read(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """What mteb lists of a checkpoint's encoder, from its files, and the data that its teachers were trained on."""
     import mteb
     from huggingface_hub import ModelCard
 
@@ -97,7 +99,6 @@ def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": f"ubmoe-st/{path.resolve().name}",
         "license": card.license,
-        "taught": {dataset for teacher in teachers for dataset in teacher.training_datasets or ()},
         "n_parameters": facts["parameters"]["active_encoding"],
         "n_embedding_parameters": stock["vocab_size"] * stock["hidden_size"],
         "memory_usage_mb": round((facts["bytes"]["shared"] + facts["bytes"]["bi"]) / 2**20),
@@ -105,7 +106,9 @@ def _read(path: Path) -> dict[str, Any]:
         "max_tokens": min(tokenizer.get("model_max_length") or 10**30, stock["max_position_embeddings"]),
     }
     base = facts["base"]["name"]
-    return found | ({"adapted_from": base} if "/" in base else {})
+    if "/" in base:
+        found["adapted_from"] = base
+    return found, {dataset for teacher in teachers for dataset in teacher.training_datasets or ()}
 
 
 def wrap(encoder: Encoder) -> Any:

@@ -176,6 +176,7 @@ def test_sizes_in_the_metadata_are_those_of_the_opened_model(checkpoint):
     assert meta.max_tokens == stock.max_seq_length
     assert meta.release_date == "2026-11-25"
     assert meta.name == f"ubmoe-st/{Path(checkpoint).name}"
+    assert model_meta(checkpoint, name="somebody/else").name == "somebody/else"
     assert model_meta().n_parameters is None
     assert model_meta().name == "ubmoe-st/ubmoe-135m"
 
