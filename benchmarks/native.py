@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.results import one_line_errors
 from training.data import data_folder, sts_pairs
 
 PROMPTS = ["The capital of France is", "Once upon a time there was a small"]
@@ -50,11 +51,8 @@ def main(
     from ubmoe_st.serving import NativeUBMoE, TorchEngine
 
     torch.set_num_threads(1)
-    try:
+    with one_line_errors(ImportError):  # a checkpoint that llama.cpp cannot embed with, say
         native = NativeUBMoE.from_checkpoint(model, gguf=gguf, threads=1)
-    except (ImportError, ValueError, OSError) as error:  # a checkpoint that llama.cpp cannot embed with, say
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     engines: dict[str, Any] = {
         "torch": TorchEngine(UBMoE(model, device="cpu", low_memory=True), "torch"),
         "llama.cpp": native,

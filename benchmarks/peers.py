@@ -123,14 +123,15 @@ def base_folder(given: str | None = None, model: str | Path | None = None) -> st
     """The base model: the one given, else `$UBMOE_BASE`, else that of the checkpoint `model`, else SmolLM2-135M.
 
     Returns:
-        A folder for a GGUF or a short name, else the name as it is.
+        A folder for a GGUF, a short name or the base of a checkpoint, else the name as it is.
 
     Raises:
         ValueError: If the checkpoint names no base, or that is not found here.
     """
     name = given or os.environ.get("UBMOE_BASE")
-    if not name:
-        name = recorded_base(read_config(model)) if model is not None and is_checkpoint(model) else "smollm2-135m"
+    if not name and model is not None and is_checkpoint(model):
+        return str(recorded_base(read_config(model)).path)
+    name = name or "smollm2-135m"
     return str(resolve_base(name).path) if name in SHORT_NAMES or name.endswith(".gguf") else name
 
 

@@ -79,7 +79,9 @@ def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> Non
     tokenizer: Any = getattr(model, "tokenizer", None)
     if getattr(tokenizer, "chat_template", None) is None:
         return
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    from ubmoe_st.generation import ChatOptions, chat_text
+
+    text = chat_text(tokenizer, prompt, ChatOptions())
     size, room = len(model.token_ids(text)), model.generator.config.max_position_embeddings
     if size >= room:
         raise ValueError(

@@ -170,6 +170,8 @@ def encode(
     if not texts:
         raise ValueError(f"{source} holds no texts")
     model = _load(path, compute=compute)
+    if truncate_dim is not None and truncate_dim > (dimension := model.get_embedding_dimension() or 0):
+        raise ValueError(f"truncate_dim={truncate_dim} is more than the model's {dimension} dimensions")
     vectors: Any = model.encode(
         texts,
         prompt_name=prompt_name,
@@ -177,8 +179,6 @@ def encode(
         truncate_dim=truncate_dim,
         show_progress_bar=not as_json and err.is_terminal,
     )
-    if truncate_dim is not None and truncate_dim > vectors.shape[1]:
-        raise ValueError(f"truncate_dim={truncate_dim} is more than the model's {vectors.shape[1]} dimensions")
     out_file.parent.mkdir(parents=True, exist_ok=True)
     with replacing_by_name(out_file, unique=True) as temporary:
         if out_file.suffix == ".npy":

@@ -55,8 +55,9 @@ def check_lossless(views: UBMoETransformer, base: str | os.PathLike[str] | Base 
     """
     config = views.ubmoe_config
     if base is None:
-        base = recorded_base(config)
-    found = base if isinstance(base, Base) else resolve_base(base)
+        found = recorded_base(config)
+    else:
+        found = base if isinstance(base, Base) else resolve_base(base)
     attention = views.model.config._attn_implementation
     reference: Any = AutoModelForCausalLM.from_pretrained(
         found.path, dtype=views.model.dtype, attn_implementation=attention
@@ -100,8 +101,8 @@ def compare(lm: PreTrainedModel, reference: PreTrainedModel) -> dict[str, str | 
     return checks
 
 
-def recorded_base(config: UBMoEConfig | None) -> str:
-    """The base that a checkpoint names, as `resolve_base` takes it: a short name where there is one, else the name.
+def recorded_base(config: UBMoEConfig | None) -> Base:
+    """The base that a checkpoint names.
 
     Raises:
         ValueError: If the checkpoint names none, or that is not found here.
@@ -111,10 +112,9 @@ def recorded_base(config: UBMoEConfig | None) -> str:
         raise ValueError("the checkpoint names no base, as its generator was changed; say which with base=...")
     short = {full: short for short, full in SHORT_NAMES.items()}.get(name, name)
     try:
-        resolve_base(short)
+        return resolve_base(short)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"the base {name} is not found here; say where it is with base=... ({error})") from error
-    return short
 
 
 def _inputs(lm: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -284,10 +284,9 @@ class TorchEngine:
         elif self.model.tokenizer.chat_template is None:
             raise ValueError("this checkpoint has no chat template; ask for a completion of a text instead")
         else:
-            try:
-                text = self.model.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # the template's own, which refuses roles or an order that it does not know
-                raise ValueError(f"the chat template cannot write these messages: {error}") from error
+            from ubmoe_st.generation import ChatOptions, chat_text
+
+            text = chat_text(self.model.tokenizer, prompt, ChatOptions(continue_final_message=False))
             ids = self._views.token_ids(text, add_special_tokens=False)
         if not ids:
             raise ValueError("the prompt is empty: there is nothing to continue")

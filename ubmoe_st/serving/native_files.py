@@ -65,13 +65,14 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
     if not base.is_file():
         raise FileNotFoundError(f"{base} does not exist; expected a GGUF file of {config.base_model}")
     template = folder / "chat_template.jinja"
+    modules = _modules_of(folder)
     named = (name for name in ("bos_token", "eos_token", "pad_token", "unk_token") if name in tokenizer)
     default = stock.get("default_prompt_name")
     return Parts(
         gguf=base,
         experts=folder / checkpoint.DELTA_FILE,
-        pooling=_pooling_of(folder, bool(prompts)),
-        dense=_dense_of(folder),
+        pooling=_pooling_of(modules, bool(prompts)),
+        dense=_dense_of(modules),
         prompts=prompts,
         default_prompt=default if default in prompts else None,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template"),
@@ -88,13 +89,16 @@ def _token(entry: Any) -> str:
     return str(entry["content"] if isinstance(entry, dict) else entry or "")
 
 
-def _pooling_of(folder: Path, prompted: bool) -> str:
+def _modules_of(folder: Path) -> list[tuple[str, Path]]:
+    """Kind and folder of each sentence-transformers module."""
     modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    return [(module["type"].rpartition(".")[2], folder / module["path"]) for module in modules]
+
+
+def _pooling_of(modules: list[tuple[str, Path]], prompted: bool) -> str:
+    kinds = [kind for kind, _ in modules]
     other = [kind for kind in kinds[1:] if kind not in ("Pooling", "Dense", "Normalize")]
-    settings = [
-        _json(folder / module["path"] / "config.json") for module in modules if module["type"].endswith("Pooling")
-    ]
+    settings = [_json(place / "config.json") for kind, place in modules if kind == "Pooling"]
     mode = settings[0].get("pooling_mode") if len(settings) == 1 else None
     if other or mode not in ("mean", "cls", "lasttoken"):
         found = other[0] if other else f"pooling {mode}"
@@ -108,17 +112,16 @@ def _pooling_of(folder: Path, prompted: bool) -> str:
     return str(mode)
 
 
-def _dense_of(folder: Path) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+def _dense_of(modules: list[tuple[str, Path]]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     """The linear layers between pooling and normalising, which llama.cpp has no place for."""
     found = []
-    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
-        if module["type"].rpartition(".")[2] != "Dense":
+    for kind, place in modules:
+        if kind != "Dense":
             continue
-        place = folder / module["path"]
         activation = str(_json(place / "config.json").get("activation_function", "none named"))
         if activation.rpartition(".")[2] != "Identity":
             raise ValueError(
-                f"the Dense of {folder} has {activation} behind it; serve this checkpoint with engine torch"
+                f"the Dense in {place} has {activation} behind it; serve this checkpoint with engine torch"
             )
         tensors = dict(_tensors(place / "model.safetensors"))
         weight = tensors["linear.weight"]
