@@ -25,7 +25,7 @@ from helpers.training import make_recipe, make_teacher, make_training_data
 from training.contrastive import load_run, main, released_projection, train, training_arguments
 from training.recipe import EmbedderTeacher, Groups, SimilarityWeights, Texts, TextSource
 from training.resume import trained_parameters
-from training.student import build_model
+from training.student import build_model, start_from
 from training.teacher import main as teacher_vectors_main
 from training.texts import read_corpus
 from ubmoe_st import UBMoE
@@ -101,7 +101,7 @@ def similarity(recipe, checkpoint, data, tmp_path):
     return make
 
 
-def test_a_number_of_components_is_released(similarity):
+def test_a_number_of_components_is_released(similarity, tmp_path):
     """The first ones of what was trained, which are the largest."""
     run = train(similarity(project=True, components=8, trainer={"max_steps": 2}))
     released, trained = UBMoE(str(run.checkpoint)).encode(TEXTS), run.model.eval().encode(TEXTS)
@@ -111,6 +111,15 @@ def test_a_number_of_components_is_released(similarity):
     assert np.abs(released - leading).max() < 1e-2
     with pytest.raises(ValueError, match="more than the"):
         released_projection(similarity(project=True, components=10_000), run.model)
+    # Another phase begins with the vectors of the release; what it left out stays out, and the rest trains.
+    on = similarity(project=True, components=8, init_from=str(run.experts), out=str(tmp_path / "on"))
+    on.trainer |= {"max_steps": 2}
+    model = build_model(on, device="cpu", head_size=5).eval()
+    start_from(model, run.experts)
+    assert np.abs(model.encode(TEXTS)[:, :8] - released).max() < 2e-3
+    after = train(on, export=False).model.eval().encode(TEXTS)
+    assert np.linalg.matrix_rank(after.astype(np.float64), tol=1e-4) <= 8
+    assert np.abs(after[:, :8] - released).max() > 1e-3
 
 
 def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):

@@ -183,13 +183,30 @@ def start_from(model: SentenceTransformer, folder: Path) -> list[Dense]:
     kept = next((module for module in layers.values() if module.module_output_name != HEAD), None)
     if kept is None or not (folder / PROJECTION_FILE).is_file():
         return list(layers.values())
-    state = {key: tensor.float() for key, tensor in load_file(folder / PROJECTION_FILE).items()}
-    if {key: t.shape for key, t in state.items()} != {key: t.shape for key, t in kept.linear.state_dict().items()}:
-        raise ValueError(
-            f"{folder / PROJECTION_FILE} has another shape than the recipe's layer; change head or project"
-        )
-    kept.linear.load_state_dict(state)
+    _load_projection(kept, folder / PROJECTION_FILE)
     return [module for module in layers.values() if module is not kept]
+
+
+def _load_projection(layer: Dense, file: Path) -> None:
+    """Put a released projection into the layer that trains.
+
+    Outputs that the release left out are 0, have no gradient at 0, and so stay it. The vectors are normalised: size is
+    free, and rows of length 1, as a new layer has, let a step of the optimizer move them as far.
+
+    Raises:
+        ValueError: If it reads other vectors, or gives more dimensions than the layer.
+    """
+    state = {key: tensor.float() for key, tensor in load_file(file).items()}
+    wanted, found = layer.linear.weight.shape, state["weight"].shape
+    if found[1] != wanted[1] or found[0] > wanted[0]:
+        raise ValueError(
+            f"{file} has shape {tuple(found)}, and the recipe's layer {tuple(wanted)}; change head or project"
+        )
+    size = state["weight"].square().sum(1).mean().sqrt()
+    with torch.no_grad():
+        for key, tensor in layer.linear.state_dict().items():
+            tensor.zero_()
+            tensor[: found[0]] = state[key] / size
 
 
 def _load_experts(module: UBMoETransformer, file: Path) -> None:
