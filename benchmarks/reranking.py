@@ -253,10 +253,14 @@ def main(
             if name not in names:
                 raise ValueError(f"Expected a {kind} of {', '.join(names)}, got {name!r} ({nearest(name, names)}).")
         dev = local.dolly_dev(folder) if weight is None and DOLLY_DEV in known else None
-        methods: Any = [one for one in METHODS if one in (method or METHODS)]
         for name in model or ["models/ubmoe-135m"]:
+            encoder = replace(open_encoder(name, device=device), model=UBMoE(name, device=device))
+            methods: Any = [one for one in METHODS if one in (method or METHODS)]
+            if method is None and not encoder.model.tokenizer.chat_template:
+                typer.echo(f"{encoder.row}: without yes_no, which asks a chat, and there is no chat template")
+                methods.remove("yes_no")
             run(
-                replace(open_encoder(name, device=device), model=UBMoE(name, device=device)),
+                encoder,
                 [local.open_collection(folder, one) for one in collection or known],
                 dev=dev,
                 weight=weight,

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from helpers.benchmark_data import make_base, make_data
 from helpers.models import make_checkpoint
+from typer.testing import CliRunner
 
 pytest.importorskip("ir_measures")
 pytest.importorskip("bm25s")
@@ -76,3 +77,18 @@ def test_a_run_measures_every_method_and_keeps_it(encoder, tmp_path, monkeypatch
     assert [line.endswith("kept") for line in said] == [True] * 4
     with pytest.raises(ValueError, match="Give --weight"):
         reranking.run(encoder, [collection], **options | {"weight": None})
+
+
+def test_a_base_without_chat_template_is_measured_without_yes_no(tmp_path):
+    data = make_data(tmp_path / "data")
+    checkpoint = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "plain")
+    options = ["--model", str(checkpoint), "--collection", "toy", "--queries", "2", "--candidates", "2"]
+    options += ["--data-dir", str(data), "--weight", "0.5", "--out", str(tmp_path), "--indexes", str(tmp_path / "i")]
+    found = CliRunner().invoke(reranking.app, options)
+    assert found.exit_code == 0, found.output
+    assert "plain: without yes_no" in found.output
+    content = read_json(tmp_path / "reranking-plain-first2.json")
+    assert {one["method"] for one in content["scores"]} == set(reranking.METHODS) - {"yes_no"}
+    refused = CliRunner().invoke(reranking.app, [*options, "--method", "yes_no"])
+    assert refused.exit_code == 1
+    assert "yes_no asks in a chat" in refused.output

@@ -225,6 +225,7 @@ def pair_template(views: UBMoETransformer) -> str:
     Raises:
         ValueError: If the base has no chat template, or one that changes what is said.
     """
+    _check_chat(views)
     marks = {role: f"[[the {role} stands here]]" for role in ("query", "document")}
     content = YES_NO_PROMPT.format(**marks)
     rest = chat_text(views.tokenizer, [{"role": "user", "content": content}], ChatOptions())
@@ -238,11 +239,20 @@ def pair_template(views: UBMoETransformer) -> str:
     return f"{template}{{{{ {_literal(rest)} }}}}"
 
 
+def _check_chat(views: UBMoETransformer) -> None:
+    tokenizer: Any = views.tokenizer
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "yes_no asks in a chat, and the tokenizer of this checkpoint has no chat template; use method='likelihood'"
+        )
+
+
 def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
 def _asked(views: UBMoETransformer, query: str, document: str) -> list[int]:
+    _check_chat(views)
     content = YES_NO_PROMPT.format(query=query, document=document)
     text = chat_text(views.tokenizer, [{"role": "user", "content": content}], ChatOptions())
     return views.token_ids(text, add_special_tokens=False)
