@@ -115,6 +115,24 @@ def lead_a_module_out(folder):
     return "modules.json names the folder"
 
 
+def name_a_module_at_length(folder):
+    edit(folder / "modules.json", lambda modules: modules[1].update(path="x" * 300))
+    return "modules.json names the folder"
+
+
+def name_a_file_at_length(folder):
+    edit(folder / layout.INDEX_FILE, lambda index: index["weight_map"].update({"norm.weight": "x" * 300}))
+    return "is not a file beside it"
+
+
+def halve_a_surrogate_pair(folder):
+    """Python's JSON takes it; the library that reads the tensors does not."""
+    header, data = header_of(folder / layout.BI_FILE)
+    header["__metadata__"] = {"format": "\ud800"}
+    put_header(folder / layout.BI_FILE, header, data)
+    return "its header is not JSON"
+
+
 def lay_weights_beside(folder):
     """transformers prefers one file to an index, and would read other weights than were checked."""
     shutil.copy(folder / layout.SHARED_FILE, folder / "model.safetensors")
@@ -170,6 +188,9 @@ def map_tensors_to_a_number(folder):
         link_out,
         link_the_generator_out,
         lead_a_module_out,
+        name_a_module_at_length,
+        name_a_file_at_length,
+        halve_a_surrogate_pair,
         lay_weights_beside,
         pickle_a_module,
         ask_for_many_layers,

@@ -402,6 +402,11 @@ def test_a_parquet_file_without_its_footer_is_refused(tmp_path, encoder):
     file.write_bytes(content[: -8 - size] + b"\xff" * size + content[-8:])
     with pytest.raises(CorpusError, match=r"p\.parquet is not a readable parquet file"):
         EmbeddingIndex.build(encoder, file, tmp_path / "i")
+    # A name of a column that is no UTF-8.
+    pq.write_table(pa.table({"id": ["1"], "text": ["cat"], "wrong": ["x"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"wrong", b"wro\x8fg"))
+    with pytest.raises(CorpusError, match=r"p\.parquet is not a readable parquet file"):
+        EmbeddingIndex.build(encoder, file, tmp_path / "i")
 
 
 def test_a_csv_with_columns_of_one_name_or_an_endless_line_is_refused(tmp_path, encoder):

@@ -196,6 +196,7 @@ def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
     ("changes", "said"),
     [
         (["teacher.0.kind=oracle"], "kind must be one of prompted-base, sentence-transformers, got 'oracle'"),
+        (["teacher.0.kind=[]"], r"kind must be one of prompted-base, sentence-transformers, got \[\]"),
         (["teacher.0.modle=x"], "unknown key 'modle'"),
         (["teacher.0.weight=0"], "weights must be greater than 0"),
         (["teacher.1.folder=t1"], "a `folder` of its own"),

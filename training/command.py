@@ -190,7 +190,7 @@ def _section(sections: Sequence[Any], value: dict[str, Any], where: str) -> type
     kinds = {typing.get_args(typing.get_type_hints(s).get("kind"))[:1]: s for s in sections} if sections[1:] else {}
     if not kinds or "kind" not in value:
         return sections[0]
-    if (value["kind"],) not in kinds:
+    if not isinstance(value["kind"], str) or (value["kind"],) not in kinds:
         known = ", ".join(name for (name,) in kinds)
         raise ValueError(f"{where}: kind must be one of {known}, got {value['kind']!r}")
     return kinds[(value["kind"],)]

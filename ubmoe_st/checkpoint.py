@@ -43,6 +43,8 @@ _MODULES_FILE = "modules.json"
 _ONE_FILE = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
 _PICKLE = "pytorch_model.bin"
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024
+"""Bytes of a part of a name, and of all, that every file system takes."""
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
 """Endings of the files of a checkpoint that are read when it is loaded."""
 
@@ -107,7 +109,7 @@ def check_checkpoint(path: str | os.PathLike[str], *, modules: bool = True) -> U
         raise CheckpointError(f"{INDEX_FILE}: expected a `weight_map` from tensor to file")
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for file in sorted({*weight_map.values()}):
-        if Path(file).name != file:
+        if Path(file).name != file or not _is_plain(file):
             raise CheckpointError(f"{INDEX_FILE}: {file!r} is not a file beside it")
         if not (root / file).is_file():
             raise CheckpointError(f"{INDEX_FILE} names {file}, which is missing from {root}")
@@ -207,8 +209,11 @@ def _module_paths(root: Path) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name leads down from a folder, as written."""
-    return not (Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name)
+    """Whether a name leads down from a folder, as written, and is short enough for a file system."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        return False
+    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in Path(name).parts]
+    return max(sizes, default=0) <= _LONGEST_NAME and sum(sizes) <= _LONGEST_PATH
 
 
 def _is_inside(file: Path, root: Path) -> bool:

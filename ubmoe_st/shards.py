@@ -203,6 +203,8 @@ def read_header(path: Path, name: str | None = None) -> dict[str, tuple[int, Spe
             raise ValueError(f"{name} is truncated or no safetensors file: {size:,} bytes do not hold its header")
         try:
             header = json.loads(file.read(length))
+            # Half of a surrogate pair is JSON for Python, and not for the library that reads the tensors.
+            json.dumps(header, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} is not a safetensors file: its header is not JSON") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None

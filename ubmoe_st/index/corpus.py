@@ -347,12 +347,11 @@ class Corpus:
         try:
             # Read in pieces and not mapped: the pages of a map would add up to the file.
             parquet = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)
-        except (pyarrow.ArrowException, OSError) as error:
+            columns = parquet.schema_arrow.names
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise CorpusError(f"{name} is not a readable parquet file ({error})") from error
-        if self.fields.text not in parquet.schema_arrow.names:
-            raise CorpusError(
-                f"{name} has no column {self.fields.text!r}, only {parquet.schema_arrow.names}: name the text column"
-            )
+        if self.fields.text not in columns:
+            raise CorpusError(f"{name} has no column {self.fields.text!r}, only {columns}: name the text column")
         number = 0
         size = sum(parquet.metadata.row_group(n).total_byte_size for n in range(parquet.num_row_groups))
         rows = max(1, min(256, PARQUET_BYTES * parquet.metadata.num_rows // max(1, size)))
