@@ -29,7 +29,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import EarlyStoppingCallback, set_seed
 
-from training.batches import EpochCallback, GroupBudget, LengthBuckets, RoughCollator, TokenBudget
+from training.batches import EpochCallback, GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
 from training.command import (
     RECIPE_FILE,
     arguments_of,
@@ -121,9 +121,8 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
                 self.sampler = TokenBudget(dataset, lengths, self.batch_tokens, seed=self.args.seed)
             else:
                 self.sampler = GroupBudget(dataset, lengths, self.groups, self.batch_tokens, seed=self.args.seed)
-        if self.begun is not None and hasattr(self.sampler, "batches"):
-            # As many batches an epoch as the processes had that began.
-            self.sampler.batches = self.sampler.batches // self.begun * self.begun
+        if self.begun is not None and self.sampler is not None:
+            self.sampler = as_begun(self.sampler, len(dataset), self.begun, self.args.world_size)
         return self.sampler
 
     def _lengths(self, texts: Any) -> list[int]:
@@ -266,7 +265,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     with args.main_process_first(local=False):
         check_same_recipe(recipe, out)
     last = checkpoint_to_resume(args)
-    begun = keep_steps(args, last)
+    begun = keep_steps(args, last, streamed=recipe.shuffle_buffer is not None)
     corpus = read_corpus(recipe)
     found: list[Any] = []
     if recipe.teachers and corpus is not None:
