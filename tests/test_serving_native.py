@@ -103,6 +103,25 @@ def test_a_dense_layer_is_applied_to_what_llama_cpp_pools(files, tmp_path):
     assert cosine(model.encode(GGUF_TEXTS), expected).min() < 0.99, "the bias changes nothing: the test says nothing"
 
 
+def test_prompts_and_dimensions_are_those_of_the_torch_encoder(files, tmp_path):
+    """A default prompt is none for queries and documents, and `truncate_dim` cuts what llama.cpp gives."""
+    checkpoint, base = files
+    options = {"prompts": {"other": "the red "}, "default_prompt_name": "other", "truncate_dim": 8}
+    UBMoE(str(checkpoint), device="cpu", **options).save(str(tmp_path / "cut"))
+    model = UBMoE(str(tmp_path / "cut"), device="cpu")
+    native = NativeUBMoE.from_checkpoint(tmp_path / "cut", gguf=base, context=128, longest_text=64, threads=1)
+    assert native.dimension == 8
+    for found, expected in (
+        (native.encode(TEXTS), model.encode(TEXTS)),
+        (native.encode_query(TEXTS), model.encode_query(TEXTS)),
+        (native.encode_document(TEXTS), model.encode_document(TEXTS)),
+    ):
+        assert found.shape == expected.shape == (len(TEXTS), 8)
+        assert cosine(found, expected).min() > 0.9999
+    assert cosine(model.encode(TEXTS), model.encode_query(TEXTS)).min() < 0.99
+    native.close()
+
+
 def test_tokens_are_those_of_plain_llama_cpp(native, files):
     expected = in_process(PLAIN, files[1], json.dumps(PROMPTS))
     for prompt, tokens in zip(PROMPTS, expected, strict=True):

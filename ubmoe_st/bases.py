@@ -7,10 +7,13 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA3_HUB_ID = "google/gemma-3-270m"
@@ -229,4 +232,25 @@ def check_decoder(base: Base) -> None:
     if experts:
         raise ValueError(
             f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); expected a dense decoder"
+        )
+
+
+def check_bidirectional(encoder: PreTrainedModel) -> None:
+    """Refuse an architecture whose first token does not see later ones.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    import torch
+
+    vocabulary = encoder.config.vocab_size
+    ids = torch.arange(8, device=encoder.device)[None] % vocabulary
+    other = ids.clone()
+    other[0, 3] = (ids[0, 3] + vocabulary // 2 + 1) % vocabulary
+    with torch.inference_mode():
+        first, second = (encoder(input_ids=x, use_cache=False).last_hidden_state[0, 0] for x in (ids, other))
+    if torch.equal(first, second):
+        raise ValueError(
+            f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
+            "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
         )

@@ -461,7 +461,9 @@ def _check_texts(inputs: object) -> None:
         return
     if not hasattr(inputs, "__iter__") or isinstance(inputs, bytes):
         raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}")
-    if isinstance(inputs, Sequence):
+    if not isinstance(inputs, (Sequence, Mapping)) and not hasattr(inputs, "__array_interface__"):
+        raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}: give `list(...)` of it")
+    if isinstance(inputs, Sequence) or getattr(inputs, "ndim", 0) == 1:
         for position, text in enumerate(inputs):
             if not isinstance(text, str):
                 raise TypeError(

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint
-from ubmoe_st.bases import Base, check_decoder, resolve_base, save_tokenizer
+from ubmoe_st.bases import Base, check_bidirectional, check_decoder, resolve_base, save_tokenizer
 from ubmoe_st.compute import FastEncoder, choose
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -39,6 +39,7 @@ from ubmoe_st.generator import (
     build_generator,
     causal_config,
     converted,
+    explained,
     generator_parameter,
     meta_causal_lm,
     plain_name,
@@ -157,7 +158,7 @@ class UBMoETransformer(Transformer):
         if max_seq_length is not None:
             module.max_seq_length = max_seq_length
         find_ffns(module.model)
-        _check_bidirectional(module.probe())
+        check_bidirectional(module.probe())
         module.base = found
         module.source = cls.source_class(base=found.path, dtype=module.model.dtype)
         kind = type(meta_causal_lm(causal_config(module.model.config))).__name__
@@ -215,7 +216,14 @@ class UBMoETransformer(Transformer):
 
         Returns:
             `features` with `token_embeddings`, (B, T, D).
+
+        Raises:
+            ValueError: If the generator alone was converted to another dtype.
         """
+        with explained(self.model):
+            return self._embedded(features, **kwargs)
+
+    def _embedded(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         if self.fast.active and not torch.is_grad_enabled():
             return self.fast.module(self).forward(features, **kwargs)
         groups = [] if kwargs else self._groups(features)
@@ -479,8 +487,9 @@ class UBMoETransformer(Transformer):
         before = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
         super()._apply(fn, *args, **kwargs)
         after = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
-        # Stock `encode` moves the model to the device where it is.
-        if [place for _, place in before] == [place for _, place in after]:
+        # Stock `encode` moves the model to the device where it is. The encoder alone may have been converted before.
+        alike = all(own.dtype == self.model.dtype for own in [*(self._uni or {}).values()][:1])
+        if alike and [place for _, place in before] == [place for _, place in after]:
             return self
         if self._uni is not None:
             self._uni = converted(self._uni, fn)
@@ -582,18 +591,3 @@ class UBMoETransformer(Transformer):
                 stacklevel=3,
             )
         return replace(config, base_model="", base_sha256={})
-
-
-def _check_bidirectional(encoder: PreTrainedModel) -> None:
-    """Refuse an architecture whose first token does not see later ones."""
-    vocabulary = encoder.config.vocab_size
-    ids = torch.arange(8, device=encoder.device)[None] % vocabulary
-    other = ids.clone()
-    other[0, 3] = (ids[0, 3] + vocabulary // 2 + 1) % vocabulary
-    with torch.inference_mode():
-        first, second = (encoder(input_ids=x, use_cache=False).last_hidden_state[0, 0] for x in (ids, other))
-    if torch.equal(first, second):
-        raise ValueError(
-            f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
-            "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
-        )

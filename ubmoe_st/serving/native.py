@@ -157,7 +157,8 @@ class NativeUBMoE:
         trained = lib.llama_model_n_ctx_train(self._model)
         self.context, self.longest_text = min(context, trained), min(longest_text, trained)
         self._width = lib.llama_model_n_embd(self._model)
-        self.dimension = len(parts.dense[-1][1]) if parts.dense else self._width
+        width = len(parts.dense[-1][1]) if parts.dense else self._width
+        self.dimension = min(width, parts.truncate_dim or width)
         self._vocab_size = lib.llama_vocab_n_tokens(self._vocab)
         threads = threads or os.cpu_count() or 1
         written = adapter_of(parts.experts, self._architecture())
@@ -290,6 +291,7 @@ class NativeUBMoE:
                 first = last
         for weight, bias in self.parts.dense:
             vectors = vectors @ weight.T + bias
+        vectors = vectors[:, : self.dimension]
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def _embed(self, rows: list[list[int]]) -> np.ndarray:
