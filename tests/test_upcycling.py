@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +216,26 @@ def test_a_vision_model_is_refused(tmp_path, base):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="reads images or sound"):
         upcycle(folder, out=tmp_path / "out")
+
+
+def test_a_config_that_transformers_does_not_take_is_named(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"hidden_size": "32"}, "'hidden_size' expected int"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"few bits \(gptq\)"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            upcycle(folder, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_no_base(base, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="is a UBMoE checkpoint, and a base model is expected: give 'base'"):
+        upcycle(checkpoint, out=tmp_path / "out")
+    again = UBMoE(str(upcycle(base, checkpoint, out=tmp_path / "again")))
+    assert np.array_equal(again.encode(TEXTS), UBMoE(str(checkpoint)).encode(TEXTS))
 
 
 def test_bases_that_are_not_there(tmp_path):

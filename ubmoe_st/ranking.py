@@ -43,6 +43,8 @@ def rank(
 ) -> list[dict[str, Any]]:
     """Documents by relevance, best first; see `UBMoE.rank`."""
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     reading = read(views, query, documents, method)

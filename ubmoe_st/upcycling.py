@@ -104,6 +104,8 @@ def upcycle(
         modules=[module, *modules],
         prompts=dict(prompts if prompts is not None else recipe.get("prompts") or {}),
         default_prompt_name=default_prompt_name or recipe.get("default_prompt_name"),
+        truncate_dim=recipe.get("truncate_dim"),
+        similarity_fn_name=recipe.get("similarity_fn_name"),
         device="cpu",
     )
     model.save(str(target))
@@ -188,7 +190,7 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
 
 
 def _recipe_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint has beside its experts: modules behind the encoder, prompts, length."""
+    """What a checkpoint has beside its experts: modules behind the encoder, prompts, length, dimensions."""
     model = StreamedUBMoE(str(path), device="cpu")
     config = model.ubmoe_config
     return {
@@ -196,6 +198,8 @@ def _recipe_of(path: Path) -> dict[str, Any]:
         "prompts": model.prompts,
         "default_prompt_name": model.default_prompt_name,
         "max_seq_length": model.max_seq_length,
+        "truncate_dim": model.truncate_dim,
+        "similarity_fn_name": model.similarity_fn_name,
         "training": config.training if config else None,
     }
 
