@@ -101,7 +101,7 @@ class UBMoE(SentenceTransformer):
     @property
     def compute(self) -> ComputeReport:
         """In what numbers the encoder computes, why, and which layers are left out."""
-        return self._views.fast.report
+        return self._views.fast.report_of(self._views)
 
     @property
     def _views(self) -> UBMoETransformer:

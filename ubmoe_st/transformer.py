@@ -224,7 +224,7 @@ class UBMoETransformer(Transformer):
             return self._embedded(features, **kwargs)
 
     def _embedded(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        if self.fast.active and not torch.is_grad_enabled():
+        if self.fast.applies(self) and not torch.is_grad_enabled():
             return self.fast.module(self).forward(features, **kwargs)
         groups = [] if kwargs else self._groups(features)
         if len(groups) < 2:
