@@ -299,7 +299,7 @@ class UBMoETransformer(Transformer):
         Raises:
             ValueError: If a layer does not exist or a shape does not fit.
         """
-        self._refuse_low_memory()
+        self._before_exchange()
         uni = self.uni_tensors()
         linears = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
         for name, pair in low_rank.items():
@@ -324,7 +324,7 @@ class UBMoETransformer(Transformer):
         Raises:
             ValueError: If one is missing, unknown, or of another shape.
         """
-        self._refuse_low_memory()
+        self._before_exchange()
         own = {key: tensor for key, tensor in self.model.state_dict(keep_vars=True).items() if is_ffn_key(key)}
         if set(own) != set(ffn):
             odd = sorted(set(own) ^ set(ffn))[0]
@@ -336,9 +336,10 @@ class UBMoETransformer(Transformer):
                 tensor.copy_(ffn[key])
         self.low_rank = low_rank
 
-    def _refuse_low_memory(self) -> None:
+    def _before_exchange(self) -> None:
         if self.is_low_memory:
             raise ValueError("experts are exchanged in one piece: load the checkpoint without low_memory")
+        self._generators.pop("router", None)  # holds the old ones in low-rank form
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
         """Take trained token routers, as given by `router_state`.
