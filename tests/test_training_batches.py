@@ -55,6 +55,8 @@ def test_a_token_budget_fills_batches_and_keeps_their_number():
     assert len(epochs[0] & epochs[1]) < len(epochs[0]) / 4
     with pytest.raises(ValueError, match="batch_tokens"):
         TokenBudget(Dataset.from_dict({"anchor": []}), [], 200)
+    with pytest.raises(ValueError, match="batch_tokens=5 holds one text at a time"):
+        TokenBudget(Dataset.from_dict({"anchor": ["x"] * 3}), [4, 4, 5], 5)
 
 
 def samplers(rows):

@@ -151,6 +151,14 @@ def test_words_and_numbers_are_read_as_they_are_written(tmp_path):
         ("teacher.0.folder=x", "unknown key '0'"),
         ("scale=true", "scale must be a number"),
         ("scale=.nan", "scale must be a finite number"),
+        ("scale=0", "scale must be above 0"),
+        ("rank=0", "rank must be at least 1"),
+        ("max_seq_length=0", "max_seq_length must be at least 1"),
+        ("batch_tokens=0", "batch_tokens must be at least 1"),
+        ("ffn_dropout=1.5", "ffn_dropout is a rate"),
+        ("attention_dropout=-0.1", "attention_dropout is a rate"),
+        ("save_minutes=0", "save_minutes must be above 0"),
+        ("early_stopping_patience=3", "early_stopping_patience counts evaluations"),
     ],
 )
 def test_a_change_that_cannot_be_is_refused_in_words(tmp_path, change, said):
@@ -237,3 +245,27 @@ def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
     check_same_recipe(recipe(save_minutes=1.0), tmp_path)
     with pytest.raises(ValueError, match="another 'ridge'"):
         check_same_recipe(recipe(ridge=5), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 for whole epochs, got 0"),
+        ({"max_steps": -3}, "max_steps must be at least 1"),
+        ({"max_steps": "many"}, "max_steps must be a number"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+    ],
+)
+def test_numbers_of_the_trainer_that_train_nothing_are_refused(recipe, trainer, said):
+    """Of no step the trainer would make three epochs, or none and the base would be exported as trained."""
+    with pytest.raises(ValueError, match=said):
+        contrastive.training_arguments(recipe(trainer=trainer))
+
+
+def test_numbers_of_a_router_recipe_that_leave_nothing_are_refused():
+    for wrong in ({"held_out": -1}, {"count": 0}, {"max_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
+            RouterRecipe("checkpoint", "out", ["rows"], **wrong)

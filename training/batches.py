@@ -110,6 +110,10 @@ class TokenBudget(SharedAmong):
             if (end - self.cuts[-1]) * length > tokens and end - 1 > self.cuts[-1]:
                 self.cuts.append(end - 1)
         self.cuts.append(len(order))
+        if len(order) > 1 and len(self.cuts) - 1 == len(order):
+            raise ValueError(
+                f"batch_tokens={tokens} holds one text at a time, which has nothing to compare with; raise it"
+            )
         self.whole = len(self.cuts) - 1 if order else 0
         self.filling = f"{len(order)} texts do not fill one batch of {tokens} tokens"
         self.key = "batch_tokens"

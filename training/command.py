@@ -224,14 +224,28 @@ def _plain(hint: Any) -> str:
     )
 
 
+_LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}
+
+
 def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
     """`TrainingArguments` of a recipe's section `trainer`, where `bf16: auto` stands for what the processor can.
 
     Raises:
-        ValueError: If a key is not known.
+        ValueError: If a key is not known, or a number is none that trains: a `max_steps` of 0 would be three epochs.
     """
     if values.get("bf16") == "auto":
         values = {**values, "bf16": has_bf16(on_cpu=values.get("use_cpu", False))}
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        number = isinstance(defaults.get(key), (int, float)) and not isinstance(defaults.get(key), bool)
+        if number and isinstance(value, str):
+            raise ValueError(f"trainer: {key} must be a number, got {value!r}")
+        if key in _LEAST and value < _LEAST[key]:
+            raise ValueError(f"trainer: {key} must be at least {_LEAST[key]}, got {value}")
+    if values.get("max_steps", -1) < 1 and values.get("max_steps", -1) != -1:
+        raise ValueError(f"trainer: max_steps must be at least 1, or -1 for whole epochs, got {values['max_steps']}")
+    if values.get("num_train_epochs", 1) <= 0:
+        raise ValueError(f"trainer: num_train_epochs must be above 0, got {values['num_train_epochs']}")
     try:
         return kind(**values)
     except TypeError as error:
