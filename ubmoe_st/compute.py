@@ -1,7 +1,7 @@
 """The encoder's matrix products in other numbers than its weights: bf16, or int8 with a scale for every token.
 
 Only the encoder view computes so. Its linear layers are copied into the other form; the weights themselves, and with
-them the generator, saving and training, stay as they are.
+them the generator, saving and training, stay as they are. Beside it: which rows of a batch are computed together.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ class _Watch:
     def __init__(self, network: nn.Module, layers: Sequence[nn.Module]) -> None:
         modules = list(network.modules())
         self._network = network
-        self._places = [(m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()]
+        self._places: list[tuple[Any, str, Any]] = [
+            (m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()
+        ]
         self._places += [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._tensors = [tensor for layer in layers for tensor in layer.parameters()]
         self._samples = [_few_numbers(tensor) for tensor in self._tensors]
@@ -357,3 +359,29 @@ def output_errors(
 def calibration_texts() -> list[str]:
     """Sentences of many kinds, to measure activations with when a caller gives none."""
     return (Path(__file__).parent / "export" / "calibration.txt").read_text(encoding="utf-8").splitlines()
+
+
+def group_by_length(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]:
+    """The groups of rows in which a padded batch costs least, by dynamic programming.
+
+    Args:
+        lengths: Tokens of each of B rows.
+        pass_tokens: What a further group costs, in tokens.
+
+    Returns:
+        Positions of the rows, longest first. The cost of a group is its rows times its longest one.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    longest = np.asarray(lengths, np.int64)[order]
+    best = np.zeros(len(order) + 1)
+    begins = np.zeros(len(order) + 1, np.int64)
+    for end in range(1, len(order) + 1):
+        costs = best[:end] + longest[:end] * (end - np.arange(end)) + pass_tokens
+        begins[end] = costs.argmin()
+        best[end] = costs[begins[end]]
+    groups = []
+    end = len(order)
+    while end:
+        groups.append(order[begins[end] : end].tolist())
+        end = int(begins[end])
+    return groups[::-1]

@@ -219,6 +219,19 @@ def build_generator(
     return lm.eval()
 
 
+def held_generation_config(lm: PreTrainedModel | None, stored: GenerationConfig | None) -> GenerationConfig | None:
+    """The defaults for `generate` that a generator has now.
+
+    Args:
+        lm: The generator, where it was built; its config is there for callers to change.
+        stored: What it was built with. None: the base has no file of them, and transformers made some of its config.
+    """
+    if lm is None or lm.generation_config is None:
+        return stored
+    fresh = GenerationConfig.from_model_config(lm.config) if stored is None else stored
+    return stored if lm.generation_config.to_diff_dict() == fresh.to_diff_dict() else lm.generation_config
+
+
 class _AsUnfrozen:
     """Lets a tied head multiply as that of a loaded base, where the encoder whose embeddings it is was frozen.
 

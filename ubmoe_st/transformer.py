@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from typing_extensions import Self
 
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import Base, check_bidirectional, check_decoder, resolve_base, save_tokenizer
-from ubmoe_st.compute import FastEncoder, choose
+from ubmoe_st.compute import FastEncoder, choose, group_by_length
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
     LowRank,
@@ -41,6 +40,7 @@ from ubmoe_st.generator import (
     converted,
     explained,
     generator_parameter,
+    held_generation_config,
     meta_causal_lm,
     plain_name,
     router_state,
@@ -62,32 +62,6 @@ _TOKENIZER_LOCK = held_over_fork(threading.RLock())
 def _without_surrogates(text: str) -> str:
     """Lone surrogates, as broken JSON escapes give them, are no text a tokenizer takes."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def group_by_length(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]:
-    """The groups of rows in which a padded batch costs least, by dynamic programming.
-
-    Args:
-        lengths: Tokens of each of B rows.
-        pass_tokens: What a further group costs, in tokens.
-
-    Returns:
-        Positions of the rows, longest first. The cost of a group is its rows times its longest one.
-    """
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    longest = np.asarray(lengths, np.int64)[order]
-    best = np.zeros(len(order) + 1)
-    begins = np.zeros(len(order) + 1, np.int64)
-    for end in range(1, len(order) + 1):
-        costs = best[:end] + longest[:end] * (end - np.arange(end)) + pass_tokens
-        begins[end] = costs.argmin()
-        best[end] = costs[begins[end]]
-    groups = []
-    end = len(order)
-    while end:
-        groups.append(order[begins[end] : end].tolist())
-        end = int(begins[end])
-    return groups[::-1]
 
 
 class UBMoETransformer(Transformer):
@@ -486,8 +460,8 @@ class UBMoETransformer(Transformer):
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The base model's defaults for `generate`."""
-        return self.source.generation_config()
+        """The base model's defaults for `generate`, or what a caller has made of them in `generator`."""
+        return held_generation_config(self._generators.get("uni"), self.source.generation_config())
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
         # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.

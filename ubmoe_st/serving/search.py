@@ -25,7 +25,8 @@ def router(service: Service) -> APIRouter:
     async def found(request: Request, query: str, k: int, *, whole: str | None, **options: Any) -> list[Any]:
         def look() -> list[Any]:
             if whole is not None and options.get("mode") != "bm25":
-                texts_of(service.engine, EmbeddingRequest(input=query, input_type="query"), whole)
+                asked = EmbeddingRequest.model_validate({"input": query, "input_type": "query"})
+                texts_of(service.engine, asked, whole)
             try:
                 return find(index, query, k, **options)
             except (TypeError, ValueError) as error:
