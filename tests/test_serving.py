@@ -24,6 +24,7 @@ from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import EmbeddingIndex, UBMoE
+from ubmoe_st.index import IndexGroup
 from ubmoe_st.serving import Settings, create_app
 from ubmoe_st.serving.batching import choose
 from ubmoe_st.serving.embeddings import texts_of
@@ -417,10 +418,17 @@ def test_a_search_reads_a_question_whole_or_is_told_to_cut_it(engine, model, tmp
             found = client.post("/v1/search", json={"query": long, "truncate": True, "k": 1}).json()["data"]
         with pytest.warns(UserWarning, match="compared by their beginning"):
             assert found == [hit.as_dict() for hit in index.search_entries([long], 1)[0]]
+        assert client.post("/v1/search", json={"query": "the cat", "mode": "hybrid"}).status_code == 200
         nested = '{"query": "the cat", "filter": {"a": ' + "[" * 900 + "]" * 900 + "}}"
         refused = client.post("/v1/search", content=nested, headers={"Content-Type": "application/json"})
         assert refused.status_code == 400
         assert "lists in lists" in refused.json()["error"]["message"]
+    group = IndexGroup([EmbeddingIndex.open(tmp_path / "index", model=model)] * 2)
+    with TestClient(create_app(engine, index=group)) as client:
+        assert len(client.post("/v1/search", json={"query": "the cat", "k": 8}).json()["data"]) == 8
+        refused = client.post("/v1/search", json={"query": "the cat", "mode": "bm25"})
+        assert refused.status_code == 400
+        assert "several" in refused.json()["error"]["message"]
 
 
 # --- together --------------------------------------------------------------------------------------------------------

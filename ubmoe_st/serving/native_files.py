@@ -33,6 +33,7 @@ class Parts:
         pooling: `mean`, `cls` or `lasttoken`.
         dense: Linear layers behind the pooling: weight, (out, in), and bias, (out,).
         truncate_dim: How many of the first dimensions are kept. None: all.
+        max_seq_length: Tokens of the longest text that the encoder reads. None: nothing is said.
         prompts: Of the encoder, by name.
         default_prompt: Name of the prompt of a text that comes without one.
         chat_template: Jinja template. None: the model does not chat.
@@ -45,6 +46,7 @@ class Parts:
     pooling: str = "mean"
     dense: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     truncate_dim: int | None = None
+    max_seq_length: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     chat_template: str | None = None
@@ -80,6 +82,8 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
         pooling=_pooling_of(modules, any(prompts.values())),
         dense=_dense_of(modules),
         truncate_dim=stock.get("truncate_dim"),
+        max_seq_length=_json(folder / "sentence_bert_config.json").get("max_seq_length")
+        or tokenizer.get("model_max_length"),
         prompts=prompts,
         default_prompt=default if default in prompts else None,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template"),

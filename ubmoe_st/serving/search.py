@@ -37,6 +37,10 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/search", summary="The nearest entries of the index")
     async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
         service.check_model(body.model)
+        if body.mode != "dense" and not hasattr(index, "info"):
+            raise ApiError(
+                400, f"mode {body.mode!r} searches one index, and this server has several: leave it out", param="mode"
+            )
         mode = {} if body.mode == "dense" else {"mode": body.mode}
         whole = None if body.truncate else "query"
         hits = await found(request, body.query, body.k, whole=whole, filter=body.filter, **mode)
