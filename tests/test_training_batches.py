@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +61,23 @@ def test_a_token_budget_fills_batches_and_keeps_their_number():
         TokenBudget(Dataset.from_dict({"anchor": ["x"] * 3}), [4, 4, 5], 5)
 
 
-def samplers(rows):
-    """One of each kind."""
-    data = Dataset.from_dict({"anchor": ["x" * (1 + n % 5) for n in range(rows)]})
-    lengths = [1 + n % 5 for n in range(rows)]
-    groups = [list(range(start, min(start + 3, rows))) for start in range(0, rows, 3)]
-    yield LengthBuckets(data, 3, False, seed=1)
-    yield TokenBudget(data, lengths, 9, seed=1)
-    yield GroupBudget(data, lengths, groups, 12, seed=1)
-    for drop_last in (False, True):
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).tolist()
-        yield DefaultBatchSampler(order, batch_size=3, drop_last=drop_last)
+@functools.cache
+def rows_of(count):
+    return Dataset.from_dict({"anchor": ["x" * (1 + n % 5) for n in range(count)]})
+
+
+def sampler_of(kind, rows, processes, drop_last):
+    """As a trainer in so many processes has it."""
+    data, lengths = rows_of(rows), [1 + n % 5 for n in range(rows)]
+    if kind == "lengths":
+        return LengthBuckets(data, 3, False, seed=1)
+    if kind == "tokens":
+        return TokenBudget(data, lengths, 9, seed=1)
+    if kind == "groups":
+        groups = [list(range(start, min(start + 3, rows))) for start in range(0, rows, 3)]
+        return GroupBudget(data, lengths, groups, 12, seed=1)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).tolist()
+    return DefaultBatchSampler(order, batch_size=3, drop_last=drop_last or processes > 1)
 
 
 def steps(sampler, processes, accumulation):
@@ -85,9 +93,9 @@ def steps(sampler, processes, accumulation):
     return [sorted(b for batches in read for b in batches[start : start + accumulation]) for start in parts]
 
 
-def shared_or_none(sampler, rows, begun, processes):
+def shared_or_none(sampler, rows, begun, processes, drop_last):
     try:
-        return as_begun(sampler, rows, begun, processes)
+        return as_begun(sampler, rows, begun, processes, drop_last=drop_last)
     except ValueError as error:
         if "go on with 1" not in str(error):
             raise
@@ -99,17 +107,20 @@ def test_other_processes_have_the_same_batches_in_each_step(begun, accumulation)
     """Also of the last step of an epoch, whatever remains for it; or they are refused."""
     together = begun * accumulation
     shared, refused = 0, 0
-    for rows in (40, 47, 48, 61):
-        for before, sampler in zip(samplers(rows), samplers(rows), strict=True):
-            wanted = steps(as_begun(before, rows, begun, begun), begun, accumulation)
-            for processes in (n for n in range(1, together + 1) if together % n == 0):
-                found = shared_or_none(sampler, rows, begun, processes)
-                if found is None:
-                    assert begun % processes  # divisors always can
-                    refused += 1
-                    continue
-                assert steps(found, processes, together // processes) == wanted, (rows, processes)
-                shared += processes != begun
+    divisors = [n for n in range(1, together + 1) if together % n == 0]
+    kinds = ("lengths", "tokens", "groups", "stock")
+    for kind, rows, drop_last in itertools.product(kinds, (48, 61), (False, True)):
+        before = sampler_of(kind, rows, begun, drop_last)
+        wanted = steps(as_begun(before, rows, begun, begun, drop_last=drop_last), begun, accumulation)
+        for processes in divisors:
+            sampler = sampler_of(kind, rows, processes, drop_last)
+            found = shared_or_none(sampler, rows, begun, processes, drop_last)
+            if found is None:
+                assert begun % processes  # divisors always can
+                refused += 1
+                continue
+            assert steps(found, processes, together // processes) == wanted, (kind, rows, processes)
+            shared += processes != begun
     assert shared > 10
     assert (refused > 0) == (accumulation > 1)
 

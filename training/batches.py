@@ -9,7 +9,6 @@ from itertools import cycle, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch.utils.data import BatchSampler
@@ -181,20 +180,21 @@ class GroupBudget(SharedAmong):
 class AsBegun(BatchSampler):
     """The batches of a stock sampler as so many processes had them, in their order, for another number of processes.
 
-    accelerate leaves batches at the end of an epoch out, or fills them up from its beginning, until each process has
-    as many.
+    Of several processes sentence-transformers leaves the last, smaller batch out, and accelerate what is not one each.
 
     Args:
         sampler: Of the trainer.
+        rows: Of the data.
         begun: How many processes there were.
     """
 
-    drop_last = True  # nothing is left to fill up
+    drop_last = True
 
-    def __init__(self, sampler: Any, begun: int) -> None:
+    def __init__(self, sampler: Any, rows: int, begun: int) -> None:
         self.inner = sampler
         self.begun = begun
         self.batch_size = sampler.batch_size
+        self.batches = rows // self.batch_size // begun * begun
 
     @property
     def sampler(self) -> Any:
@@ -210,32 +210,15 @@ class AsBegun(BatchSampler):
         self.inner.set_epoch(epoch)
 
     def __len__(self) -> int:
-        rounded = len(self.inner) if self.inner.drop_last else len(self.inner) + self.begun - 1
-        return rounded // self.begun * self.begun
+        return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.begun == 1:
-            yield from self.inner
-            return
-        listed: Any = _Listed(list(self.inner), self.batch_size, self.inner.drop_last)
-        for together in zip(*(BatchSamplerShard(listed, self.begun, process) for process in range(self.begun))):
+        full = (batch for batch in self.inner if len(batch) == self.batch_size)
+        while len(together := list(islice(full, self.begun))) == self.begun:
             yield from together
 
 
-@dataclass
-class _Listed:
-    batches: list[list[int]]
-    batch_size: int
-    drop_last: bool
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(list, self.batches)  # copies: a shard fills up the last one in place
-
-
-def as_begun(sampler: Any, rows: int, begun: int, processes: int) -> Any:
+def as_begun(sampler: Any, rows: int, begun: int, processes: int, *, drop_last: bool) -> Any:
     """A sampler whose batches can be shared by processes so that each step is what it was.
 
     Args:
@@ -243,6 +226,7 @@ def as_begun(sampler: Any, rows: int, begun: int, processes: int) -> Any:
         rows: Of the data.
         begun: How many processes began the run, see `training.resume.keep_steps`.
         processes: How many there are now.
+        drop_last: What the recipe says of the last batch, where it is smaller.
 
     Raises:
         ValueError: If an epoch has batches that they cannot share.
@@ -252,8 +236,8 @@ def as_begun(sampler: Any, rows: int, begun: int, processes: int) -> Any:
     elif begun == processes:
         return sampler
     else:
-        sampler = AsBegun(sampler, begun)
-        if begun == 1 and not sampler.inner.drop_last and rows % sampler.batch_size:
+        sampler = AsBegun(sampler, rows, begun)
+        if begun == 1 and not drop_last and rows % sampler.batch_size:
             raise ValueError(
                 f"the run began in one process, where the last batch of an epoch is smaller ({rows} rows in batches of "
                 f"{sampler.batch_size}); go on with 1 process"

@@ -91,6 +91,8 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
     batch_tokens: int | None = None
     groups: list[list[int]] | None = None
     sampler: Any = None
+    drop_last = False
+    """As the recipe says; of several processes sentence-transformers makes it true."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The stock one; what it has cost so far goes on from the checkpoint."""
@@ -122,7 +124,9 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
             else:
                 self.sampler = GroupBudget(dataset, lengths, self.groups, self.batch_tokens, seed=self.args.seed)
         if self.begun is not None and self.sampler is not None:
-            self.sampler = as_begun(self.sampler, len(dataset), self.begun, self.args.world_size)
+            self.sampler = as_begun(
+                self.sampler, len(dataset), self.begun, self.args.world_size, drop_last=self.drop_last
+            )
         return self.sampler
 
     def _lengths(self, texts: Any) -> list[int]:
@@ -294,6 +298,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         data_collator=collator,
     )
     trainer.batch_tokens, trainer.groups, trainer.begun = recipe.batch_tokens, groups, begun
+    trainer.drop_last = bool(recipe.trainer.get("dataloader_drop_last", False))
     trainer.add_callback(EpochCallback(trainer))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
