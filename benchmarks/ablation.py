@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, nearest, read_json, run_record
+from benchmarks.results import (
+    RESULTS,
+    ResultFile,
+    command_line,
+    fingerprint,
+    nearest,
+    one_line_errors,
+    read_json,
+    run_record,
+)
 from training.data import data_folder
 
 if TYPE_CHECKING:
@@ -238,7 +247,7 @@ def main(
 
     for noisy in ("mteb", "lm-eval", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
+    with one_line_errors():
         folder = data_folder(data_dir)
         names, _ = expand(tasks or ["sts"], online=False, folder=folder)
         changes = [*(change or []), *([f"base={base}"] if base else [])]
@@ -247,8 +256,6 @@ def main(
             budget, rows or DEFAULT_ROWS, names, folder, out=out, limit=limit, pages=pages, batch_size=batch_size,
             command=command_line("benchmarks.ablation"), say=typer.echo,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path}")
 
 

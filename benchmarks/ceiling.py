@@ -204,12 +204,12 @@ def measure_encoding(
     return scores, {"kept_layers": kept}
 
 
-def measure_generating(path: str, base: str | None, sizes: Sizes, threads: int) -> list[dict[str, Any]]:
+def measure_generating(path: str, base: str, sizes: Sizes, threads: int) -> list[dict[str, Any]]:
     """Reading a prompt, decoding after it, and a training step of the experts. In this process.
 
     Args:
         path: The checkpoint.
-        base: The untouched base. None: not measured.
+        base: The untouched base, the peer.
         sizes: How much.
         threads: How many.
     """
@@ -221,9 +221,8 @@ def measure_generating(path: str, base: str | None, sizes: Sizes, threads: int) 
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
     model = UBMoE(path, device="cpu")
-    lms: dict[str, Any] = {"generator": model.generator}
-    if base is not None:
-        lms["base"] = AutoModelForCausalLM.from_pretrained(base, dtype=model.generator.dtype)
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=model.generator.dtype)
+    lms: dict[str, Any] = {"generator": model.generator, "base": reference}
     ids = torch.arange(3, 3 + sizes.prompt)[None]
 
     def read(lm: Any) -> Any:
@@ -235,16 +234,15 @@ def measure_generating(path: str, base: str | None, sizes: Sizes, threads: int) 
             for _ in range(sizes.new_tokens):  # the cache grows from turn to turn, for each system alike
                 lm(input_ids=ids[:, :1], past_key_values=past, use_cache=True)
 
-    peer = "base" if base is not None else "generator"
     turns: dict[str, Turn] = {name: partial(read, lm) for name, lm in lms.items()}
     turns[CEILING], gflop = products(model.generator.model, sizes.prompt)
-    scores = scores_of("prefill", in_turns(turns, sizes.rounds, clock), sizes.prompt, "tokens/s", peer, gflop)
+    scores = scores_of("prefill", in_turns(turns, sizes.rounds, clock), sizes.prompt, "tokens/s", "base", gflop)
     pasts = {name: read(lm) for name, lm in lms.items()}
     turns = {name: partial(decode, lm, pasts[name]) for name, lm in lms.items()}
     one, gflop = products(model.generator, 1)
     turns[CEILING] = lambda: [one() for _ in range(sizes.new_tokens)]
     seconds = in_turns(turns, sizes.rounds, clock)
-    scores += scores_of("decode", seconds, sizes.new_tokens, "tokens/s", peer, gflop * sizes.new_tokens)
+    scores += scores_of("decode", seconds, sizes.new_tokens, "tokens/s", "base", gflop * sizes.new_tokens)
     views: Any = model[0]
     for name, parameter in views.model.named_parameters():
         parameter.requires_grad_(".mlp." in name)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import data as local
-from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, run_record
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def main(
     from benchmarks.ablation import ROWS
     from benchmarks.peers import base_folder
 
-    try:
+    with one_line_errors():
         models = {"base": ("base", base_folder(base, model))}
         if model is not None:
             models[model.name] = ("model", str(model))
@@ -157,8 +157,6 @@ def main(
             models, texts, out=out, plot=plot, per_bucket=per_bucket,
             command=command_line("benchmarks.dependence"), say=typer.echo,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(f"wrote {path} and {plot}")
 
 

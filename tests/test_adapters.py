@@ -205,7 +205,10 @@ def test_training_goes_on_from_released_experts(base, tmp_path, low_rank):
 def test_a_checkpoint_as_experts_keeps_what_is_behind_the_encoder(base, tmp_path):
     start = UBMoETransformer.from_base(base)
     start.set_dense_experts({k: t * 1.1 for k, t in start.model.state_dict().items() if ".mlp." in k})
-    model = UBMoE(modules=[start, Pooling(32, "lasttoken"), Normalize()], prompts={"query": "the "}, device="cpu")
+    settings = {"prompts": {"query": "the "}, "truncate_dim": 8, "similarity_fn_name": "dot"}
+    model = UBMoE(modules=[start, Pooling(32, "lasttoken"), Normalize()], device="cpu", **settings)
     model.save(str(tmp_path / "one"))
     two = UBMoE(str(upcycle(base, tmp_path / "one", out=tmp_path / "two")))
     assert np.array_equal(two.encode_query(TEXTS), model.encode_query(TEXTS))
+    assert two.encode_query(TEXTS).shape == (len(TEXTS), 8)
+    assert two.similarity_fn_name == "dot"

@@ -88,7 +88,7 @@ def test_the_ceiling_counts_every_linear_layer(checkpoint):
     assert gflop == pytest.approx(2e-9 * 7 * weights)
 
 
-def test_a_checkpoint_is_measured_in_turns(checkpoint):
+def test_a_checkpoint_is_measured_in_turns(checkpoint, base):
     sizes = ceiling.Sizes((4, 8, 10**6), 16, 2, 2, 4, 2, 1)
     scores, facts = ceiling.measure_encoding(str(checkpoint), ["the cat", "a red bird sleeps"], "the dog", sizes, 1)
     tasks = {score["task"] for score in scores}
@@ -96,5 +96,6 @@ def test_a_checkpoint_is_measured_in_turns(checkpoint):
     assert {"ubmoe", "stock", ceiling.CEILING} <= {score["split"] for score in scores}
     assert all(score["value"] > 0 for score in scores)
     assert set(facts["kept_layers"]) <= {"bf16", "int8"}
-    scores = ceiling.measure_generating(str(checkpoint), None, sizes, 1)
+    scores = ceiling.measure_generating(str(checkpoint), str(base), sizes, 1)
     assert {score["task"] for score in scores} == {"prefill", "decode", "training step"}
+    assert {score["split"] for score in scores if score["task"] == "decode"} == {"generator", "base", ceiling.CEILING}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.engines import cosine
 from helpers.models import TEXTS
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from typer.testing import CliRunner
 
@@ -82,6 +83,60 @@ def test_only_encoding_computes_so(plain, quantised, tmp_path):
     assert "moved to meta" in copied.compute.reason
     with pytest.raises(ValueError, match="computes in int8 already"):
         UBMoE(str(plain[0].folder), device="cpu", low_memory=True, compute="int8").quantize_base()
+
+
+def with_an_adapter(model):
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["up_proj", "q_proj"], init_lora_weights=False))
+
+
+def merged_by_peft(model):
+    """Through `.data`, which no version counter sees."""
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=["up_proj", "q_proj"], init_lora_weights=False)
+    model[0].model = get_peft_model(model[0].model, lora).merge_and_unload()
+
+
+def trained(model):
+    tuned = [parameter for name, parameter in model.named_parameters() if "mlp" in name]
+    optimizer = torch.optim.SGD(tuned, lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(model.preprocess(TEXTS))["sentence_embedding"].sum().backward()
+        optimizer.step()
+
+
+def loaded(model):
+    torch.manual_seed(1)
+    model.load_state_dict(
+        {name: tensor + 0.2 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    )
+
+
+def exchanged(model):
+    torch.manual_seed(2)
+    layer = model[0].model.layers[1].mlp
+    layer.up_proj = nn.Linear(32, 48, bias=False)
+    layer.gate_proj.weight = nn.Parameter(torch.randn(48, 32))
+
+
+@int8
+@pytest.mark.parametrize("change", [with_an_adapter, merged_by_peft, trained, loaded, exchanged])
+def test_what_is_changed_after_the_copies_were_made_counts(checkpoint, plain, quantised, change):
+    """Copies of weights that are not those of the model any more would give other vectors without a word."""
+    model, fast = UBMoE(str(checkpoint), device="cpu"), UBMoE(str(checkpoint), device="cpu", compute="int8")
+    assert np.array_equal(fast.encode(TEXTS), quantised.encode(TEXTS))
+    change(model)
+    change(fast)
+    expected = model.encode(TEXTS)
+    assert cosine(fast.encode(TEXTS), expected).min() > 0.97
+    assert cosine(plain.encode(TEXTS), expected).min() < 0.9, "the change changes little: the test says nothing"
+    assert fast.compute.used == ("stored" if change is with_an_adapter else "int8")
+    if change is with_an_adapter:
+        assert np.array_equal(fast.encode(TEXTS), expected)
+        fast.delete_adapter("default")
+        assert fast.compute.used == "int8"
+        assert np.array_equal(fast.encode(TEXTS), quantised.encode(TEXTS))
 
 
 @int8

@@ -152,3 +152,8 @@ def test_the_public_name_can_be_called_whatever_was_imported_first(checkpoint):
     assert expected
     for found in (ubmoe_st.dependence, importlib.import_module("ubmoe_st.dependence")):
         assert found(model, TEXTS, buckets=SMALL) == expected
+
+
+def test_one_text_is_no_list_of_documents(checkpoint):
+    with pytest.raises(TypeError, match="got one text"):
+        dependence(UBMoE(str(checkpoint)), "the cat sits")

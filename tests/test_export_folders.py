@@ -9,9 +9,11 @@ import pytest
 import torch
 from helpers.engines import in_process, tree
 from helpers.models import TEXTS
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE
+from ubmoe_st.checkpoint import facts
 from ubmoe_st.export import export
 
 ST_SCRIPT = """
@@ -57,6 +59,15 @@ def test_hf_encoder_files_hold_the_keys_that_servers_read(checkpoint, tmp_path):
     assert bert == {"max_seq_length": UBMoE(str(checkpoint)).max_seq_length, "do_lower_case": False}
     tokenizer = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_an_export_keeps_the_dimensions_that_the_checkpoint_keeps(checkpoint, tmp_path):
+    UBMoE(str(checkpoint), truncate_dim=8).save(str(tmp_path / "cut"))
+    export(tmp_path / "cut", tmp_path / "out")
+    found = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
+    assert np.abs(found - UBMoE(str(tmp_path / "cut")).encode(TEXTS)).max() < 1e-6
+    assert found.shape == (len(TEXTS), 8)
+    assert facts(tmp_path / "cut")["dimension"] == 8
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-untied", "gemma3"])

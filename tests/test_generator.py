@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.models import make_base, make_checkpoint
+from helpers.models import make_base, make_checkpoint, random_experts
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE
+from ubmoe_st.generator import build_generator, router_state
 
 IDS = torch.arange(4, 12)[None]
 
@@ -119,3 +120,19 @@ def test_parametrised_layers(base, checkpoint):
     parametrize.register_parametrization(model[0].model.layers[1].self_attn.q_proj, "weight", Plus())
     with pytest.raises(ValueError, match=r"q_proj is shared by both views and was parametrised"):
         model.generate("the")
+
+
+def test_exchanged_experts_are_those_of_the_routers_too(checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint))
+    module = model[0]
+    new = build_generator(module.model, module.uni_tensors(), routing="router", router="soft")
+    torch.manual_seed(0)
+    module.set_routers({name: torch.randn_like(tensor) for name, tensor in router_state(new).items()}, "soft")
+    with torch.inference_mode():
+        before = model.generator_for("router")(IDS).logits
+        module.set_low_rank_experts(random_experts(module, rank=3, scale=0.5))
+        found = model.generator_for("router")(IDS).logits
+        model.save(str(tmp_path / "saved"))
+        expected = UBMoE(str(tmp_path / "saved")).generator_for("router")(IDS).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert (found - before).abs().max() > 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 
@@ -458,3 +459,28 @@ def test_a_type_that_never_occurs_is_said(typed, caplog):
     assert typed[1].search("a query", 20, filter={"year": "1995", "even": True})[1] == [[]]
     assert "no value of 'year'" in caplog.text
     assert "they are like 2009, a int" in caplog.text
+
+
+def test_rows_that_bm25_does_not_cover_are_told_of(encoder, tmp_path):
+    pytest.importorskip("bm25s")
+    index = EmbeddingIndex.build(encoder, [{"id": "a", "text": "the cat"}, {"id": "b", "text": "dog"}], tmp_path / "i")
+    index.build_bm25()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert index.search("cat", 1, mode="bm25")[1] == [["a"]]
+    index.add([{"id": "c", "text": "zebra"}])
+    with pytest.warns(UserWarning, match=r"1 of 3 rows were added after build_bm25\(\)"):
+        assert index.search_entries("zebra", 1, mode="bm25") == [[]]
+    index.build_bm25()
+    assert index.search("zebra", 1, mode="bm25")[1] == [["c"]]
+
+
+def test_texts_without_a_word_have_a_bm25_part_that_finds_nothing(encoder, tmp_path):
+    pytest.importorskip("bm25s")
+    index = EmbeddingIndex.build(encoder, [{"id": "a", "text": "?!"}, {"id": "b", "text": "x"}], tmp_path / "i")
+    index.build_bm25()
+    assert index.search_entries("cat", 1, mode="bm25") == [[]]
+    assert len(index.search("cat", 2, mode="hybrid")[1][0]) == 2
+    index.delete("a")
+    index.compact()
+    assert index.search_entries("x", 1, mode="bm25") == [[]]

@@ -185,3 +185,11 @@ def test_models_without_a_mean_of_tokens_are_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"pools tokens by their mean .* got lasttoken"):
         EmbeddingIndex.build(last, ROWS, tmp_path / "i", late_chunking=True, chunk_tokens=8)
     assert not (tmp_path / "i" / "index_info.json").exists()
+
+
+def test_chunks_have_the_dimensions_that_the_model_keeps(folder, late, tmp_path):
+    model = UBMoE(str(folder), device="cpu", prompts={"document": PROMPT}, truncate_dim=8)
+    index = EmbeddingIndex.build(model, ROWS, tmp_path / "i", late_chunking=True, **OPTIONS)
+    whole = late.vectors(list(late))[:, :8]
+    found = index.vectors(list(index))
+    assert np.abs(found - whole / np.linalg.norm(whole, axis=1, keepdims=True)).max() < 1e-5

@@ -103,6 +103,33 @@ def test_a_stock_first_module_is_refused(checkpoint):
         UBMoE(modules=list(SentenceTransformer(str(checkpoint))))
 
 
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ((text for text in TEXTS), "got generator: give `list"),
+        ({"the cat"}, "got set: give `list"),
+        (pytest.importorskip("pandas").Series(TEXTS), "got Series: give `list"),
+        (np.array(["the cat", None]), "position 1 is of type NoneType"),
+        (["the cat", b"dog"], "position 1 is of type bytes"),
+        (3, "got int"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_told_what_to_give(checkpoint, texts, message):
+    with pytest.raises(TypeError, match=message):
+        UBMoE(str(checkpoint)).encode(texts)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5])
+def test_dimensions_that_are_none_are_refused(checkpoint, wrong):
+    """Slices would make vectors without dimensions, or without the last ones."""
+    for call in (
+        lambda: UBMoE(str(checkpoint), truncate_dim=wrong),
+        lambda: UBMoE(str(checkpoint)).encode("the cat", truncate_dim=wrong),
+    ):
+        with pytest.raises((TypeError, ValueError), match="truncate_dim must be"):
+            call()
+
+
 def test_encode_still_sets_evaluation_mode_and_looks_where_tensors_are(checkpoint, monkeypatch):
     """What is asked at every call in a cheaper way is asked of every module and tensor all the same."""
     model, stock = UBMoE(str(checkpoint), device="cpu"), SentenceTransformer(str(checkpoint), device="cpu")

@@ -194,6 +194,13 @@ def test_checkpointing_sharding_and_more_cards_save_what_they_should(tmp_path):
         ("[1]", "not a model's config"),
         ("{}", "no `model_type`"),
         ('{"model_type": "nothing_like_it"}', "does not know model_type 'nothing_like_it'"),
+        (json.dumps({**QWEN2_7B, "hidden_size": "3584"}), "does not take this config.*'hidden_size' expected int"),
+        (json.dumps({**QWEN2_7B, "hidden_size": 3583}), "no model that can be made.*127"),
+        (json.dumps({**QWEN2_7B, "intermediate_size": -1}), "no model that can be made: intermediate_size is -1"),
+        (json.dumps({**QWEN2_7B, "vocab_size": 0}), "no model that can be made: vocab_size is 0"),
+        (json.dumps({**QWEN2_7B, "quantization_config": {"quant_method": "gptq", "bits": 4}}), r"few bits \(gptq\)"),
+        (json.dumps({**QWEN2_7B, "hidden_act": "nope"}), "no model that can be made.*nope"),
+        (json.dumps({k: v for k, v in QWEN2_7B.items() if k != "num_hidden_layers"}), "has no num_hidden_layers"),
         (json.dumps({**QWEN2_7B, "model_type": "mixtral", "num_local_experts": 2}), "Mixture-of-experts"),
     ],
 )

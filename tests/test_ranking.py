@@ -120,6 +120,9 @@ def test_bad_input(model):
         model.rank(QUERY, ["a"], method="maxsim")
     with pytest.raises(ValueError, match="top_k must be at least 1"):
         model.rank(QUERY, ["a"], top_k=0)
+    for wrong in ({"top_k": 1.5}, {"top_k": True}, {"batch_size": 2.0}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be a whole number"):
+            model.rank(QUERY, ["a"], **wrong)
     with pytest.raises(ValueError, match="does not tell yes from no"):
         model.rank(QUERY, ["a"], method="yes_no")
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ubmoe_st import UBMoE, UBMoETransformer
 from ubmoe_st import checkpoint as layout
@@ -256,6 +256,24 @@ def test_what_would_not_open_replaces_nothing(checkpoint, tmp_path, change, low_
         model.save(str(folder))
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_the_defaults_of_the_generator_are_saved_as_they_are(checkpoint, tmp_path, with_file):
+    """What a caller has set there, as stock models save it; and nothing where nothing was set."""
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    (folder / "generator" / "generation_config.json").unlink(missing_ok=True)
+    if with_file:
+        GenerationConfig(max_new_tokens=7).save_pretrained(folder / "generator")
+    model = UBMoE(str(folder))
+    model.generate("the cat", max_new_tokens=2)
+    model.save(str(tmp_path / "same"))
+    file = tmp_path / "same" / "generator" / "generation_config.json"
+    assert file.exists() == with_file
+    model.generator.generation_config.update(do_sample=True, temperature=0.5, max_new_tokens=3)
+    model.save(str(tmp_path / "other"))
+    found = UBMoE(str(tmp_path / "other")).generator.generation_config
+    assert (found.do_sample, found.temperature, found.max_new_tokens) == (True, 0.5, 3)
 
 
 def test_a_missing_head_is_named(checkpoint_of, tmp_path):

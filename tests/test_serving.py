@@ -20,13 +20,17 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 import uvicorn
+from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM
 
-from ubmoe_st import UBMoE
+from ubmoe_st import EmbeddingIndex, UBMoE
+from ubmoe_st.index import IndexGroup
 from ubmoe_st.serving import Settings, create_app
 from ubmoe_st.serving.batching import choose
+from ubmoe_st.serving.embeddings import texts_of
 from ubmoe_st.serving.engine import Sampler, TorchEngine
 from ubmoe_st.serving.rerank import relevance
+from ubmoe_st.serving.schemas import EmbeddingRequest
 from ubmoe_st.serving.text import TextStream
 
 KEY = "a-key-for-tests"
@@ -123,6 +127,30 @@ def test_prompts_are_those_of_the_checkpoint(url, model):
     assert np.abs(query - document).max() > 0.01
     named = vectors_of(post(url, "embeddings", input=TEXTS[:2], prompt_name="query"))
     np.testing.assert_allclose(named, query, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        {"other": "the red ", "query": "a "},
+        {"passage": "the old ", "corpus": "a ", "other": "the red "},
+        {"passage": "the old ", "document": "a ", "other": "the red "},
+    ],
+)
+def test_a_prompt_is_put_where_encode_puts_it(checkpoint, prompts):
+    """Also where it is empty, and beside a default prompt; vectors are cut as the checkpoint says."""
+    model = UBMoE(str(checkpoint), device="cpu", prompts=prompts, default_prompt_name="other", truncate_dim=8)
+    engine = TorchEngine(model, "tiny")
+    vectors = []
+    for kind, encode in ((None, model.encode), ("query", model.encode_query), ("document", model.encode_document)):
+        body = EmbeddingRequest(input=TEXTS[0], input_type=kind)
+        vectors.append(engine.embed(texts_of(engine, body))[0])
+        expected = encode(TEXTS[0])
+        np.testing.assert_allclose(vectors[-1], expected / np.linalg.norm(expected), atol=1e-5)
+    assert vectors[0].shape == (8,) == (engine.dimension,)
+    assert np.abs(vectors[0] - vectors[1]).max() > 0.01 < np.abs(vectors[0] - vectors[2]).max()
+    named = texts_of(engine, EmbeddingRequest(input=TEXTS[0], prompt_name="document"))
+    np.testing.assert_allclose(engine.embed(named)[0], vectors[2], atol=1e-6)
 
 
 def test_token_ids_are_taken_as_they_are(url, model):
@@ -368,6 +396,39 @@ def test_rankings_wait_for_their_turn_and_too_many_are_answered_with_429(engine)
         assert post(url, "rerank", 429, **body)["error"]["code"] == "server_busy"
         held.free.set()
         assert [len(answer.result()["results"]) for answer in taken] == [4, 4]
+
+
+# --- searching -------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_reads_a_question_whole_or_is_told_to_cut_it(engine, model, tmp_path):
+    """And a filter that is nested without an end is the client's fault, not the server's."""
+    rows = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
+    index = EmbeddingIndex.build(model, rows, tmp_path / "index")
+    index.build_bm25()
+    long = "the cat " * 100
+    with TestClient(create_app(engine, index=EmbeddingIndex.open(tmp_path / "index", model=model))) as client:
+        for path, field, more in (("search", "query", {}), ("ask", "question", {"max_tokens": 2, "k": 1})):
+            refused = client.post(f"/v1/{path}", json={field: long, **more})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["code"] == "context_length_exceeded"
+            assert refused.json()["error"]["param"] == field
+        assert client.post("/v1/search", json={"query": long, "mode": "bm25"}).json()["data"]
+        with pytest.warns(UserWarning, match="compared by their beginning"):
+            found = client.post("/v1/search", json={"query": long, "truncate": True, "k": 1}).json()["data"]
+        with pytest.warns(UserWarning, match="compared by their beginning"):
+            assert found == [hit.as_dict() for hit in index.search_entries([long], 1)[0]]
+        assert client.post("/v1/search", json={"query": "the cat", "mode": "hybrid"}).status_code == 200
+        nested = '{"query": "the cat", "filter": {"a": ' + "[" * 900 + "]" * 900 + "}}"
+        refused = client.post("/v1/search", content=nested, headers={"Content-Type": "application/json"})
+        assert refused.status_code == 400
+        assert "lists in lists" in refused.json()["error"]["message"]
+    group = IndexGroup([EmbeddingIndex.open(tmp_path / "index", model=model)] * 2)
+    with TestClient(create_app(engine, index=group)) as client:
+        assert len(client.post("/v1/search", json={"query": "the cat", "k": 8}).json()["data"]) == 8
+        refused = client.post("/v1/search", json={"query": "the cat", "mode": "bm25"})
+        assert refused.status_code == 400
+        assert "several" in refused.json()["error"]["message"]
 
 
 # --- together --------------------------------------------------------------------------------------------------------

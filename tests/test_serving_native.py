@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -101,6 +102,74 @@ def test_a_dense_layer_is_applied_to_what_llama_cpp_pools(files, tmp_path):
     with torch.no_grad():
         layer.linear.bias.add_(1.0)
     assert cosine(model.encode(GGUF_TEXTS), expected).min() < 0.99, "the bias changes nothing: the test says nothing"
+
+
+def test_prompts_and_dimensions_are_those_of_the_torch_encoder(files, tmp_path):
+    """A default prompt is none for queries and documents, and `truncate_dim` cuts what llama.cpp gives."""
+    checkpoint, base = files
+    options = {"prompts": {"other": "the red "}, "default_prompt_name": "other", "truncate_dim": 8}
+    UBMoE(str(checkpoint), device="cpu", **options).save(str(tmp_path / "cut"))
+    model = UBMoE(str(tmp_path / "cut"), device="cpu")
+    native = NativeUBMoE.from_checkpoint(tmp_path / "cut", gguf=base, context=128, longest_text=64, threads=1)
+    assert native.dimension == 8
+    for found, expected in (
+        (native.encode(TEXTS), model.encode(TEXTS)),
+        (native.encode_query(TEXTS), model.encode_query(TEXTS)),
+        (native.encode_document(TEXTS), model.encode_document(TEXTS)),
+    ):
+        assert found.shape == expected.shape == (len(TEXTS), 8)
+        assert cosine(found, expected).min() > 0.9999
+    assert cosine(model.encode(TEXTS), model.encode_query(TEXTS)).min() < 0.99
+    native.close()
+
+
+def test_long_texts_are_cut_as_the_checkpoint_says(files, tmp_path):
+    """Also where that is less than llama.cpp would embed texts at once, of which it would end the process."""
+    checkpoint, base = files
+    model = UBMoE(str(checkpoint), device="cpu")
+    model.max_seq_length = 8
+    model.save(str(tmp_path / "short"))
+    native = NativeUBMoE.from_checkpoint(tmp_path / "short", gguf=base, context=128, threads=1)
+    long = "the cat sleeps in the old tree under the house and the dog runs"
+    assert native.longest_text == 8 < len(model.token_ids(long))
+    found, expected = native.encode([long, *GGUF_TEXTS]), model.encode([long, *GGUF_TEXTS])
+    assert cosine(found, expected).min() > 0.9999
+    assert cosine(found[:1], UBMoE(str(checkpoint), device="cpu").encode([long]))[0] < 0.99
+    with pytest.raises(ValueError, match="longest_text must be at least 1"):
+        NativeUBMoE.from_checkpoint(checkpoint, gguf=base, longest_text=0)
+    native.close()
+
+
+def test_a_closed_model_says_so(files):
+    checkpoint, base = files
+    native = NativeUBMoE.from_checkpoint(checkpoint, gguf=base, context=128, longest_text=64, threads=1)
+    whole = native.generate("the cat", max_new_tokens=40)
+    pieces = native.generate("the cat", max_new_tokens=40, stream=True)
+    found = [next(pieces)]
+    closing = threading.Thread(target=native.close)
+    closing.start()
+    found += pieces  # the memory is not taken from under it
+    closing.join()
+    assert "".join(found) == whole
+    native.close()
+    for call in (
+        lambda: native.encode(["a cat"]),
+        lambda: native.generate("the cat"),
+        lambda: native.tokenize(["a"], None),
+    ):
+        with pytest.raises(ValueError, match="is closed"):
+            call()
+
+
+def test_bad_arguments_are_told(native):
+    whole = native.generate("the cat", max_new_tokens=12)
+    stop = whole[3:6]
+    assert native.generate("the cat", max_new_tokens=12, stop=stop) == whole[: whole.index(stop)]
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
+            native.generate("the cat", max_new_tokens=wrong)
+    with pytest.raises(TypeError, match="position 1 is of type NoneType"):
+        native.encode(["a", None])
 
 
 def test_tokens_are_those_of_plain_llama_cpp(native, files):

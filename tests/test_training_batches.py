@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from datasets import Dataset
+from sentence_transformers.base.sampler import DefaultBatchSampler
 
 pytest.importorskip("peft")
 
-from training.batches import GroupBudget, LengthBuckets, RoughCollator, TokenBudget
+from training.batches import GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
 from training.texts import roughen
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
 
 def test_buckets_hold_every_row_once_in_full_batches_of_similar_length():
-    from datasets import Dataset
-
     texts = ["x" * (1 + (7 * n) % 50) for n in range(103)]
     sampler = LengthBuckets(Dataset.from_dict({"anchor": texts}), 4, False, seed=1)
     batches = list(sampler)
@@ -35,8 +39,6 @@ def test_buckets_hold_every_row_once_in_full_batches_of_similar_length():
 
 
 def test_a_token_budget_fills_batches_and_keeps_their_number():
-    from datasets import Dataset
-
     rng = np.random.default_rng(0)
     lengths = [*rng.integers(4, 40, 500).tolist(), 300]
     sampler = TokenBudget(Dataset.from_dict({"anchor": ["x"] * 501}), lengths, 200, seed=1)
@@ -55,6 +57,72 @@ def test_a_token_budget_fills_batches_and_keeps_their_number():
     assert len(epochs[0] & epochs[1]) < len(epochs[0]) / 4
     with pytest.raises(ValueError, match="batch_tokens"):
         TokenBudget(Dataset.from_dict({"anchor": []}), [], 200)
+    with pytest.raises(ValueError, match="batch_tokens=5 holds one text at a time"):
+        TokenBudget(Dataset.from_dict({"anchor": ["x"] * 3}), [4, 4, 5], 5)
+
+
+@functools.cache
+def rows_of(count):
+    return Dataset.from_dict({"anchor": ["x" * (1 + n % 5) for n in range(count)]})
+
+
+def sampler_of(kind, rows, processes, drop_last):
+    """As a trainer in so many processes has it."""
+    data, lengths = rows_of(rows), [1 + n % 5 for n in range(rows)]
+    if kind == "lengths":
+        return LengthBuckets(data, 3, False, seed=1)
+    if kind == "tokens":
+        return TokenBudget(data, lengths, 9, seed=1)
+    if kind == "groups":
+        groups = [list(range(start, min(start + 3, rows))) for start in range(0, rows, 3)]
+        return GroupBudget(data, lengths, groups, 12, seed=1)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).tolist()
+    return DefaultBatchSampler(order, batch_size=3, drop_last=drop_last or processes > 1)
+
+
+def steps(sampler, processes, accumulation):
+    """The batches of each step of an epoch, as accelerate gives them to processes."""
+    even = not isinstance(sampler, (TokenBudget, GroupBudget))
+    shards = [sampler]
+    if processes > 1:
+        shards = [BatchSamplerShard(sampler, processes, process, even_batches=even) for process in range(processes)]
+    read = [list(shard) for shard in shards]
+    assert len({len(batches) for batches in read}) == 1
+    assert {len(shard) for shard in shards} == {len(read[0])}
+    parts = range(0, len(read[0]), accumulation)
+    return [sorted(b for batches in read for b in batches[start : start + accumulation]) for start in parts]
+
+
+def shared_or_none(sampler, rows, begun, processes, drop_last):
+    try:
+        return as_begun(sampler, rows, begun, processes, drop_last=drop_last)
+    except ValueError as error:
+        if "go on with 1" not in str(error):
+            raise
+    return None
+
+
+@pytest.mark.parametrize(("begun", "accumulation"), [(1, 4), (2, 1), (2, 3), (3, 2), (4, 1)])
+def test_other_processes_have_the_same_batches_in_each_step(begun, accumulation):
+    """Also of the last step of an epoch, whatever remains for it; or they are refused."""
+    together = begun * accumulation
+    shared, refused = 0, 0
+    divisors = [n for n in range(1, together + 1) if together % n == 0]
+    kinds = ("lengths", "tokens", "groups", "stock")
+    for kind, rows, drop_last in itertools.product(kinds, (48, 61), (False, True)):
+        before = sampler_of(kind, rows, begun, drop_last)
+        wanted = steps(as_begun(before, rows, begun, begun, drop_last=drop_last), begun, accumulation)
+        for processes in divisors:
+            sampler = sampler_of(kind, rows, processes, drop_last)
+            found = shared_or_none(sampler, rows, begun, processes, drop_last)
+            if found is None:
+                assert begun % processes  # divisors always can
+                refused += 1
+                continue
+            assert steps(found, processes, together // processes) == wanted, (kind, rows, processes)
+            shared += processes != begun
+    assert shared > 10
+    assert (refused > 0) == (accumulation > 1)
 
 
 def test_rough_inputs_change_some_texts_and_no_words():
@@ -80,8 +148,6 @@ def test_rough_inputs_change_some_texts_and_no_words():
 
 
 def test_a_group_budget_keeps_groups_whole_and_the_number_of_batches():
-    from datasets import Dataset
-
     rng = np.random.default_rng(0)
     rows = rng.permutation(400).tolist()
     groups = [rows[start : start + 4] for start in range(0, 360, 4)] + [[row] for row in rows[360:390]]

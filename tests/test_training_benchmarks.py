@@ -6,6 +6,7 @@ import math
 
 import pytest
 from helpers.benchmark_data import WORDS, make_base, make_data
+from typer.testing import CliRunner
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("mteb")
@@ -86,3 +87,18 @@ def test_dependence_of_base_and_trainings(budget, data, tmp_path):
     assert "<svg" in (tmp_path / "d.svg").read_text()
     with pytest.raises(ValueError, match="base, model or run"):
         dependence.open_row("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "what"),
+    [
+        (dependence, [], "docs-enwiki2015-sample.jsonl.gz"),
+        (ablation, ["--recipe", "no-such.yaml"], "no-such.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(command, arguments, what, tmp_path):
+    outcome = CliRunner().invoke(command.app, [*arguments, "--data-dir", str(tmp_path), "--out", str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert outcome.stderr.startswith("error: ")
+    assert what in outcome.stderr
+    assert outcome.stderr.count("\n") == 1

@@ -43,6 +43,8 @@ def test_another_recipe_is_refused_where_something_was_trained(recipe, tmp_path)
         check_same_recipe(recipe(rank=4), tmp_path)
     with pytest.raises(ValueError, match=r"another 'trainer\.seed'"):
         check_same_recipe(recipe(trainer={"seed": 9}), tmp_path)
+    with pytest.raises(ValueError, match=r"another 'trainer\.dataloader_drop_last'"):
+        check_same_recipe(recipe(trainer={"dataloader_drop_last": True}), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["base: [\n", "[" * 20_000, "!!python/object/apply:os.system [ls]\n", "{[]: 1}\n"])
@@ -59,6 +61,8 @@ def test_what_is_not_yaml_is_a_value_error(tmp_path, text):
         ("base: here\nout: there\nhead: outputt\n", "head must be one of training, output"),
         ("- base\n", "expected `key: value` lines"),
         ("base: [\n", "error: "),
+        ("base: here\nout: there\ntrainer: {max_steps: 3}\nrank: 2\ntrainer: {seed: 1}\n", "'trainer' stands twice"),
+        ("base: here\nout: there\ntrainer:\n  seed: 1\n  seed: 2\n", "'seed' stands twice"),
         (None, "No such file"),
     ],
 )
@@ -125,6 +129,12 @@ def test_words_and_numbers_are_read_as_they_are_written(tmp_path):
     assert read(tmp_path, text=text).trainer == {"save_strategy": "no", "x": "2024-01-01"}
     assert read(tmp_path, text=text).ffn_dropout == 0.1
     assert read(tmp_path, 'prompt="query: "').prompt == "query: "
+    numbers = read(tmp_path, "trainer.a=1_000", "trainer.b=-7", "trainer.c=010", "trainer.d=12:30", "trainer.e=0")
+    assert numbers.trainer == {"a": 1000, "b": -7, "c": "010", "d": "12:30", "e": 0}
+    merged = (
+        "base: b\nout: o\nsentences: {files: {}}\nffn_dropout: 0.1\ntrainer: {<<: {seed: 1, max_steps: 2}, seed: 3}\n"
+    )
+    assert read(tmp_path, text=merged).trainer == {"seed": 3, "max_steps": 2}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +150,15 @@ def test_words_and_numbers_are_read_as_they_are_written(tmp_path):
         ("sentences.words=[1]", "sentences: words must have 2 values"),
         ("teacher.0.folder=x", "unknown key '0'"),
         ("scale=true", "scale must be a number"),
+        ("scale=.nan", "scale must be a finite number"),
+        ("scale=0", "scale must be above 0"),
+        ("rank=0", "rank must be at least 1"),
+        ("max_seq_length=0", "max_seq_length must be at least 1"),
+        ("batch_tokens=0", "batch_tokens must be at least 1"),
+        ("ffn_dropout=1.5", "ffn_dropout is a rate"),
+        ("attention_dropout=-0.1", "attention_dropout is a rate"),
+        ("save_minutes=0", "save_minutes must be above 0"),
+        ("early_stopping_patience=3", "early_stopping_patience counts evaluations"),
     ],
 )
 def test_a_change_that_cannot_be_is_refused_in_words(tmp_path, change, said):
@@ -227,3 +246,27 @@ def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
     check_same_recipe(recipe(save_minutes=1.0), tmp_path)
     with pytest.raises(ValueError, match="another 'ridge'"):
         check_same_recipe(recipe(ridge=5), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 for whole epochs, got 0"),
+        ({"max_steps": -3}, "max_steps must be at least 1"),
+        ({"max_steps": "many"}, "max_steps must be a number"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+    ],
+)
+def test_numbers_of_the_trainer_that_train_nothing_are_refused(recipe, trainer, said):
+    """Of no step the trainer would make three epochs, or none and the base would be exported as trained."""
+    with pytest.raises(ValueError, match=said):
+        contrastive.training_arguments(recipe(trainer=trainer))
+
+
+def test_numbers_of_a_router_recipe_that_leave_nothing_are_refused():
+    for wrong in ({"held_out": -1}, {"count": 0}, {"max_tokens": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
+            RouterRecipe("checkpoint", "out", ["rows"], **wrong)

@@ -133,13 +133,14 @@ def in_processes(count, work):
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * count
 
 
-def test_a_run_of_two_processes_goes_on_in_one(recipe, teacher, tmp_path):
-    """Each step has the batches that both would have had, so it ends at the same parameters, but for rounding."""
+@pytest.mark.parametrize(("begun", "now"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_in_fewer_and_in_more_processes(recipe, teacher, tmp_path, begun, now):
+    """Each step has the batches of before, two in all, so it ends at the same parameters, but for rounding."""
 
     def run(out, steps, seen=None):
         trainer = {
             "max_steps": steps, "save_strategy": "steps", "save_steps": 5, "lr_scheduler_type": "constant",
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-3, "gradient_accumulation_steps": 2 // begun, "per_device_train_batch_size": 10,
         }  # fmt: skip
         parts = {"loss": "distillation", "teacher": teacher, "head": "training", "ffn_dropout": 0.0}
 
@@ -165,11 +166,12 @@ def test_a_run_of_two_processes_goes_on_in_one(recipe, teacher, tmp_path):
         return {step: sorted(rows) for step, rows in found.items()}
 
     in_processes(1, lambda: teacher_vectors(recipe().base, teacher, read_corpus(recipe()).texts))
-    in_processes(2, run("whole", 8))
-    in_processes(2, run("changed", 5))
-    in_processes(1, run("changed", 8))
-    expected = batches("whole-8-0", "whole-8-1")
-    assert batches("changed-8-0") == {step: rows for step, rows in expected.items() if step >= 5}
+    in_processes(begun, run("whole", 8))
+    in_processes(begun, run("changed", 5))
+    in_processes(now, run("changed", 8))
+    expected = batches(*(f"whole-8-{rank}" for rank in range(begun)))
+    found = batches(*(f"changed-8-{rank}" for rank in range(now)))
+    assert found == {step: rows for step, rows in expected.items() if step >= 5}
     assert [len(rows) for rows in expected.values()] == [2] * 8
     whole, changed = (load_file(tmp_path / name / "trained.safetensors") for name in ("whole", "changed"))
     for name, tensor in whole.items():
@@ -177,7 +179,7 @@ def test_a_run_of_two_processes_goes_on_in_one(recipe, teacher, tmp_path):
     start = load_file(tmp_path / "changed" / "checkpoints" / "checkpoint-5" / "trained.safetensors")
     assert max((tensor - start[name]).norm() / tensor.norm() for name, tensor in whole.items()) > 1e-2
     spent = [json.loads((tmp_path / name / "training.json").read_text())["tokens"] for name in ("whole", "changed")]
-    assert spent[1] == pytest.approx(2 * spent[0], rel=0.2)  # of one process
+    assert spent[1] == pytest.approx(begun / now * spent[0], rel=0.2)  # of one process
 
 
 def test_processes_that_cannot_share_the_batches_are_refused(tmp_path):
@@ -188,11 +190,18 @@ def test_processes_that_cannot_share_the_batches_are_refused(tmp_path):
         world_size = 3
 
     with pytest.raises(ValueError, match="go on with 1, 2, 4 processes, or start another run"):
+        keep_steps(Arguments, str(tmp_path), streamed=True)
+    Arguments.world_size = 5
+    with pytest.raises(ValueError, match=r"read 12 batches a step.*go on with 1, 2, 3, 4, 6, 12 processes, or start"):
         keep_steps(Arguments, str(tmp_path))
-    Arguments.world_size = 2
+    for processes, accumulation in ((3, 4), (2, 6), (12, 1), (4, 3)):
+        Arguments.world_size, Arguments.gradient_accumulation_steps = processes, 3
+        assert keep_steps(Arguments, str(tmp_path)) == 4
+        assert Arguments.gradient_accumulation_steps == accumulation
+    (tmp_path / "processes.json").write_text('{"begun": 4, "accumulation": 1, "processes": 2}')
     assert keep_steps(Arguments, str(tmp_path)) == 4
-    assert Arguments.gradient_accumulation_steps == 6
-    assert keep_steps(Arguments, None) == 2
+    assert Arguments.gradient_accumulation_steps == 1
+    assert keep_steps(Arguments, None) == 4
 
 
 def test_a_batch_that_the_data_cannot_fill_is_refused(recipe, tmp_path):

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE, UBMoETransformer
-from ubmoe_st.transformer import group_by_length
+from ubmoe_st.compute import group_by_length
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,56 @@ def test_the_generator_follows_the_model_to_another_dtype(checkpoint, base):
     reference = AutoModelForCausalLM.from_pretrained(base).to(torch.bfloat16)
     ids = torch.arange(4, 9)[None]
     assert torch.equal(model.generator(ids).logits, reference(ids).logits)
+
+
+def refusal(call):
+    try:
+        call()
+    except ValueError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("alone", [lambda model: model.generator, lambda model: model[0].model])
+def test_one_view_alone_in_another_dtype_is_told_what_to_do(checkpoint, alone, low_memory):
+    """The views share tensors: the other one would meet two dtypes; converting the whole then mends it."""
+    model = UBMoE(str(checkpoint), low_memory=low_memory)
+    model.generator_for("bi")
+    alone(model).half()
+    calls = {
+        "encode": lambda: model.encode(TEXTS),
+        "generate": lambda: model.generate("the cat", max_new_tokens=1),
+        "stream": lambda: "".join(model.generate("the cat", max_new_tokens=1, stream=True)),
+        "rank": lambda: model.rank("the cat", TEXTS),
+        "bi": lambda: model.generate("the cat", max_new_tokens=1, routing="bi"),
+    }
+    told = {name: str(error) for name, call in calls.items() if (error := refusal(call))}
+    assert all("`model.to(torch.float16)`" in error for error in told.values())
+    if alone(model) is model.generator:
+        assert set(told) == {"encode", "bi"}
+    else:  # low-rank experts stand on the generator's own weights, which follow
+        assert set(told) == (set() if low_memory else {"generate", "stream", "rank"})
+    model.half()
+    wanted = UBMoE(str(checkpoint)).half()
+    assert np.abs(model.encode(TEXTS) - wanted.encode(TEXTS)).max() < 1e-2
+    assert model.generate("the cat", max_new_tokens=4) == wanted.generate("the cat", max_new_tokens=4)
+    assert model.generator.dtype == torch.float16
+
+
+def test_tokens_beyond_the_embeddings_are_told_what_to_do(checkpoint):
+    model = UBMoE(str(checkpoint))
+    model.tokenizer.add_tokens([f"new{number}" for number in range(40)])
+    for call in (
+        lambda: model.encode(["the cat", "new39"]),
+        lambda: model.generate("the new39", max_new_tokens=1),
+        lambda: model.rank("the cat", ["new39"]),
+    ):
+        with pytest.raises(ValueError, match=r"beyond the 48 .* `model.generator.resize_token_embeddings"):
+            call()
+    model.generator.resize_token_embeddings(len(model.tokenizer))
+    assert np.isfinite(model.encode("new39")).all()
+    assert isinstance(model.generate("the new39", max_new_tokens=1), str)
 
 
 def test_modules_made_by_hand_train_and_save(base, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -213,6 +216,46 @@ def test_a_vision_model_is_refused(tmp_path, base):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="reads images or sound"):
         upcycle(folder, out=tmp_path / "out")
+
+
+def test_a_config_that_transformers_does_not_take_is_named(base, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"hidden_size": "32"}, "'hidden_size' expected int"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"few bits \(gptq\)"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=message):
+            upcycle(folder, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_are_none_are_refused(base, tmp_path):
+    for wrong, message in (
+        ({"max_seq_length": 3.5}, "max_seq_length must be a whole number"),
+        ({"max_seq_length": True}, "max_seq_length must be a whole number"),
+        ({"prompts": {"query": 3}}, "prompts must be texts by name"),
+        ({"dtype": "floof"}, "dtype must be the name of a torch type"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            upcycle(base, out=tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_low_memory_are_not_exchanged(checkpoint):
+    module = UBMoE(str(checkpoint), low_memory=True)[0]
+    with pytest.raises(ValueError, match="without low_memory"):
+        module.set_low_rank_experts({})
+    with pytest.raises(ValueError, match="without low_memory"):
+        module.set_dense_experts({})
+
+
+def test_a_checkpoint_is_no_base(base, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="is a UBMoE checkpoint, and a base model is expected: give 'base'"):
+        upcycle(checkpoint, out=tmp_path / "out")
+    again = UBMoE(str(upcycle(base, checkpoint, out=tmp_path / "again")))
+    assert np.array_equal(again.encode(TEXTS), UBMoE(str(checkpoint)).encode(TEXTS))
 
 
 def test_bases_that_are_not_there(tmp_path):

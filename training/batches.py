@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
 from training.texts import roughen
@@ -23,7 +24,38 @@ WINDOW = 16
 """Batches whose texts are sorted by length together."""
 
 
-class LengthBuckets(DefaultBatchSampler):
+class SharedAmong(DefaultBatchSampler):
+    """A sampler whose epochs give each process as many batches, so that none waits for another.
+
+    `whole` are the batches that an epoch fills, `batches` those of them that the processes can share.
+    """
+
+    whole: int
+    batches: int
+    filling: str
+    """Which rows are to fill which batch, for an error."""
+    key: str
+    """Of the recipe, to lower then."""
+
+    def share_among(self, processes: int) -> None:
+        """Give so many processes the same number of batches.
+
+        Raises:
+            ValueError: If there is not one batch for each of them.
+        """
+        self.batches = self.whole // processes * processes
+        if self.batches == 0:
+            raise ValueError(f"{self.filling} in each of {processes} processes; lower {self.key}")
+
+    def __len__(self) -> int:
+        return self.batches
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+class LengthBuckets(SharedAmong):
     """Batches of texts of similar length, so that little is padded.
 
     The shuffled rows are sorted by the length of their first text inside windows of `WINDOW` batches, and the
@@ -34,16 +66,10 @@ class LengthBuckets(DefaultBatchSampler):
     def __init__(self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs: Any) -> None:
         super().__init__(dataset, batch_size=batch_size, drop_last=True, **kwargs)
         self.lengths = [len(text) for text in dataset[dataset.column_names[0]]]
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.batches = len(self.lengths) // batch_size // processes * processes
-        if self.batches == 0:
-            raise ValueError(
-                f"{len(self.lengths)} texts do not fill one batch of {batch_size} in each of {processes} processes; "
-                "lower trainer.per_device_train_batch_size"
-            )
-
-    def __len__(self) -> int:
-        return self.batches
+        self.whole = len(self.lengths) // batch_size
+        self.filling = f"{len(self.lengths)} texts do not fill one batch of {batch_size}"
+        self.key = "trainer.per_device_train_batch_size"
+        self.share_among(_processes())
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = random.Random(f"{self.seed}-{self.epoch}")
@@ -57,7 +83,7 @@ class LengthBuckets(DefaultBatchSampler):
             yield from batches
 
 
-class TokenBudget(DefaultBatchSampler):
+class TokenBudget(SharedAmong):
     """Batches of equal cost: as many texts of similar length as fit, padded, into a number of tokens.
 
     Short texts come in large batches and long ones in small ones, so no process waits for another one's long batch.
@@ -83,16 +109,14 @@ class TokenBudget(DefaultBatchSampler):
             if (end - self.cuts[-1]) * length > tokens and end - 1 > self.cuts[-1]:
                 self.cuts.append(end - 1)
         self.cuts.append(len(order))
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.batches = (len(self.cuts) - 1) // processes * processes
-        if not order or self.batches == 0:
+        if len(order) > 1 and len(self.cuts) - 1 == len(order):
             raise ValueError(
-                f"{len(order)} texts do not fill one batch of {tokens} tokens in each of {processes} processes; "
-                "lower batch_tokens"
+                f"batch_tokens={tokens} holds one text at a time, which has nothing to compare with; raise it"
             )
-
-    def __len__(self) -> int:
-        return self.batches
+        self.whole = len(self.cuts) - 1 if order else 0
+        self.filling = f"{len(order)} texts do not fill one batch of {tokens} tokens"
+        self.key = "batch_tokens"
+        self.share_among(_processes())
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = random.Random(f"{self.seed}-{self.epoch}")
@@ -102,7 +126,7 @@ class TokenBudget(DefaultBatchSampler):
         yield from batches[: self.batches]
 
 
-class GroupBudget(DefaultBatchSampler):
+class GroupBudget(SharedAmong):
     """Batches of whole groups, as many as fit into a number of tokens.
 
     The groups of an epoch come in random order, so that each batch holds several kinds and lengths; padding is avoided
@@ -128,13 +152,11 @@ class GroupBudget(DefaultBatchSampler):
         self.groups = [list(group) for group in groups]
         self.costs = [sum(lengths[row] for row in group) for group in groups]
         self.tokens = tokens
-        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.batches = len(self._epoch(0)) // processes * processes
-        if self.batches == 0:
-            raise ValueError(
-                f"{sum(map(len, groups))} texts in groups do not fill one batch of {tokens} tokens in each of "
-                f"{processes} processes; lower batch_tokens"
-            )
+        self.whole = len(self._epoch(0))
+        texts = sum(map(len, groups))
+        self.filling = f"{texts} texts in groups do not fill one batch of {tokens} tokens"
+        self.key = "batch_tokens"
+        self.share_among(_processes())
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Batches of an epoch; one of fewer than three texts has nothing to compare and is left out."""
@@ -150,12 +172,83 @@ class GroupBudget(DefaultBatchSampler):
             cost += self.costs[group]
         return [batch for batch in found if len(batch) > 2]
 
+    def __iter__(self) -> Iterator[list[int]]:
+        found = self._epoch(self.epoch)
+        yield from islice(cycle(found), self.batches)
+
+
+class AsBegun(BatchSampler):
+    """The batches of a stock sampler as so many processes had them, in their order, for another number of processes.
+
+    Of several processes sentence-transformers leaves the last, smaller batch out, and accelerate what is not one each.
+
+    Args:
+        sampler: Of the trainer.
+        rows: Of the data.
+        begun: How many processes there were.
+    """
+
+    drop_last = True
+
+    def __init__(self, sampler: Any, rows: int, begun: int) -> None:
+        self.inner = sampler
+        self.begun = begun
+        self.batch_size = sampler.batch_size
+        self.batches = rows // self.batch_size // begun * begun
+
+    @property
+    def sampler(self) -> Any:
+        """Of the rows; accelerate puts a seeded one in its place."""
+        return self.inner.sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Any) -> None:
+        self.inner.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Of the inner one."""
+        self.inner.set_epoch(epoch)
+
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        found = self._epoch(self.epoch)
-        yield from islice(cycle(found), self.batches)
+        full = (batch for batch in self.inner if len(batch) == self.batch_size)
+        while len(together := list(islice(full, self.begun))) == self.begun:
+            yield from together
+
+
+def as_begun(sampler: Any, rows: int, begun: int, processes: int, *, drop_last: bool) -> Any:
+    """A sampler whose batches can be shared by processes so that each step is what it was.
+
+    Args:
+        sampler: Of the trainer.
+        rows: Of the data.
+        begun: How many processes began the run, see `training.resume.keep_steps`.
+        processes: How many there are now.
+        drop_last: What the recipe says of the last batch, where it is smaller.
+
+    Raises:
+        ValueError: If an epoch has batches that they cannot share.
+    """
+    if isinstance(sampler, SharedAmong):
+        sampler.share_among(begun)
+    elif begun == processes:
+        return sampler
+    else:
+        sampler = AsBegun(sampler, rows, begun)
+        if begun == 1 and not drop_last and rows % sampler.batch_size:
+            raise ValueError(
+                f"the run began in one process, where the last batch of an epoch is smaller ({rows} rows in batches of "
+                f"{sampler.batch_size}); go on with 1 process"
+            )
+    if len(sampler) % processes:
+        fitting = ", ".join(str(n) for n in range(1, begun + 1) if begun % n == 0)
+        raise ValueError(
+            f"an epoch of {len(sampler)} batches, as the run began with, cannot be shared by {processes} processes; go "
+            f"on with {fitting} processes"
+        )
+    return sampler
 
 
 class EpochCallback(TrainerCallback):

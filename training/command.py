@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import re
 import sys
 import types
@@ -47,6 +48,8 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) ->
         values = _yaml(Path(file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected `key: value` lines of a recipe, got {type(values).__name__}")
     for change in changes:
@@ -77,7 +80,11 @@ def recipe_parser(program: str, description: str | None) -> argparse.ArgumentPar
 
 
 def _yaml(text: str) -> Any:
-    """YAML with the words and numbers of YAML 1.2: `no` is a text, `1e-3` a number."""
+    """YAML with the words and numbers of YAML 1.2: `no`, `12:30` and `010` are texts, `1e-3` is a number.
+
+    Raises:
+        ValueError: If a key stands twice in a section; YAML would keep the last one without a word.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -86,13 +93,23 @@ def _yaml(text: str) -> Any:
             for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the key {twice!r} stands twice in one section, near line {node.start_mark.line + 1}")
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
+    whole = re.compile(r"^[+-]?(0|[1-9][0-9_]*)$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", whole, list("+-0123456789"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.IGNORECASE), list("tTfF"))
     number = re.compile(r"^[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?$|^[+-]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("+-.0123456789"))
     return yaml.load(text, Loader)
 
 
-_YAML_11 = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp"}
+_YAML_11 = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp")}
 
 
 def _change(values: Any, change: str) -> None:
@@ -178,6 +195,8 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         if origin is dict and isinstance(value, dict):
             return {name: _value(inner[1], item, where, f"{key}.{name}") for name, item in value.items()}
         if origin is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not math.isfinite(value):
+                raise ValueError(f"{where}: {key} must be a finite number, got {value!r}")
             return value
         if origin in (str, int, bool) and type(value) is origin:
             return value
@@ -205,14 +224,28 @@ def _plain(hint: Any) -> str:
     )
 
 
+_LEAST = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0}
+
+
 def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
     """`TrainingArguments` of a recipe's section `trainer`, where `bf16: auto` stands for what the processor can.
 
     Raises:
-        ValueError: If a key is not known.
+        ValueError: If a key is not known, or a number is none that trains: a `max_steps` of 0 would be three epochs.
     """
     if values.get("bf16") == "auto":
         values = {**values, "bf16": has_bf16(on_cpu=values.get("use_cpu", False))}
+    defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key, value in values.items():
+        number = isinstance(defaults.get(key), (int, float)) and not isinstance(defaults.get(key), bool)
+        if number and isinstance(value, str):
+            raise ValueError(f"trainer: {key} must be a number, got {value!r}")
+        if key in _LEAST and value < _LEAST[key]:
+            raise ValueError(f"trainer: {key} must be at least {_LEAST[key]}, got {value}")
+    if values.get("max_steps", -1) < 1 and values.get("max_steps", -1) != -1:
+        raise ValueError(f"trainer: max_steps must be at least 1, or -1 for whole epochs, got {values['max_steps']}")
+    if values.get("num_train_epochs", 1) <= 0:
+        raise ValueError(f"trainer: num_train_epochs must be above 0, got {values['num_train_epochs']}")
     try:
         return kind(**values)
     except TypeError as error:
@@ -260,7 +293,10 @@ def one_line_errors(function: Callable[..., None]) -> Callable[..., None]:
 
 # --- comparing --------------------------------------------------------------------------------------------------
 
-ORDER_KEYS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+ORDER_KEYS = (
+    "seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last",
+    "batch_sampler",
+)  # fmt: skip
 """Keys of `trainer` that decide which batch comes when."""
 
 

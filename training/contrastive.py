@@ -29,7 +29,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import EarlyStoppingCallback, set_seed
 
-from training.batches import EpochCallback, GroupBudget, LengthBuckets, RoughCollator, TokenBudget
+from training.batches import EpochCallback, GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
 from training.command import (
     RECIPE_FILE,
     arguments_of,
@@ -91,6 +91,8 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
     batch_tokens: int | None = None
     groups: list[list[int]] | None = None
     sampler: Any = None
+    drop_last = False
+    """As the recipe says; of several processes sentence-transformers makes it true."""
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The stock one; what it has cost so far goes on from the checkpoint."""
@@ -121,9 +123,10 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
                 self.sampler = TokenBudget(dataset, lengths, self.batch_tokens, seed=self.args.seed)
             else:
                 self.sampler = GroupBudget(dataset, lengths, self.groups, self.batch_tokens, seed=self.args.seed)
-        if self.begun is not None and hasattr(self.sampler, "batches"):
-            # As many batches an epoch as the processes had that began.
-            self.sampler.batches = self.sampler.batches // self.begun * self.begun
+        if self.begun is not None and self.sampler is not None:
+            self.sampler = as_begun(
+                self.sampler, len(dataset), self.begun, self.args.world_size, drop_last=self.drop_last
+            )
         return self.sampler
 
     def _lengths(self, texts: Any) -> list[int]:
@@ -266,7 +269,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     with args.main_process_first(local=False):
         check_same_recipe(recipe, out)
     last = checkpoint_to_resume(args)
-    begun = keep_steps(args, last)
+    begun = keep_steps(args, last, streamed=recipe.shuffle_buffer is not None)
     corpus = read_corpus(recipe)
     found: list[Any] = []
     if recipe.teachers and corpus is not None:
@@ -295,6 +298,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         data_collator=collator,
     )
     trainer.batch_tokens, trainer.groups, trainer.begun = recipe.batch_tokens, groups, begun
+    trainer.drop_last = bool(recipe.trainer.get("dataloader_drop_last", False))
     trainer.add_callback(EpochCallback(trainer))
     if recipe.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))

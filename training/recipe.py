@@ -230,6 +230,23 @@ class EmbedderTeacher:
 Teacher = PromptedTeacher | EmbedderTeacher
 
 
+def at_least(recipe: Any, least: int, *names: str) -> None:
+    """Refuse numbers of a recipe that are too small.
+
+    Args:
+        recipe: With the numbers; None is none.
+        least: The smallest that there may be.
+        *names: Of the numbers.
+
+    Raises:
+        ValueError: If one is smaller.
+    """
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 # --- stage 1 ----------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +405,7 @@ class ContrastiveRecipe:
     """`SentenceTransformerTrainingArguments`. `bf16: auto`: where the processor computes in it."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.train not in get_args(Trained):
             raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}")
         if self.loss not in get_args(LossName):
@@ -432,6 +450,21 @@ class ContrastiveRecipe:
             raise ValueError(f"rough is a share from 0 to 1, got {self.rough}")
         if self.rank is None and self.lora_dropout:
             raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
+
+    def _check_numbers(self) -> None:
+        at_least(self, 1, "rank", "mini_batch_size", "max_seq_length", "encode_max_seq_length", "batch_tokens")
+        at_least(self, 1, "early_stopping_patience")
+        at_least(self, 0, "ridge")
+        for name in ("scale", "alpha", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("lora_dropout", "attention_dropout", "ffn_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a rate from 0 to below 1, got {getattr(self, name)}")
+        evaluated = self.evaluate and self.trainer.get("eval_strategy", "no") != "no"
+        if self.early_stopping_patience is not None and not evaluated:
+            raise ValueError("early_stopping_patience counts evaluations: set `evaluate` and trainer.eval_strategy")
 
     def _check_distillation(self) -> None:
         if not self.teachers or self.pairs is not None:
@@ -538,6 +571,8 @@ class RouterRecipe:
     """`TrainingArguments`."""
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "held_out")
+        at_least(self, 1, "count", "max_tokens")
         if self.kind not in ROUTER_KINDS:
             raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
         if min(self.kl, self.balance) < 0:

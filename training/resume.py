@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 TRAINED_FILE = "trained.safetensors"
 PROCESSES_FILE = "processes.json"
-"""Of a checkpoint: how many processes wrote it together."""
+"""Of a checkpoint: how many processes began the run, their `gradient_accumulation_steps`, how many wrote it."""
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -56,36 +56,45 @@ def _is_complete(folder: Path) -> bool:
     return (folder / TRAINED_FILE).is_file()
 
 
-def keep_steps(args: TrainingArguments, last: str | None) -> int:
-    """Let a step read the texts of as many batches as before, although there are fewer processes now.
+def keep_steps(args: TrainingArguments, last: str | None, *, streamed: bool = False) -> int:
+    """Let a step read the texts of as many batches as before, although there are fewer or more processes now.
 
-    Where a checkpoint comes from n times as many processes, each one reads n batches a step instead of one
-    (`gradient_accumulation_steps`), so that every step of the rest has the same batches, loss and gradient. Dropout
-    differs: the random states of processes that are gone go with them.
+    The processes that began a run read n batches a step together, and process i of m every m-th batch. So any m that
+    divides n, each of which then reads n / m batches a step (`gradient_accumulation_steps`), has the same batches, loss
+    and gradient in each step of the rest. Noise differs: random states go with their processes.
 
     Args:
         args: Changed in place, before a trainer is made of them.
         last: The checkpoint to go on from.
+        streamed: Whether the rows are not counted beforehand. Then it is not known whether the last batches of an epoch
+            can be shared, and the processes that began must be a multiple of those of now.
 
     Returns:
         The number of processes that the batches of an epoch are counted for: those that began the run.
 
     Raises:
-        ValueError: If the processes of the checkpoint cannot be divided among those of now.
+        ValueError: If the processes of now cannot share the batches of a step.
     """
     file = Path(last or "") / PROCESSES_FILE
     if last is None or not file.is_file():
         return args.world_size
-    begun, wrote = (json.loads(file.read_text(encoding="utf-8"))[key] for key in ("begun", "processes"))
-    if begun % args.world_size:
-        fitting = ", ".join(str(n) for n in range(1, begun + 1) if begun % n == 0)
+    counts = json.loads(file.read_text(encoding="utf-8"))
+    begun = counts["begun"]
+    together = begun * counts.get("accumulation", args.gradient_accumulation_steps)
+    shared = begun if streamed else together
+    if shared % args.world_size:
+        fitting = ", ".join(str(n) for n in range(1, shared + 1) if shared % n == 0)
         raise ValueError(
-            f"{last} is of a run of {begun} processes, and {args.world_size} cannot share their batches; go on with "
-            f"{fitting} processes, or start another run from it (--set init_from={last} --set out=...)"
+            f"{last} is of a run whose {begun} processes read {together} batches a step, and {args.world_size} cannot "
+            f"share them; go on with {fitting} processes, or start another run from it (--set init_from={last} --set "
+            "out=...)"
         )
-    if wrote != args.world_size:
-        logger.info("%s was written by %d processes; each of %d does the work of several", last, wrote, args.world_size)
-    args.gradient_accumulation_steps *= begun // args.world_size
+    args.gradient_accumulation_steps = together // args.world_size
+    if counts["processes"] != args.world_size:
+        logger.info(
+            "%s was written by %d processes; each of %d now reads %d batches a step",
+            last, counts["processes"], args.world_size, args.gradient_accumulation_steps,
+        )  # fmt: skip
     return begun
 
 
@@ -113,7 +122,10 @@ class TrainedOnly:
     def write(self, folder: Path) -> None:
         """Write what a checkpoint holds, in the one process that does."""
         save_trained(self.model, folder)
-        counts = {"begun": self.begun or self.args.world_size, "processes": self.args.world_size}
+        now = self.args.world_size
+        begun = self.begun or now
+        accumulation = self.args.gradient_accumulation_steps * now // begun
+        counts = {"begun": begun, "accumulation": accumulation, "processes": now}
         (folder / PROCESSES_FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")
 
     def get_train_dataloader(self) -> Any:

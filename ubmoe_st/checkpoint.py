@@ -476,7 +476,7 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         "name": root.resolve().name,
         "architecture": config.base_architecture,
         "layers": stock["num_hidden_layers"],
-        "dimension": _dimension(root, stock["hidden_size"]),
+        "dimension": min(_dimension(root, stock["hidden_size"]), _kept_dimensions(root)),
         "expert_rank": config.expert_rank,
         "routing": config.routing,
         "router": config.router,
@@ -509,6 +509,15 @@ def _dimension(root: Path, hidden: int) -> int:
             if size is not None:
                 return size
     return hidden
+
+
+def _kept_dimensions(root: Path) -> float:
+    """How many dimensions of a vector are kept where the checkpoint says so."""
+    file = "config_sentence_transformers.json"
+    kept = _read_json(root, file).get("truncate_dim") if (root / file).is_file() else None
+    if kept is not None and type(kept) is not int:
+        raise CheckpointError(f"{file}: expected a whole number truncate_dim, got {kept!r}")
+    return math.inf if kept is None else kept
 
 
 def notices_in(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """The encoder's matrix products in other numbers than its weights: bf16, or int8 with a scale for every token.
 
 Only the encoder view computes so. Its linear layers are copied into the other form; the weights themselves, and with
-them the generator, saving and training, stay as they are.
+them the generator, saving and training, stay as they are. Beside it: which rows of a batch are computed together.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -162,6 +163,45 @@ class Int8Linear(nn.Module):
         yield torch.empty(len(self.scale), self.packed.numel() // len(self.scale), dtype=torch.int8, device="meta")
 
 
+class _Watch:
+    """Whether a network still has the modules and parameters of before, and its copied layers the values.
+
+    Asked for at every call, so it is quick: a few numbers of each tensor tell what no version counter sees, as PEFT
+    merges through `.data`, and the counter tells what changes other numbers.
+
+    Args:
+        network: Of modules and parameters.
+        layers: Those of its modules that were copied.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[nn.Module]) -> None:
+        modules = list(network.modules())
+        self._network = network
+        self._places: list[tuple[Any, str, Any]] = [
+            (m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()
+        ]
+        self._places += [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._tensors = [tensor for layer in layers for tensor in layer.parameters()]
+        self._samples = [_few_numbers(tensor) for tensor in self._tensors]
+        self._seen = self._now()
+
+    def _now(self) -> tuple[list[tuple[int, int]], bytes]:
+        marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
+        return marks, np.concatenate(self._samples).tobytes()
+
+    def unchanged(self, network: nn.Module) -> bool:
+        """Whether a network is the one of before, as it was."""
+        same = network is self._network and all(place.get(name) is thing for place, name, thing in self._places)
+        return same and self._now() == self._seen
+
+
+def _few_numbers(tensor: Tensor) -> np.ndarray:
+    """Eight numbers of a tensor, in its own memory."""
+    flat = tensor.detach().reshape(-1)
+    flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    return flat[:: max(1, flat.numel() // 8)][:8].numpy()
+
+
 class FastEncoder:
     """An encoder module whose linear layers compute in other numbers.
 
@@ -176,6 +216,7 @@ class FastEncoder:
     def __init__(self, report: ComputeReport = STORED, views: Any = None) -> None:
         self.report = report
         self._module: Any = None
+        self._watch: _Watch | None = None
         self._lock = ForkSafeLock()
         if not self.active:
             return
@@ -197,21 +238,31 @@ class FastEncoder:
         return self.report.used != "stored"
 
     def module(self, views: Any) -> Any:
-        """A `UBMoETransformer` that computes so; made anew after the weights moved, or in another process.
+        """A `UBMoETransformer` that computes so; made anew after weights moved or changed, or in another process.
 
         Args:
             views: The one whose weights it copies.
         """
         with self._lock:
-            if self._module is None:
+            if self._module is None or self._watch is None or not self._watch.unchanged(views.model):
                 with torch.inference_mode():
                     self._module = self._made(views, {n: self._copy(layer) for n, layer in _linears(views.model)})
             return self._module
 
+    def applies(self, views: Any) -> bool:
+        """Whether a module is computed so now: not while it has an adapter, which no copy holds."""
+        return self.active and not views.has_adapter
+
+    def report_of(self, views: Any) -> ComputeReport:
+        """How a module is computed now."""
+        if self.applies(views) or not self.active:
+            return self.report
+        return replace(self.report, used="stored", reason="the encoder has an adapter", kept=())
+
     def follow(self, device: torch.device) -> None:
         """After the weights have moved: make it anew on its next use, or give up where they are on no processor."""
         with self._lock:
-            self._module = None
+            self._module = self._watch = None
             if self.active and device.type != "cpu":
                 reason = f"the weights were moved to {device.type} since, and this is for processors"
                 self.report = replace(self.report, used="stored", reason=reason, kept=())
@@ -228,7 +279,7 @@ class FastEncoder:
         return {"report": self.report}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _module=None, _lock=ForkSafeLock())
+        self.__dict__.update(state, _module=None, _watch=None, _lock=ForkSafeLock())
 
     def _made(self, views: Any, copies: dict[str, nn.Module]) -> Any:
         network = share_copy(views.model)
@@ -239,6 +290,7 @@ class FastEncoder:
         made = copy.copy(views)
         made.__dict__["_modules"] = {**views._modules, "model": network.eval()}
         made.__dict__["fast"] = FastEncoder()
+        self._watch = _Watch(views.model, [layer for _, layer in _linears(views.model)])
         return made
 
     def _copy(self, layer: nn.Module) -> nn.Module:
@@ -307,3 +359,29 @@ def output_errors(
 def calibration_texts() -> list[str]:
     """Sentences of many kinds, to measure activations with when a caller gives none."""
     return (Path(__file__).parent / "export" / "calibration.txt").read_text(encoding="utf-8").splitlines()
+
+
+def group_by_length(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]:
+    """The groups of rows in which a padded batch costs least, by dynamic programming.
+
+    Args:
+        lengths: Tokens of each of B rows.
+        pass_tokens: What a further group costs, in tokens.
+
+    Returns:
+        Positions of the rows, longest first. The cost of a group is its rows times its longest one.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    longest = np.asarray(lengths, np.int64)[order]
+    best = np.zeros(len(order) + 1)
+    begins = np.zeros(len(order) + 1, np.int64)
+    for end in range(1, len(order) + 1):
+        costs = best[:end] + longest[:end] * (end - np.arange(end)) + pass_tokens
+        begins[end] = costs.argmin()
+        best[end] = costs[begins[end]]
+    groups = []
+    end = len(order)
+    while end:
+        groups.append(order[begins[end] : end].tolist())
+        end = int(begins[end])
+    return groups[::-1]

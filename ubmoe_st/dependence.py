@@ -92,6 +92,8 @@ def dependence(
             attention through `AttentionInterface`.
         TypeError: If a document is not a text.
     """
+    if isinstance(documents, str):
+        raise TypeError("documents must be a list of texts, got one text")
     ids_of: Callable[[str], list[int]]
     if isinstance(model, UBMoE):
         lm, ids_of = model.generator_for(routing), model.token_ids

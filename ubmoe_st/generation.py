@@ -19,6 +19,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from ubmoe_st.configuration import Routing
+from ubmoe_st.generator import explained
 from ubmoe_st.transformer import UBMoETransformer
 
 Chat = list[dict[str, Any]]
@@ -75,7 +76,7 @@ def generate(
     arguments = {**inputs, **_settled(lm, tokenizer, max_new_tokens, generation_kwargs)}
     if stream:
         return _stream(lm, tokenizer, arguments)
-    with torch.inference_mode():
+    with torch.inference_mode(), explained(lm):
         sequences = lm.generate(**arguments)
     if not isinstance(sequences, Tensor):
         sequences = sequences.sequences
@@ -264,7 +265,7 @@ def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]
 
     def work() -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), explained(lm):
                 lm.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
         except BaseException as error:
             failure.append(error)

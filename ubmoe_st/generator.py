@@ -6,8 +6,9 @@ objects are separate, so nothing is switched between encoding and generating.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -122,6 +123,40 @@ def converted(parameters: Mapping[str, nn.Parameter], fn: Callable[..., Any]) ->
     return {name: parameter for name, parameter in holder._parameters.items() if parameter is not None}
 
 
+@contextlib.contextmanager
+def explained(view: PreTrainedModel) -> Iterator[None]:
+    """Says what to do where a view cannot compute because something was done to the model by halves.
+
+    The other view alone was converted to another dtype: both share tensors, so `generator.half()` leaves the encoder
+    with half of them in each, and the other way. Or the tokenizer got tokens that the embeddings do not have.
+
+    Args:
+        view: What computes inside: the encoder or a generator.
+
+    Raises:
+        ValueError: Instead of torch's own error, which names two dtypes, or an index, and nothing else.
+    """
+    try:
+        yield
+    except IndexError as error:
+        if "index out of range in self" not in str(error):
+            raise
+        raise ValueError(
+            f"a token is beyond the {view.config.vocab_size} that the embeddings have: tokens were added to the "
+            "tokenizer. Call `model.generator.resize_token_embeddings(len(model.tokenizer))`, which takes both views "
+            "along, and train them"
+        ) from error
+    except RuntimeError as error:
+        found = sorted({str(tensor.dtype) for tensor in view.parameters() if tensor.is_floating_point()})
+        if len(found) < 2 or "dtype" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(view).__name__} has tensors in {' and '.join(found)}: one view alone was converted, as by "
+            f"`model.generator.half()`, and both share tensors. Convert the whole model, `model.to({found[0]})` or "
+            f"`model.to({found[-1]})`, which takes both views along"
+        ) from error
+
+
 def plain_name(name: str) -> str:
     """A tensor's name without the layers that PEFT put around others and leaves there when an adapter is deleted."""
     return name.replace(".base_layer.", ".")
@@ -182,6 +217,19 @@ def build_generator(
             "call `torch.nn.utils.parametrize.remove_parametrizations` first"
         )
     return lm.eval()
+
+
+def held_generation_config(lm: PreTrainedModel | None, stored: GenerationConfig | None) -> GenerationConfig | None:
+    """The defaults for `generate` that a generator has now.
+
+    Args:
+        lm: The generator, where it was built; its config is there for callers to change.
+        stored: What it was built with. None: the base has no file of them, and transformers made some of its config.
+    """
+    if lm is None or lm.generation_config is None:
+        return stored
+    fresh = GenerationConfig.from_model_config(lm.config) if stored is None else stored
+    return stored if lm.generation_config.to_diff_dict() == fresh.to_diff_dict() else lm.generation_config
 
 
 class _AsUnfrozen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ class UBMoE(SentenceTransformer):
                 f"both views are torch models, and backend={kwargs['backend']!r} is not: export the encoder by "
                 f"`ubmoe export CHECKPOINT OUT --format {kwargs['backend']}` and open that with SentenceTransformer"
             )
+        _check_dimensions(kwargs.get("truncate_dim"))
         path = None
         if model_name_or_path is not None:
             path = str(_local_checkpoint(model_name_or_path, kwargs))
@@ -99,7 +101,7 @@ class UBMoE(SentenceTransformer):
     @property
     def compute(self) -> ComputeReport:
         """In what numbers the encoder computes, why, and which layers are left out."""
-        return self._views.fast.report
+        return self._views.fast.report_of(self._views)
 
     @property
     def _views(self) -> UBMoETransformer:
@@ -114,6 +116,7 @@ class UBMoE(SentenceTransformer):
         @wraps(SentenceTransformer.encode)
         def encode(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
             _check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
+            _check_dimensions(kwargs.get("truncate_dim"))
             return super().encode(*args, **kwargs)
 
         def train(self, mode: bool = True) -> Any:  # noqa: D102 - the stock docstring
@@ -461,12 +464,24 @@ def _check_texts(inputs: object) -> None:
         return
     if not hasattr(inputs, "__iter__") or isinstance(inputs, bytes):
         raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}")
-    if isinstance(inputs, Sequence):
+    if not isinstance(inputs, (Sequence, Mapping)) and not hasattr(inputs, "__array_interface__"):
+        raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}: give `list(...)` of it")
+    if isinstance(inputs, Sequence) or getattr(inputs, "ndim", 0) == 1:
         for position, text in enumerate(inputs):
             if not isinstance(text, str):
                 raise TypeError(
                     f"encode takes texts, but the entry at position {position} is of type {type(text).__name__}"
                 )
+
+
+def _check_dimensions(truncate_dim: object) -> None:
+    """Of 0 and below, slices would make vectors without dimensions, or without the last ones."""
+    if truncate_dim is None:
+        return
+    if isinstance(truncate_dim, bool) or not hasattr(truncate_dim, "__index__"):
+        raise TypeError(f"truncate_dim must be a whole number or None, got {truncate_dim!r}")
+    if operator.index(truncate_dim) < 1:
+        raise ValueError(f"truncate_dim must be at least 1, got {truncate_dim}")
 
 
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:

@@ -9,16 +9,18 @@ Shape letters: B batch, T tokens, D hidden, F FFN, R rank.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AttentionInterface, AutoModel, PretrainedConfig, PreTrainedModel
 
 from ubmoe_st import bases, checkpoint, shards
 from ubmoe_st.experts import LowRankLinear, find_ffns, is_ffn_key, low_rank_header, replace_module
@@ -200,7 +202,17 @@ def _config(path: Path) -> PretrainedConfig:
         raise ValueError(f"{path} is not a model's config: it has no `model_type`")
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{path}: this version of transformers does not know model_type {kind!r}; try a newer one")
-    return AutoConfig.from_pretrained(path)
+    config = bases.stock_config(path)
+    bases.refuse_quantized(config, str(path))
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+        if not {name, config.attribute_map.get(name)} & content.keys():
+            raise ValueError(
+                f"{path} has no {name}, and the {getattr(config, name, None)} that transformers takes instead is of "
+                "another model: give the config.json as its makers published it"
+            )
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{path} describes no model that can be made: {name} is {getattr(config, name)}")
+    return config
 
 
 def _dtype_of(config: PretrainedConfig, dtype: torch.dtype | str | None) -> torch.dtype:
@@ -226,7 +238,8 @@ class Shape:
     def __init__(self, config: PretrainedConfig) -> None:
         self.config = causal_config(config)
         self.config.dtype = torch.float32
-        self.lm = meta_causal_lm(self.config)
+        with _made_or_refused():
+            self.lm = meta_causal_lm(self.config)
         backbone: Any = getattr(self.lm, self.lm.base_model_prefix)
         self.ffns = find_ffns(backbone)
         state = {name: tuple(tensor.shape) for name, tensor in backbone.state_dict().items()}
@@ -317,12 +330,22 @@ class Shape:
                 kept[storage] = tensor
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with _made_or_refused(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
             # Held until counted: a freed storage's address is given to the next one.
             out = model(input_ids=ids).last_hidden_state
         total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         return total + out.numel() * out.element_size()
+
+
+@contextlib.contextmanager
+def _made_or_refused() -> Iterator[None]:
+    """Stock classes check little of a config, and each in its own way."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
+        reason = str(error).partition("\n")[0]  # torch puts the calls of its C++ below
+        raise ValueError(f"the config describes no model that can be made: {reason}") from error
 
 
 def _count(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ubmoe_st.generation import ChatOptions, chat_text
+from ubmoe_st.generator import explained
 from ubmoe_st.transformer import UBMoETransformer
 
 Method = Literal["likelihood", "yes_no"]
@@ -42,6 +43,8 @@ def rank(
 ) -> list[dict[str, Any]]:
     """Documents by relevance, best first; see `UBMoE.rank`."""
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
+        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     reading = read(views, query, documents, method)
@@ -116,7 +119,7 @@ def score(
         CancelledError: If `go_on` says no.
     """
     scored = _mean_log_probabilities(views, reading) if reading.tail else _log_odds(views)
-    return _in_batches(reading.rows, batch_size, scored, go_on)
+    return _in_batches(views.generator("uni"), reading.rows, batch_size, scored, go_on)
 
 
 def _check(query: object, documents: object, method: str) -> None:
@@ -282,11 +285,13 @@ def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, T
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _in_batches(rows: list[list[int]], batch_size: int, scored: Scored, go_on: Callable[[], bool]) -> list[float]:
+def _in_batches(
+    lm: Any, rows: list[list[int]], batch_size: int, scored: Scored, go_on: Callable[[], bool]
+) -> list[float]:
     """Scores in the order of `rows`, computed with rows of similar length together."""
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]))
     scores = [0.0] * len(rows)
-    with torch.inference_mode():
+    with torch.inference_mode(), explained(lm):
         for start in range(0, len(order), batch_size):
             if not go_on():
                 raise CancelledError

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint, shards
-from ubmoe_st.bases import Base
+from ubmoe_st.bases import Base, stock_config
 from ubmoe_st.configuration import RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merge_low_rank
 from ubmoe_st.generator import causal_config, meta_causal_lm, uni_keys
@@ -49,7 +49,7 @@ def can_stream(folder: Path) -> bool:
     Where transformers renames, merges or widens tensors when it loads them, the base has to be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config: Any = stock_config(folder)
         files = shards.TensorFiles(weight_files(folder))
         lm = meta_causal_lm(config)
     except (KeyError, OSError, ValueError):

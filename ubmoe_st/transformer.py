@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint
-from ubmoe_st.bases import Base, check_decoder, resolve_base, save_tokenizer
-from ubmoe_st.compute import FastEncoder, choose
+from ubmoe_st.bases import Base, check_bidirectional, check_decoder, resolve_base, save_tokenizer
+from ubmoe_st.compute import FastEncoder, choose, group_by_length
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
     LowRank,
@@ -39,7 +38,9 @@ from ubmoe_st.generator import (
     build_generator,
     causal_config,
     converted,
+    explained,
     generator_parameter,
+    held_generation_config,
     meta_causal_lm,
     plain_name,
     router_state,
@@ -61,32 +62,6 @@ _TOKENIZER_LOCK = held_over_fork(threading.RLock())
 def _without_surrogates(text: str) -> str:
     """Lone surrogates, as broken JSON escapes give them, are no text a tokenizer takes."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-def group_by_length(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]:
-    """The groups of rows in which a padded batch costs least, by dynamic programming.
-
-    Args:
-        lengths: Tokens of each of B rows.
-        pass_tokens: What a further group costs, in tokens.
-
-    Returns:
-        Positions of the rows, longest first. The cost of a group is its rows times its longest one.
-    """
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    longest = np.asarray(lengths, np.int64)[order]
-    best = np.zeros(len(order) + 1)
-    begins = np.zeros(len(order) + 1, np.int64)
-    for end in range(1, len(order) + 1):
-        costs = best[:end] + longest[:end] * (end - np.arange(end)) + pass_tokens
-        begins[end] = costs.argmin()
-        best[end] = costs[begins[end]]
-    groups = []
-    end = len(order)
-    while end:
-        groups.append(order[begins[end] : end].tolist())
-        end = int(begins[end])
-    return groups[::-1]
 
 
 class UBMoETransformer(Transformer):
@@ -157,7 +132,7 @@ class UBMoETransformer(Transformer):
         if max_seq_length is not None:
             module.max_seq_length = max_seq_length
         find_ffns(module.model)
-        _check_bidirectional(module.probe())
+        check_bidirectional(module.probe())
         module.base = found
         module.source = cls.source_class(base=found.path, dtype=module.model.dtype)
         kind = type(meta_causal_lm(causal_config(module.model.config))).__name__
@@ -215,8 +190,15 @@ class UBMoETransformer(Transformer):
 
         Returns:
             `features` with `token_embeddings`, (B, T, D).
+
+        Raises:
+            ValueError: If the generator alone was converted to another dtype.
         """
-        if self.fast.active and not torch.is_grad_enabled():
+        with explained(self.model):
+            return self._embedded(features, **kwargs)
+
+    def _embedded(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        if self.fast.applies(self) and not torch.is_grad_enabled():
             return self.fast.module(self).forward(features, **kwargs)
         groups = [] if kwargs else self._groups(features)
         if len(groups) < 2:
@@ -291,6 +273,7 @@ class UBMoETransformer(Transformer):
         Raises:
             ValueError: If a layer does not exist or a shape does not fit.
         """
+        self._before_exchange()
         uni = self.uni_tensors()
         linears = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
         for name, pair in low_rank.items():
@@ -315,6 +298,7 @@ class UBMoETransformer(Transformer):
         Raises:
             ValueError: If one is missing, unknown, or of another shape.
         """
+        self._before_exchange()
         own = {key: tensor for key, tensor in self.model.state_dict(keep_vars=True).items() if is_ffn_key(key)}
         if set(own) != set(ffn):
             odd = sorted(set(own) ^ set(ffn))[0]
@@ -325,6 +309,11 @@ class UBMoETransformer(Transformer):
             with torch.no_grad():
                 tensor.copy_(ffn[key])
         self.low_rank = low_rank
+
+    def _before_exchange(self) -> None:
+        if self.is_low_memory:
+            raise ValueError("experts are exchanged in one piece: load the checkpoint without low_memory")
+        self._generators.pop("router", None)  # holds the old ones in low-rank form
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
         """Take trained token routers, as given by `router_state`.
@@ -471,16 +460,17 @@ class UBMoETransformer(Transformer):
 
     @property
     def generation_config(self) -> GenerationConfig | None:
-        """The base model's defaults for `generate`."""
-        return self.source.generation_config()
+        """The base model's defaults for `generate`, or what a caller has made of them in `generator`."""
+        return held_generation_config(self._generators.get("uni"), self.source.generation_config())
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
         # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.
         before = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
         super()._apply(fn, *args, **kwargs)
         after = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
-        # Stock `encode` moves the model to the device where it is.
-        if [place for _, place in before] == [place for _, place in after]:
+        # Stock `encode` moves the model to the device where it is. The encoder alone may have been converted before.
+        alike = all(own.dtype == self.model.dtype for own in [*(self._uni or {}).values()][:1])
+        if alike and [place for _, place in before] == [place for _, place in after]:
             return self
         if self._uni is not None:
             self._uni = converted(self._uni, fn)
@@ -582,18 +572,3 @@ class UBMoETransformer(Transformer):
                 stacklevel=3,
             )
         return replace(config, base_model="", base_sha256={})
-
-
-def _check_bidirectional(encoder: PreTrainedModel) -> None:
-    """Refuse an architecture whose first token does not see later ones."""
-    vocabulary = encoder.config.vocab_size
-    ids = torch.arange(8, device=encoder.device)[None] % vocabulary
-    other = ids.clone()
-    other[0, 3] = (ids[0, 3] + vocabulary // 2 + 1) % vocabulary
-    with torch.inference_mode():
-        first, second = (encoder(input_ids=x, use_cache=False).last_hidden_state[0, 0] for x in (ids, other))
-    if torch.equal(first, second):
-        raise ValueError(
-            f"{type(encoder).__name__} stays causal: its first token does not see later ones although the config "
-            "says is_causal=false, so it cannot be made bidirectional with this version of transformers"
-        )

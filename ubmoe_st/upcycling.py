@@ -77,6 +77,13 @@ def upcycle(
     bi_experts = Path(bi_experts).expanduser() if bi_experts is not None else None
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True")
+    if max_seq_length is not None and (isinstance(max_seq_length, bool) or not hasattr(max_seq_length, "__index__")):
+        raise TypeError(f"max_seq_length must be a whole number, got {max_seq_length!r}")
+    for name, prompt in (prompts or {}).items():
+        if not isinstance(name, str) or not isinstance(prompt, str):
+            raise TypeError(f"prompts must be texts by name, got {prompt!r} for {name!r}")
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be the name of a torch type such as bfloat16, got {dtype!r}")
     if max_seq_length is not None and max_seq_length < 1:
         raise ValueError(f"max_seq_length must be at least 1 token, got {max_seq_length}")
     checkpoint.refuse_foreign_weights(target)
@@ -104,6 +111,8 @@ def upcycle(
         modules=[module, *modules],
         prompts=dict(prompts if prompts is not None else recipe.get("prompts") or {}),
         default_prompt_name=default_prompt_name or recipe.get("default_prompt_name"),
+        truncate_dim=recipe.get("truncate_dim"),
+        similarity_fn_name=recipe.get("similarity_fn_name"),
         device="cpu",
     )
     model.save(str(target))
@@ -188,7 +197,7 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
 
 
 def _recipe_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint has beside its experts: modules behind the encoder, prompts, length."""
+    """What a checkpoint has beside its experts: modules behind the encoder, prompts, length, dimensions."""
     model = StreamedUBMoE(str(path), device="cpu")
     config = model.ubmoe_config
     return {
@@ -196,6 +205,8 @@ def _recipe_of(path: Path) -> dict[str, Any]:
         "prompts": model.prompts,
         "default_prompt_name": model.default_prompt_name,
         "max_seq_length": model.max_seq_length,
+        "truncate_dim": model.truncate_dim,
+        "similarity_fn_name": model.similarity_fn_name,
         "training": config.training if config else None,
     }
 

@@ -107,6 +107,8 @@ def _write_settings(model: UBMoE, folder: Path, kind: str, similarity: str | Non
         "default_prompt_name": model.default_prompt_name,
         "similarity_fn_name": similarity,
     }
+    if kind == "SentenceTransformer" and model.truncate_dim is not None:
+        settings["truncate_dim"] = model.truncate_dim
     if requirements:
         settings["requirements"] = REQUIREMENTS
     _write_json(folder / "config_sentence_transformers.json", settings)

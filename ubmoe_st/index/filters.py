@@ -40,6 +40,8 @@ IDENTITIES = ("id", "parent")
 ORDERS = ("<", "<=", ">", ">=")
 MISSING = object()
 KEPT_MASKS = 32
+DEEPEST = 8
+"""Lists in lists of a wanted value."""
 
 
 def holds(value: Any, name: str, wanted: Any) -> bool:
@@ -106,13 +108,15 @@ def _as_id(value: Any) -> Any:
     return value if (identity := id_text(value)) is None else identity
 
 
-def _as_wanted(field: str, value: Any) -> Any:
+def _as_wanted(field: str, value: Any, depth: int = 0) -> Any:
     """A wanted value, or a list of them, in the form in which values are stored.
 
     Raises:
         TypeError: If it is nothing that a field can hold.
-        ValueError: If it is NaN or no time, which equal nothing.
+        ValueError: If it is NaN or no time, which equal nothing, or lists in lists without an end.
     """
+    if depth > DEEPEST:
+        raise ValueError(f"filter on {field!r}: more than {DEEPEST} lists in lists")
     if hasattr(value, "tolist"):  # of numpy, pandas and torch
         value = value.tolist()
     if isinstance(value, Enum):
@@ -124,7 +128,7 @@ def _as_wanted(field: str, value: Any) -> Any:
             raise ValueError(f"filter on {field!r}: {value!r} equals nothing; ask for None, or for another value")
         return value
     if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping)):
-        return [_as_wanted(field, one) for one in value]
+        return [_as_wanted(field, one, depth + 1) for one in value]
     raise TypeError(
         f"filter on {field!r}: expected a text, a number, a truth value, a date or None, or a list of those, "
         f"got {value!r}"
@@ -271,8 +275,8 @@ class FilterEngine:
 
     def _column(self, field: str) -> list[Any]:
         if field not in self._columns:
-            self._columns[field] = [fields.get(field, MISSING) for fields in self._rows()]
-            if all(value is MISSING for value in self._columns[field]) and self._columns[field]:
+            column = [fields.get(field, MISSING) for fields in self._rows()]
+            if all(value is MISSING for value in column) and column:
                 known = sorted({key for fields in self._rows() for key in fields if key not in OWN_FIELDS})
                 logger.warning(
                     "filter: no row of %s has a field %r; it has %s",
@@ -280,4 +284,6 @@ class FilterEngine:
                     field,
                     ", ".join(known) or "no metadata",
                 )
+                return column  # not kept: whoever filters could ask for any number of names
+            self._columns[field] = column
         return self._columns[field]

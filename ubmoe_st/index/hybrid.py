@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,10 @@ def write_bm25(snapshot: Snapshot, workplace: Workplace, version: int) -> Folder
         for batch in segment.entries.batches():
             titles, bodies = batch.column("title").to_pylist(), batch.column("text").to_pylist()
             texts.extend(f"{title}\n{body}" if title else body for title, body in zip(titles, bodies))
-    tokens = bm25s.tokenize(texts, stopwords=None, show_progress=False)
+    tokens: Any = bm25s.tokenize(texts, stopwords=None, show_progress=False)
+    if not tokens.vocab:
+        # No text has a word, of which bm25s cannot make an index: one that no query can hold.
+        tokens = [["\0"]] * len(texts)
     engine = bm25s.BM25()
     engine.index(tokens, show_progress=False)
     name = workplace.next_name("bm25", version)
@@ -63,6 +67,7 @@ class KeywordSearch:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._engine: Any = None
+        self._told = False
         self._lock = ForkSafeLock()
 
     def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -79,6 +84,13 @@ class KeywordSearch:
             if self._engine is None:
                 self._engine = self._opened(bm25s, self._snapshot.folder / record.folder)
         covered = record.rows
+        if covered < self._snapshot.stored_rows and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self._snapshot.stored_rows - covered} of {self._snapshot.stored_rows} rows were added after "
+                "build_bm25() and are found by their vectors only: call it again",
+                stacklevel=2,
+            )
         weight = None if allowed is None else allowed[:covered].astype(np.float32)
         tokens = bm25s.tokenize(list(queries), stopwords=None, show_progress=False, return_ids=False)
         found = []

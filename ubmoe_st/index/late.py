@@ -167,7 +167,7 @@ def late_vectors(embedder: Embedder, passes: Sequence[Pass]) -> list[np.ndarray]
             features = {"token_embeddings": padded, "attention_mask": mask}
             for module in list(embedder.model)[1:]:
                 features = module(features)
-            vectors = features["sentence_embedding"].float().cpu().numpy()
+            vectors = features["sentence_embedding"][:, : embedder.model.truncate_dim].float().cpu().numpy()
             vectors[sizes == 0] = np.nan
             found.append(vectors)
     return found

@@ -30,7 +30,7 @@ def prompt_of(engine: Engine, body: EmbeddingRequest) -> str | None:
     if body.input_type is not None:
         if name is not None:
             raise ApiError(400, "input_type and prompt_name both name a prompt: give one", param="prompt_name")
-        name = next((known for known in _NAMES[body.input_type] if known in engine.prompts), None)
+        name = next((known for known in _NAMES[body.input_type] if known in engine.prompts), engine.default_prompt)
     elif name is None:
         name = engine.default_prompt
     elif name not in engine.prompts:
@@ -39,8 +39,13 @@ def prompt_of(engine: Engine, body: EmbeddingRequest) -> str | None:
     return None if name is None else engine.prompts.get(name)
 
 
-def texts_of(engine: Engine, body: EmbeddingRequest) -> list[Tokens]:
+def texts_of(engine: Engine, body: EmbeddingRequest, param: str = "input") -> list[Tokens]:
     """What to embed, as tokens.
+
+    Args:
+        engine: The model.
+        body: The request.
+        param: The field that the client wrote it in.
 
     Raises:
         ApiError: If a text is too long, or a token is none of this model's.
@@ -66,7 +71,7 @@ def texts_of(engine: Engine, body: EmbeddingRequest) -> list[Tokens]:
                 f"the text at position {position} has more than {engine.longest_text} tokens, which is the longest the "
                 "encoder takes; cut it into parts, or send `truncate: true` to embed its beginning",
                 code="context_length_exceeded",
-                param="input",
+                param=param,
             )
     return found
 

@@ -240,7 +240,8 @@ class TorchEngine:
         self._ends = set(
             ends if isinstance(ends, list) else [ends if ends is not None else model.tokenizer.eos_token_id]
         )
-        self.prompts = {key: prompt for key, prompt in model.prompts.items() if prompt}
+        # Empty ones, too: an empty `document` goes before a `passage`, as in `encode_document`.
+        self.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
         self.default_prompt = model.default_prompt_name
         self.dimension = int(model.get_embedding_dimension() or 0)
         self.context = int(self._lm.config.max_position_embeddings)
@@ -275,7 +276,8 @@ class TorchEngine:
         if prompt_length is not None:
             features["prompt_length"] = prompt_length
         with torch.inference_mode():
-            return self.model(features)["sentence_embedding"].float().cpu().numpy()
+            vectors = self.model(features)["sentence_embedding"][:, : self.dimension]  # of a `truncate_dim`
+            return vectors.float().cpu().numpy()
 
     def continuation_ids(self, prompt: str | list[Message]) -> list[int]:
         """See `Engine`."""

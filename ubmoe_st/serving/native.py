@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
-from queue import Empty, LifoQueue, SimpleQueue
+from queue import LifoQueue, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from .text import TextStream
 
 _SEQUENCES = 64
 """Texts that llama.cpp embeds in one pass."""
+_LONGEST = 512
+"""Tokens of the longest text to embed where neither a caller nor the checkpoint says less: the pass takes memory."""
 _PREFILL = 512
 """Tokens of a prompt that it reads in one pass."""
 _NON_CAUSAL = 1
@@ -121,7 +123,8 @@ class NativeUBMoE:
     Args:
         parts: The base GGUF, the experts, and what the checkpoint says of pooling, prompts and chats.
         name: What clients of a server call it.
-        longest_text: Tokens of the longest text to embed; full attention needs it in one pass.
+        longest_text: Tokens of the longest text to embed; full attention needs it in one pass. None: as the checkpoint
+            says, at most 512.
         context: Tokens of a prompt and its continuation.
         threads: None: as many as there are cores.
         generations: Texts generated at the same time; each has a cache of its own.
@@ -140,11 +143,14 @@ class NativeUBMoE:
         parts: Parts,
         *,
         name: str = "ubmoe",
-        longest_text: int = 512,
+        longest_text: int | None = None,
         context: int = 2048,
         threads: int | None = None,
         generations: int = 1,
     ) -> None:
+        for argument, number in (("longest_text", longest_text), ("context", context), ("generations", generations)):
+            if number is not None and number < 1:
+                raise ValueError(f"{argument} must be at least 1, got {number}")
         self._library = _library()
         lib, check = self._library.lib, self._library.check
         self.name, self.parts = name, parts
@@ -155,9 +161,12 @@ class NativeUBMoE:
         )
         self._vocab = lib.llama_model_get_vocab(self._model)
         trained = lib.llama_model_n_ctx_train(self._model)
+        longest_text = longest_text or min(parts.max_seq_length or _LONGEST, _LONGEST)
         self.context, self.longest_text = min(context, trained), min(longest_text, trained)
+        self._sequences = min(_SEQUENCES, self.longest_text)  # more make llama.cpp end the process
         self._width = lib.llama_model_n_embd(self._model)
-        self.dimension = len(parts.dense[-1][1]) if parts.dense else self._width
+        width = len(parts.dense[-1][1]) if parts.dense else self._width
+        self.dimension = min(width, parts.truncate_dim or width)
         self._vocab_size = lib.llama_vocab_n_tokens(self._vocab)
         threads = threads or os.cpu_count() or 1
         written = adapter_of(parts.experts, self._architecture())
@@ -167,6 +176,8 @@ class NativeUBMoE:
         if lib.llama_set_adapters_lora(self._encoder, pointers, 1, self._library.ffi.new("float[1]", [1.0])):
             raise ValueError(f"llama.cpp does not take {written} for {parts.gguf}")
         self._encoder_lock = threading.Lock()
+        self._uses = 0
+        self._changed = threading.Condition()
         self._generators: LifoQueue[Any] = LifoQueue()
         for _ in range(generations):
             self._generators.put(self._make_context(threads, embed=False))
@@ -199,7 +210,7 @@ class NativeUBMoE:
         options.n_threads = options.n_threads_batch = threads
         if embed:
             options.n_ctx = options.n_batch = options.n_ubatch = self.longest_text
-            options.n_seq_max, options.kv_unified = _SEQUENCES, True
+            options.n_seq_max, options.kv_unified = self._sequences, True
             options.embeddings, options.pooling_type = True, _POOLINGS[self.parts.pooling]
             options.attention_type = _NON_CAUSAL
         else:
@@ -229,6 +240,7 @@ class NativeUBMoE:
             show_progress_bar: Taken for the same reason; there is none.
 
         Raises:
+            TypeError: If an entry is no text.
             ValueError: If there is no such prompt.
         """
         name = prompt_name or self.default_prompt
@@ -237,6 +249,11 @@ class NativeUBMoE:
                 raise ValueError(f"the checkpoint has no prompt {name!r}; it has: {', '.join(self.prompts) or 'none'}")
             prompt = self.prompts[name]
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        for place, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"encode takes texts, but the entry at position {place} is of type {type(text).__name__}"
+                )
         vectors = self.embed(self.tokenize(texts, prompt))
         return vectors[0] if isinstance(sentences, str) else vectors
 
@@ -269,7 +286,8 @@ class NativeUBMoE:
         raw = text.encode("utf-8", "replace")
         size = len(raw) + 8
         out = self._library.ffi.new(f"llama_token[{size}]")
-        count = self._library.lib.llama_tokenize(self._vocab, raw, len(raw), out, size, special, True)
+        with self._in_use():
+            count = self._library.lib.llama_tokenize(self._vocab, raw, len(raw), out, size, special, True)
         if count < 0:
             raise ValueError(f"llama.cpp could not tokenise a text of {len(text)} characters")
         return list(out[0:count])
@@ -277,11 +295,11 @@ class NativeUBMoE:
     def embed(self, batch: Sequence[Tokens]) -> np.ndarray:
         """See `Engine`."""
         vectors = np.empty((len(batch), self._width), np.float32)
-        with self._encoder_lock:
+        with self._in_use(), self._encoder_lock:
             first = 0
             while first < len(batch):
                 last, used = first, 0
-                while last < len(batch) and last - first < _SEQUENCES:
+                while last < len(batch) and last - first < self._sequences:
                     used += len(batch[last].ids)
                     if used > self.longest_text:
                         break
@@ -290,6 +308,7 @@ class NativeUBMoE:
                 first = last
         for weight, bias in self.parts.dense:
             vectors = vectors @ weight.T + bias
+        vectors = vectors[:, : self.dimension]
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def _embed(self, rows: list[list[int]]) -> np.ndarray:
@@ -328,7 +347,7 @@ class NativeUBMoE:
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stream: bool = False,
     ) -> str | Iterator[str]:
         """Continue a text, or answer a chat.
@@ -340,19 +359,22 @@ class NativeUBMoE:
             top_p: Share of the probability that is kept.
             top_k: Only so many tokens.
             seed: The same seed gives the same text.
-            stop: Texts before which the new text ends.
+            stop: Text, or texts, before which the new text ends.
             stream: Return an iterator over pieces of text.
 
         Raises:
-            ValueError: If prompt and answer do not fit into the context.
+            ValueError: If prompt and answer do not fit into the context, or nothing is to be generated.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         ids = self.continuation_ids(prompt)
         if len(ids) + max_new_tokens > self.context:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but the context holds "
                 f"{self.context}; ask for fewer, or load with a larger context"
             )
-        pieces = self._pieces(ids, Sampling(max_new_tokens, temperature, top_p, top_k, seed), stop)
+        stops = [stop] if isinstance(stop, str) else stop
+        pieces = self._pieces(ids, Sampling(max_new_tokens, temperature, top_p, top_k, seed), stops)
         return pieces if stream else "".join(pieces)
 
     def _pieces(self, ids: list[int], sampling: Sampling, stops: Sequence[str]) -> Iterator[str]:
@@ -366,7 +388,9 @@ class NativeUBMoE:
 
         def work() -> None:
             try:
-                self.generate_tokens(ids, sampling, on_token)
+                with self._in_use():  # to the last piece, which is decoded here
+                    self.generate_tokens(ids, sampling, on_token)
+                    sent.put(text.rest())
                 sent.put(None)
             except Exception as error:
                 sent.put(error)
@@ -379,8 +403,6 @@ class NativeUBMoE:
                     raise piece
                 if piece:
                     yield piece
-            if rest := text.rest():
-                yield rest
         finally:
             abandoned.set()
             thread.join()
@@ -420,7 +442,7 @@ class NativeUBMoE:
         """See `Engine`."""
         ffi, lib = self._library.ffi, self._library.lib
         draw = sampler(sampling, self.parts.defaults)
-        with self._a_generator() as generator:
+        with self._in_use(), self._a_generator() as generator:
             lib.llama_memory_clear(lib.llama_get_memory(generator), True)
             fresh = ids
             for _ in range(sampling.max_tokens):
@@ -470,7 +492,8 @@ class NativeUBMoE:
         size = 64
         while True:
             out = ffi.new(f"char[{size}]")
-            count = lib.llama_token_to_piece(self._vocab, token, out, size, 0, False)
+            with self._in_use():
+                count = lib.llama_token_to_piece(self._vocab, token, out, size, 0, False)
             if count >= 0:
                 return ffi.unpack(out, count)
             size = -count
@@ -486,12 +509,26 @@ class NativeUBMoE:
     def close(self) -> None:
         """Give all memory back; waits for texts that are being generated. Nothing can be asked afterwards."""
         lib = self._library.lib
-        while True:
-            try:
-                lib.llama_free(self._generators.get_nowait())
-            except Empty:
-                break
-        with self._encoder_lock:
-            lib.llama_free(self._encoder)
-        # Adapters go with their model.
-        lib.llama_model_free(self._model)
+        with self._changed:
+            self._changed.wait_for(lambda: self._uses == 0)
+            if self._encoder is None:
+                return
+            for context in (self._encoder, *(self._generators.get_nowait() for _ in range(self._generators.qsize()))):
+                lib.llama_free(context)
+            # Adapters go with their model.
+            lib.llama_model_free(self._model)
+            self._encoder = None
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """While it is, nothing is freed; to be entered again from within."""
+        with self._changed:
+            if self._encoder is None:
+                raise ValueError("this model is closed: load it again")
+            self._uses += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._uses -= 1
+                self._changed.notify_all()

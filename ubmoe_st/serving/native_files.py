@@ -19,6 +19,10 @@ _PLACES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"
 _ADAPTER = 1  # Part of the name of a written adapter: another one is written anew.
 
 
+_PROMPTS = {"query": "", "document": ""}
+"""Those of sentence-transformers where a checkpoint names none: its default prompt is not for queries and documents."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """A checkpoint for llama.cpp.
@@ -28,6 +32,8 @@ class Parts:
         experts: The `bi` experts, `bi_delta.safetensors`.
         pooling: `mean`, `cls` or `lasttoken`.
         dense: Linear layers behind the pooling: weight, (out, in), and bias, (out,).
+        truncate_dim: How many of the first dimensions are kept. None: all.
+        max_seq_length: Tokens of the longest text that the encoder reads. None: nothing is said.
         prompts: Of the encoder, by name.
         default_prompt: Name of the prompt of a text that comes without one.
         chat_template: Jinja template. None: the model does not chat.
@@ -39,6 +45,8 @@ class Parts:
     experts: Path
     pooling: str = "mean"
     dense: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    truncate_dim: int | None = None
+    max_seq_length: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     chat_template: str | None = None
@@ -60,7 +68,7 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
         raise ValueError(f"the bi experts of {path} are dense, and llama.cpp takes them as an adapter of low rank only")
     stock = _json(folder / "config_sentence_transformers.json")
     tokenizer = _json(folder / "tokenizer_config.json")
-    prompts = {name: prompt for name, prompt in (stock.get("prompts") or {}).items() if prompt}
+    prompts = _PROMPTS | {name: prompt or "" for name, prompt in (stock.get("prompts") or {}).items()}
     base = Path(gguf).expanduser() if gguf is not None else _base_of(folder, config)
     if not base.is_file():
         raise FileNotFoundError(f"{base} does not exist; expected a GGUF file of {config.base_model}")
@@ -71,8 +79,11 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
     return Parts(
         gguf=base,
         experts=folder / checkpoint.DELTA_FILE,
-        pooling=_pooling_of(modules, bool(prompts)),
+        pooling=_pooling_of(modules, any(prompts.values())),
         dense=_dense_of(modules),
+        truncate_dim=stock.get("truncate_dim"),
+        max_seq_length=_json(folder / "sentence_bert_config.json").get("max_seq_length")
+        or tokenizer.get("model_max_length"),
         prompts=prompts,
         default_prompt=default if default in prompts else None,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template"),

@@ -205,6 +205,7 @@ class SearchRequest(Request):
     k: Whole = Field(10, ge=1, le=1000)
     filter: dict[str, Any] | None = Field(None, description='Of the metadata, e.g. {"year": {">=": 1990}}.')
     mode: Literal["dense", "bm25", "hybrid"] = "dense"
+    truncate: bool = Field(False, description="Search with the beginning of a query that is too long to embed.")
 
 
 class AskRequest(GenerationRequest):
@@ -213,3 +214,4 @@ class AskRequest(GenerationRequest):
     question: Text = Field(min_length=1)
     k: Whole = Field(3, ge=1, le=20, description="Entries to answer from.")
     filter: dict[str, Any] | None = None
+    truncate: bool = Field(False, description="Search with the beginning of a question that is too long to embed.")

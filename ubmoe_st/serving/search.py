@@ -11,8 +11,9 @@ from fastapi.responses import Response
 from ubmoe_st.answers import answer_prompt, find, search_options
 
 from .completions import answer, chat_job
+from .embeddings import texts_of
 from .errors import ApiError
-from .schemas import AskRequest, SearchRequest
+from .schemas import AskRequest, EmbeddingRequest, SearchRequest
 from .service import Service, unless_gone
 
 
@@ -21,8 +22,11 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter()
     index, limit = service.index, service.settings.timeout_s
 
-    async def found(request: Request, query: str, k: int, **options: Any) -> list[Any]:
+    async def found(request: Request, query: str, k: int, *, whole: str | None, **options: Any) -> list[Any]:
         def look() -> list[Any]:
+            if whole is not None and options.get("mode") != "bm25":
+                asked = EmbeddingRequest.model_validate({"input": query, "input_type": "query"})
+                texts_of(service.engine, asked, whole)
             try:
                 return find(index, query, k, **options)
             except (TypeError, ValueError) as error:
@@ -33,14 +37,20 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/search", summary="The nearest entries of the index")
     async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
         service.check_model(body.model)
+        if body.mode != "dense" and not hasattr(index, "info"):
+            raise ApiError(
+                400, f"mode {body.mode!r} searches one index, and this server has several: leave it out", param="mode"
+            )
         mode = {} if body.mode == "dense" else {"mode": body.mode}
-        hits = await found(request, body.query, body.k, filter=body.filter, **mode)
+        whole = None if body.truncate else "query"
+        hits = await found(request, body.query, body.k, whole=whole, filter=body.filter, **mode)
         return {"object": "list", "model": service.engine.name, "data": [hit.as_dict() for hit in hits]}
 
     @routes.post("/v1/ask", summary="An answer from the entries of the index, as a chat completion with its `entries`")
     async def ask(body: AskRequest, request: Request) -> Response:
         service.check_model(body.model)
-        hits = await found(request, body.question, body.k, filter=body.filter, **search_options(index))
+        whole = None if body.truncate else "question"
+        hits = await found(request, body.question, body.k, whole=whole, filter=body.filter, **search_options(index))
         if not hits:
             raise ApiError(400, "no entry was found, so there is nothing to answer from", param="filter")
         entries = [hit.as_dict() for hit in hits]
