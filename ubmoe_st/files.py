@@ -102,18 +102,21 @@ def _sync(path: Path, flags: int) -> None:
 
 @contextlib.contextmanager
 def disk_full_explained(path: Path) -> Iterator[None]:
-    """Says of a full disk what was being written and what to do; other errors pass."""
+    """Says of a full disk what was being written and what to do; other errors pass.
+
+    Of one write inside another the outer one is named: a file of a folder that is made anew is nothing a user asked for.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or "intact" in str(error):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(
             error.errno,
             f"no space left while writing {path.name}; everything committed before is intact: "
             "free some space and run the same command again",
             str(path),
-        ) from error
+        ) from (error.__cause__ or error)
 
 
 def remove(path: Path) -> None:
