@@ -57,13 +57,15 @@ def test_hashes_are_those_of_hashlib(tmp_path):
 
 def test_a_full_disk_names_what_was_asked_for(tmp_path):
     """Not the file inside of it that did not fit."""
-    with (
-        pytest.raises(OSError, match="no space left while writing outer; everything") as told,
-        files.replacing_by_name(tmp_path / "outer") as temporary,
-    ):
-        temporary.mkdir()
-        with files.replacing_by_name(temporary / "inner"):
-            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def write():
+        with files.replacing_by_name(tmp_path / "outer") as temporary:
+            temporary.mkdir()
+            with files.replacing_by_name(temporary / "inner"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="no space left while writing outer; everything") as told:
+        write()
     assert told.value.filename == str(tmp_path / "outer")
     assert str(told.value.__cause__) == "[Errno 28] No space left on device"
     assert not names(tmp_path)

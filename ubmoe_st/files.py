@@ -104,7 +104,7 @@ def _sync(path: Path, flags: int) -> None:
 def disk_full_explained(path: Path) -> Iterator[None]:
     """Says of a full disk what was being written and what to do; other errors pass.
 
-    Of one write inside another the outer one is named: a file of a folder that is made anew is nothing a user asked for.
+    Of one write inside another the outer one is named: nobody asked for a file inside of a folder that is made anew.
     """
     try:
         yield
