@@ -535,6 +535,23 @@ def test_ids_seen_are_remembered_like_a_dictionary_would(tmp_path):
     seen.close()
 
 
+def test_no_space_for_the_table_of_ids_is_told(tmp_path, monkeypatch):
+    import sqlite3
+
+    from ubmoe_st.index.windows import SeenIds
+
+    real = sqlite3.connect
+
+    def tiny(*args, **kwargs):
+        table = real(*args, **kwargs)
+        table.execute("PRAGMA max_page_count = 1")
+        return table
+
+    monkeypatch.setattr(sqlite3, "connect", tiny)
+    with pytest.raises(OSError, match="database or disk is full.*intact: free some space"):
+        SeenIds(tmp_path)
+
+
 @pytest.mark.parametrize("factory", ["IVF4096,Nonsense", "PQ7", "IDMap,Flat,Flat", "PCA500,Flat"])
 def test_a_faiss_factory_is_tried_before_anything_is_embedded(tmp_path, factory):
     encoder = HashEncoder(24)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import os
+import sqlite3
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,18 @@ from ..forking import ForkSafeLock
 _HEADER_LOCK = ForkSafeLock()
 _OF_LITERALS = (SyntaxError, tokenize.TokenError, MemoryError, RecursionError, OverflowError)
 """What Python's parser raises beside ValueError."""
+
+
+@contextlib.contextmanager
+def full_table_told() -> Iterator[None]:
+    """Says of a table on disk that cannot be written what to do, as `disk_full_explained` does of files."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(
+            f"the table of known ids cannot be written ({error}); everything committed before is intact: free some "
+            "space and run the same command again"
+        ) from error
 
 
 def require_libraries() -> None:

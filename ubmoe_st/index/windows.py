@@ -19,13 +19,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..files import remove
+from ..files import disk_full_explained, remove
 from .budget import BATCH_TOKENS, WINDOW_BYTES, WINDOW_ROWS, WINDOW_TOKENS
 from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of, utf8_bytes
 from .embedder import Embedder, TokenCounter, chunk_spans
 from .late import Pass, late_vectors, passes_of
 from .manifest import Manifest, PartRecord, Position
-from .storage import write_npy
+from .storage import full_table_told, write_npy
 from .store import Entry, EntryFile, Snapshot, entry_batch, names_in, write_entries
 
 OnDuplicate = Literal["raise", "skip", "upsert"]
@@ -178,12 +178,13 @@ class SeenIds:
     """
 
     def __init__(self, folder: Path, cache_kib: int = SEEN_CACHE_KIB) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._table = sqlite3.connect(folder / "seen.sqlite", isolation_level=None, check_same_thread=False)
-        for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{cache_kib}"):
-            self._table.execute(f"PRAGMA {setting}")
-        self._table.execute("CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
-        self._table.execute("BEGIN")
+        with disk_full_explained(folder), full_table_told():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._table = sqlite3.connect(folder / "seen.sqlite", isolation_level=None, check_same_thread=False)
+            for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{cache_kib}"):
+                self._table.execute(f"PRAGMA {setting}")
+            self._table.execute("CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+            self._table.execute("BEGIN")
 
     def known(self, identities: Sequence[str]) -> KnownIds:
         """What is known of some ids, to be asked and told of them one by one and then written."""
@@ -192,7 +193,8 @@ class SeenIds:
         for begin in range(0, len(keys), _ASKED_TOGETHER):
             some = keys[begin : begin + _ASKED_TOGETHER]
             marks = ", ".join("?" * len(some))
-            found.update(self._table.execute(f"SELECT key, row FROM seen WHERE key IN ({marks})", some))
+            with full_table_told():  # a page that is read may put a changed one out of the cache
+                found.update(self._table.execute(f"SELECT key, row FROM seen WHERE key IN ({marks})", some))
         return KnownIds(dict(zip(identities, keys)), found, self._write)
 
     def move_all(self, begins: Iterable[tuple[str, int]]) -> None:
@@ -200,13 +202,8 @@ class SeenIds:
         self._write((key_of(identity), row) for identity, row in begins)
 
     def _write(self, pairs: Iterable[tuple[bytes, int]]) -> None:
-        try:
+        with full_table_told():
             self._table.executemany("REPLACE INTO seen VALUES (?, ?)", pairs)
-        except sqlite3.OperationalError as error:
-            raise OSError(
-                f"the table of known ids cannot be written ({error}); everything committed before is intact: free some "
-                "space and run the same command again"
-            ) from error
 
     def close(self) -> None:
         """Let go of the file."""
