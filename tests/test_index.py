@@ -548,7 +548,7 @@ def test_no_space_for_the_table_of_ids_is_told(tmp_path, monkeypatch):
         return table
 
     monkeypatch.setattr(sqlite3, "connect", tiny)
-    with pytest.raises(OSError, match="database or disk is full.*intact: free some space"):
+    with pytest.raises(OSError, match=r"database or disk is full.*intact: free some space"):
         SeenIds(tmp_path)
 
 
