@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -95,3 +96,22 @@ class UBMoEConfig:
         if missing:
             raise ValueError(f"missing keys {missing}")
         return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def check_count(name: str, value: object, *, wanted: str = "a whole number", unit: str = "") -> None:
+    """Refuse an argument that is no whole number from 1 on.
+
+    Args:
+        name: Of the argument.
+        value: What was given for it; numbers of numpy and torch are numbers.
+        wanted: What it must be, for the message.
+        unit: Of the number, for the message.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is below 1.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{name} must be at least 1{unit}, got {value}")

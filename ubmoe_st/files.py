@@ -100,6 +100,10 @@ def _sync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
+NOTHING_LOST = "everything committed before is intact: free some space and run the same command again"
+"""The end of every message about a full disk."""
+
+
 @contextlib.contextmanager
 def disk_full_explained(path: Path) -> Iterator[None]:
     """Says of a full disk what was being written and what to do; other errors pass.
@@ -113,8 +117,7 @@ def disk_full_explained(path: Path) -> Iterator[None]:
             raise
         raise OSError(
             error.errno,
-            f"no space left while writing {path.name}; everything committed before is intact: "
-            "free some space and run the same command again",
+            f"no space left while writing {path.name}; {NOTHING_LOST}",
             str(path),
         ) from (error.__cause__ or error)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 import sys
 import threading
 import warnings
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-from ubmoe_st.configuration import Routing
+from ubmoe_st.configuration import Routing, check_count
 from ubmoe_st.generator import explained
 from ubmoe_st.transformer import UBMoETransformer
 
@@ -86,10 +85,7 @@ def generate(
 
 def _check_arguments(max_new_tokens: object, stream: bool, generation_kwargs: Mapping[str, Any]) -> None:
     if max_new_tokens is not None:
-        if isinstance(max_new_tokens, bool) or not hasattr(max_new_tokens, "__index__"):
-            raise TypeError(f"max_new_tokens must be a whole number or None, got {max_new_tokens!r}")
-        if operator.index(max_new_tokens) < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_count("max_new_tokens", max_new_tokens, wanted="a whole number or None")
     taken = sorted(_OF_PROMPTS & generation_kwargs.keys())
     if taken:
         raise ValueError(

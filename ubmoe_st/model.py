@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from ubmoe_st import checkpoint, generation, ranking
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
-from ubmoe_st.configuration import Routing, UBMoEConfig
+from ubmoe_st.configuration import Routing, UBMoEConfig, check_count
 from ubmoe_st.experts import LowRankLinear, is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
@@ -476,12 +475,8 @@ def _check_texts(inputs: object) -> None:
 
 def _check_dimensions(truncate_dim: object) -> None:
     """Of 0 and below, slices would make vectors without dimensions, or without the last ones."""
-    if truncate_dim is None:
-        return
-    if isinstance(truncate_dim, bool) or not hasattr(truncate_dim, "__index__"):
-        raise TypeError(f"truncate_dim must be a whole number or None, got {truncate_dim!r}")
-    if operator.index(truncate_dim) < 1:
-        raise ValueError(f"truncate_dim must be at least 1, got {truncate_dim}")
+    if truncate_dim is not None:
+        check_count("truncate_dim", truncate_dim, wanted="a whole number or None")
 
 
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:

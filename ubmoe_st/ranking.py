@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ubmoe_st.configuration import check_count
 from ubmoe_st.generation import ChatOptions, chat_text
 from ubmoe_st.generator import explained
 from ubmoe_st.transformer import UBMoETransformer
@@ -43,10 +44,8 @@ def rank(
 ) -> list[dict[str, Any]]:
     """Documents by relevance, best first; see `UBMoE.rank`."""
     for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-        if value is not None and (isinstance(value, bool) or not hasattr(value, "__index__")):
-            raise TypeError(f"{name} must be a whole number, got {value!r}")
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if value is not None:
+            check_count(name, value)
     reading = read(views, query, documents, method)
     if reading.cut:
         warnings.warn(
@@ -185,6 +184,7 @@ def _mean_log_probabilities(views: UBMoETransformer, reading: Reading) -> Scored
 def _read_to_answer(views: UBMoETransformer, query: str, documents: list[str]) -> Reading:
     limit = _context(views.generator("uni"))
     answer_tokens(views)
+    _check_chat(views)
     rows, cut = [], []
     for position, document in enumerate(documents):
         ids = _asked(views, query, document)
@@ -255,7 +255,6 @@ def _literal(text: str) -> str:
 
 
 def _asked(views: UBMoETransformer, query: str, document: str) -> list[int]:
-    _check_chat(views)
     content = YES_NO_PROMPT.format(query=query, document=document)
     text = chat_text(views.tokenizer, [{"role": "user", "content": content}], ChatOptions())
     return views.token_ids(text, add_special_tokens=False)

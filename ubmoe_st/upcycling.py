@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from ubmoe_st import checkpoint
 from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
-from ubmoe_st.configuration import RouterKind
+from ubmoe_st.configuration import RouterKind, check_count
 from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generator import uni_keys
@@ -77,15 +77,13 @@ def upcycle(
     bi_experts = Path(bi_experts).expanduser() if bi_experts is not None else None
     if not overwrite and target.is_dir() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; choose another folder, or pass overwrite=True")
-    if max_seq_length is not None and (isinstance(max_seq_length, bool) or not hasattr(max_seq_length, "__index__")):
-        raise TypeError(f"max_seq_length must be a whole number, got {max_seq_length!r}")
+    if max_seq_length is not None:
+        check_count("max_seq_length", max_seq_length, unit=" token")
     for name, prompt in (prompts or {}).items():
         if not isinstance(name, str) or not isinstance(prompt, str):
             raise TypeError(f"prompts must be texts by name, got {prompt!r} for {name!r}")
     if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype must be the name of a torch type such as bfloat16, got {dtype!r}")
-    if max_seq_length is not None and max_seq_length < 1:
-        raise ValueError(f"max_seq_length must be at least 1 token, got {max_seq_length}")
     checkpoint.refuse_foreign_weights(target)
     found = base if isinstance(base, Base) else resolve_base(base)
     streamed = can_stream(found.path) and (bi_experts is None or _can_stream_experts(Path(bi_experts)))

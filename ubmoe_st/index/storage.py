@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import disk_full_explained, replacing, sha256_of
+from ..files import NOTHING_LOST, disk_full_explained, replacing, sha256_of
 from ..forking import ForkSafeLock
 
 # numpy reads a header as a Python literal, and CPython 3.11's parser counts its depth across threads: two at once may
@@ -30,10 +30,7 @@ def full_table_told() -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        raise OSError(
-            f"the table of known ids cannot be written ({error}); everything committed before is intact: free some "
-            "space and run the same command again"
-        ) from error
+        raise OSError(f"the table of known ids cannot be written ({error}); {NOTHING_LOST}") from error
 
 
 def require_libraries() -> None:
