@@ -126,6 +126,7 @@ def run_record(
         "commit": commit(),
         "versions": versions,
         "cpu": cpu_name(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "threads": torch.get_num_threads(),
         "seed": seed,
         **facts,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 
 import pytest
+from helpers.gguf import bpe_tokenizer
+from transformers import AutoTokenizer
 
 from ubmoe_st import bases
 from ubmoe_st.bases import resolve_base
@@ -60,3 +62,25 @@ def test_a_damaged_gguf_is_named(tmp_path, monkeypatch, content):
     with pytest.raises(ValueError, match=r"m\.gguf cannot be read as GGUF"):
         resolve_base(tmp_path / "m.gguf")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("pad", [0, None])
+def test_special_tokens_are_those_of_the_gguf(tmp_path, pad):
+    """As transformers 5.17 reads a GGUF: the start token ends texts, and nothing pads."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "vocabulary.gguf", "llama")
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    if pad is not None:
+        writer.add_pad_token_id(pad)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tokenizer = bpe_tokenizer(digits=False)
+    tokenizer.eos_token, tokenizer.pad_token = "<s>", None
+    bases._restore_tokenizer(tokenizer, tmp_path / "vocabulary.gguf")
+    assert [tokenizer.bos_token, tokenizer.eos_token] == ["<s>", "</s>"]
+    assert tokenizer.pad_token == (None if pad is None else "<pad>")
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "</s>"

@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import AutoModelForCausalLM
 
 from ubmoe_st import UBMoE, UBMoETransformer
-from ubmoe_st.compute import group_by_length
+from ubmoe_st.padding import group_by_length
 
 
 @pytest.fixture(scope="module")

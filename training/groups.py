@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,12 +128,16 @@ def cluster_of(points: np.ndarray, mean: int, settings: Groups, most: int = _MOS
     return found
 
 
-def _kmeans(points: np.ndarray, clusters: int, settings: Groups) -> np.ndarray:
+def _faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
         raise ImportError("neighbour groups need faiss: pip install 'ubmoe-st[train]'") from error
-    kmeans = faiss.Kmeans(
+    return faiss
+
+
+def _kmeans(points: np.ndarray, clusters: int, settings: Groups) -> np.ndarray:
+    kmeans = _faiss().Kmeans(
         points.shape[1],
         clusters,
         niter=settings.iterations,
@@ -152,18 +157,19 @@ def join(passages: np.ndarray, texts: np.ndarray, least: float) -> dict[int, int
         passages: Unit vectors, (P, K).
         texts: Unit vectors, (Q, K).
         least: Cosine of a pair.
+
+    Raises:
+        ImportError: If faiss is not installed.
     """
-    pairs: list[tuple[float, int, int]] = []
-    count = min(_CANDIDATES, len(texts))
-    for start in range(0, len(passages), 1024):
-        cosines = passages[start : start + 1024] @ texts.T
-        nearest = np.argpartition(-cosines, count - 1, axis=1)[:, :count]
-        for row, candidates in enumerate(nearest):
-            pairs += [(-float(cosines[row, text]), start + row, int(text)) for text in candidates]
+    index = _faiss().IndexFlatIP(texts.shape[1])
+    index.add(np.ascontiguousarray(texts))
+    cosines, nearest = index.search(np.ascontiguousarray(passages), min(_CANDIDATES, len(texts)))
+    rows, columns = np.nonzero(cosines > least)
+    pairs = zip((-cosines[rows, columns]).tolist(), rows.tolist(), nearest[rows, columns].tolist())
     joined: dict[int, int] = {}
     taken: set[int] = set()
-    for negative, passage, text in sorted(pairs):
-        if -negative > least and passage not in joined and text not in taken:
+    for _, passage, text in sorted(pairs):
+        if passage not in joined and text not in taken:
             joined[passage] = text
             taken.add(text)
     return joined

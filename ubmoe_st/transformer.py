@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import Base, check_bidirectional, check_decoder, resolve_base, save_tokenizer
-from ubmoe_st.compute import FastEncoder, choose, group_by_length
+from ubmoe_st.compute import FastEncoder, choose
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
     LowRank,
@@ -46,6 +46,7 @@ from ubmoe_st.generator import (
     router_state,
     uni_ffns,
 )
+from ubmoe_st.padding import group_by_length
 from ubmoe_st.source import Source
 
 _TEXT_ONLY: dict[str, Any] = {
