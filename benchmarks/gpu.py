@@ -130,7 +130,8 @@ def generating(path: str, base: str, rounds: int, new_tokens: int, device: str) 
     scores = []
     for dtype in DTYPES:
         model = UBMoE(path, device=device, model_kwargs={"dtype": dtype})
-        reference: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)).to(device).eval()
+        reference: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        reference = reference.to(device).eval()
         lms: dict[str, Any] = {"the base model": reference, "UBMoE.generator": model.generator}
         inputs = model.tokenizer([PROMPT] * 16, return_tensors="pt").to(device)
         options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}

@@ -370,6 +370,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
+OWN = ("ablation", "dependence", "dimensions", "exports", "gpu", "index", "long", "reranking", "training")
+"""How the names of tables begin that result files carry themselves."""
+
+
 def own_tables(results: Results) -> dict[str, str]:
     """Tables that result files carry under `tables`, by name."""
     found = {}
@@ -396,7 +400,7 @@ def render(name: str, results: Results) -> str:
         return own[name]
     if name in TABLES:
         return TABLES[name](results)
-    if name.startswith(("ablation", "dependence", "dimensions", "exports", "index", "long", "reranking", "training")):
+    if name.startswith(OWN):
         return NOT_MEASURED
     known = [*TABLES, *own]
     raise ValueError(f"Expected a table name in `<!-- results:NAME -->`, got {name!r} ({nearest(name, known)}).")

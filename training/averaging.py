@@ -1,0 +1,129 @@
+"""Average two folders of experts of one line: `python -m training.averaging FOLDER OTHER --share 0.7 --out OUT`.
+
+The mean of the weights of a model and its further training is often better than either (Wortsman et al. 2022, "Model
+soups"). The mean of two low-rank products has twice the rank: it is cut to the rank of the first by a singular value
+decomposition. The projections are each turned to principal components of their own; before the mean, the second is
+turned to the first (orthogonal Procrustes), which changes no cosine of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from training.command import one_line_errors
+from training.student import DELTA_FILE, PROJECTION_FILE
+from ubmoe_st.checkpoint import save_tensors
+from ubmoe_st.experts import LowRank, load_low_rank, save_low_rank
+from ubmoe_st.files import replacing_folder
+
+logger = logging.getLogger(__name__)
+
+
+def average(folder: str | Path, other: str | Path, share: float, out: str | Path) -> float:
+    """Write the weighted mean of two folders of experts; the rest of the folder is that of the first.
+
+    Args:
+        folder: From `export_experts`.
+        other: Of the same base, layers, rank and dimensions.
+        share: Of the second, between 0 and 1.
+        out: The new folder. It may be one of the two.
+
+    Returns:
+        How much of the mean the cut to the rank loses, as a share of its Frobenius norm.
+
+    Raises:
+        FileNotFoundError: If a folder holds no experts.
+        ValueError: If the share is no share, or the folders do not fit each other.
+    """
+    folder, other = Path(folder), Path(other)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {share}")
+    for one in (folder, other):
+        if not (one / DELTA_FILE).is_file():
+            raise FileNotFoundError(f"expected a folder with {DELTA_FILE}, got {one}; give folders of experts")
+    first, metadata = load_low_rank(folder / DELTA_FILE)
+    second, of_second = load_low_rank(other / DELTA_FILE)
+    if metadata != of_second:
+        raise ValueError(f"{folder} and {other} were trained on different weights; average experts of one base")
+    shapes = [{name: (a.shape, b.shape) for name, (a, b) in one.items()} for one in (first, second)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{folder} and {other} differ in layers or rank; average experts of one shape")
+    mean, lost = mean_of(first, second, share)
+    projections = [one / PROJECTION_FILE for one in (folder, other)]
+    if projections[0].is_file() != projections[1].is_file():
+        raise ValueError(f"only one of {folder} and {other} has {PROJECTION_FILE}; give both or neither")
+    projection = None
+    if projections[0].is_file():
+        projection = mean_projection(load_file(projections[0]), load_file(projections[1]), share)
+    with replacing_folder(out) as temporary:
+        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        save_low_rank(mean, temporary / DELTA_FILE, metadata)
+        if projection is not None:
+            save_tensors(projection, temporary / PROJECTION_FILE)
+    return lost
+
+
+def mean_of(first: LowRank, second: LowRank, share: float) -> tuple[LowRank, float]:
+    """The mean of the products B A, cut to the rank of the first, and the share that the cut loses."""
+    found: LowRank = {}
+    lost = whole = 0.0
+    for name, (a, b) in first.items():
+        other_a, other_b = second[name]
+        # The product of the thin factors' triangles has the singular values of the mean itself.
+        left, l_small = torch.linalg.qr(torch.cat([(1 - share) * b.double(), share * other_b.double()], 1))
+        right, r_small = torch.linalg.qr(torch.cat([a.double(), other_a.double()]).T)
+        u, values, v = torch.linalg.svd(l_small @ r_small.T)
+        rank = len(a)
+        root = values[:rank].sqrt()
+        found[name] = ((right @ v[:rank].T * root).T.to(a.dtype), (left @ u[:, :rank] * root).to(b.dtype))
+        lost += float(values[rank:].square().sum())
+        whole += float(values.square().sum())
+    return found, (lost / whole) ** 0.5 if whole else 0.0
+
+
+def mean_projection(first: dict[str, Tensor], second: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """The mean of two linear layers behind the pooling, of the size of the first.
+
+    Args:
+        first: `weight` (K, D) and `bias` (K,).
+        second: Of the same shape. The vectors are normalised behind it: its size and its rotation are free.
+        share: Of the second.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if {k: t.shape for k, t in first.items()} != {k: t.shape for k, t in second.items()}:
+        raise ValueError("the projections differ in shape; average experts of as many dimensions")
+    size, other_size = (one["weight"].double().norm() for one in (first, second))
+    u, _, v = torch.linalg.svd(first["weight"].double() @ second["weight"].double().T)
+    turn = u @ v * size / other_size
+    return {
+        key: ((1 - share) * tensor.double() + share * turn @ second[key].double()).to(tensor.dtype)
+        for key, tensor in first.items()
+    }
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Average two folders of experts."""
+    parser = argparse.ArgumentParser(prog="python -m training.averaging", description=main.__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("other", type=Path)
+    parser.add_argument("--share", type=float, default=0.5, help="of the second folder")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    lost = average(options.folder, options.other, options.share, options.out)
+    logger.info("%s: the cut to the rank loses %.1f %% of the mean", options.out, 100 * lost)
+
+
+if __name__ == "__main__":
+    main()
