@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -47,6 +48,17 @@ def test_gguf_in_fewer_bits(quantize, limit, gguf_checkpoint_of, tmp_path):
     expected = UBMoE(str(checkpoint)).encode(GGUF_TEXTS)
     assert cosine(found["vectors"], expected).min() > limit
     assert np.abs(cosine(found["vectors"], expected) - 1).max() > 1e-9
+
+
+def test_dimensions_that_llama_cpp_does_not_cut_are_told(gguf_checkpoint_of, tmp_path):
+    _, checkpoint = gguf_checkpoint_of("llama")
+    UBMoE(str(checkpoint), truncate_dim=8).save(str(tmp_path / "cut"))
+    with pytest.warns(UserWarning, match=r"gives all \d+ dimensions: keep the first 8 of each"):
+        export(tmp_path / "cut", tmp_path / "model.gguf", format="gguf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export(tmp_path / "cut", tmp_path / "generator.gguf", view="generator", format="gguf")
+        export(checkpoint, tmp_path / "whole.gguf", format="gguf")
 
 
 @needs_llama

@@ -6,6 +6,7 @@ Written for the Llama, Mistral, Qwen2, Qwen3 and Gemma 3 (text) architectures. l
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,13 @@ def _gguf_pooling(model: UBMoE) -> Any:
         raise ValueError(
             "llama.cpp pools and normalises, and has no place for the Dense between them; take format='onnx', or "
             "format='gguf-lora' and apply the Dense yourself, as docs/serving.md shows"
+        )
+    if model.truncate_dim is not None:
+        whole = model[0].get_embedding_dimension()
+        warnings.warn(
+            f"llama.cpp gives all {whole} dimensions: keep the first {model.truncate_dim} of each vector yourself, and "
+            "normalise them again",
+            stacklevel=2,
         )
     mode = pooling[0].pooling_mode if len(pooling) == 1 else None
     known = {"mean": gguf.PoolingType.MEAN, "cls": gguf.PoolingType.CLS, "lasttoken": gguf.PoolingType.LAST}
