@@ -138,7 +138,8 @@ def _gguf_pooling(model: UBMoE) -> Any:
             "format='gguf-lora' and apply the Dense yourself, as docs/serving.md shows"
         )
     if model.truncate_dim is not None:
-        whole = model[0].get_embedding_dimension()
+        encoder: Any = model[0]
+        whole = encoder.get_embedding_dimension()
         warnings.warn(
             f"llama.cpp gives all {whole} dimensions: keep the first {model.truncate_dim} of each vector yourself, and "
             "normalise them again",
