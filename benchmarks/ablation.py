@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.options import DataDir
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -234,7 +235,7 @@ def main(
     rows: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ROWS)}; repeat for more.")] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="STS tasks or sets; default: sts.")] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe; repeat for more.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
     limit: Annotated[int | None, typer.Option(help="STS pairs per task (seeded sample), for a quick look.")] = None,
     pages: Annotated[int | None, typer.Option(help="WikiText-2 pages, for a quick look.")] = None,

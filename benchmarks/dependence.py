@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import data as local
+from benchmarks.options import DataDir
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
 
@@ -136,7 +137,7 @@ def main(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="UBMoE checkpoint: its bi experts, causally.")] = None,
     runs: Annotated[list[Path] | None, typer.Option("--run", help="Folder of a finished training; repeatable.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
     plot: Annotated[Path, typer.Option(help="SVG file.")] = PLOT,
     per_bucket: Annotated[int, typer.Option(help="Documents per length bucket.")] = PER_BUCKET,

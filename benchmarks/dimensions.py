@@ -19,6 +19,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
+from benchmarks.options import DataDir, ResultsFolder
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -218,9 +219,9 @@ app = typer.Typer(add_completion=False)
 def main(
     model: Annotated[list[str] | None, typer.Option(help="Checkpoint folder or peer; repeat for more.")] = None,
     test_sets: Annotated[bool, typer.Option(help=f"Also {', '.join(TEST_COLLECTIONS)}, for the final table.")] = False,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    data_dir: DataDir = None,
     base: Annotated[str | None, typer.Option(help="Base model of the base-* peers; default $UBMOE_BASE.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    out: ResultsFolder = RESULTS,
     batch_size: int = 32,
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,

@@ -20,6 +20,7 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
+from benchmarks.options import DataDir, ResultsFolder
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -449,10 +450,10 @@ def main(
     tasks: Annotated[
         list[str] | None, typer.Option(help="Tasks (NAME or NAME:split) or sets; repeat for more.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    data_dir: DataDir = None,
     online: Annotated[bool, typer.Option(help="Fetch the official data from the Hub instead.")] = False,
     base: Annotated[str | None, typer.Option(help="Base model of the base-* peers; default $UBMOE_BASE.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    out: ResultsFolder = RESULTS,
     mteb_files: Annotated[Path, typer.Option(help="Folder for mteb's own result files.")] = Path("runs/mteb"),
     seed: int = 0,
     limit: Annotated[int | None, typer.Option(help="STS pairs per task (seeded sample), for a quick look.")] = None,

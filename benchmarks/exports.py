@@ -15,6 +15,7 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
+from benchmarks.options import Checkpoint, DataDir
 from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
@@ -166,8 +167,8 @@ def commands() -> None:
 
 @app.command(name="run")
 def main(
-    model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    model: Checkpoint = Path("models/ubmoe-135m"),
+    data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
     exports: Annotated[Path, typer.Option(help="Folder of the exports; what is there is not written again.")] = Path(
         "runs/exports"

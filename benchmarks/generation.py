@@ -19,6 +19,7 @@ import numpy as np
 import typer
 
 from benchmarks.lm_tasks import DEVIATIONS, METRICS, TASKS, build_tasks, task_manager
+from benchmarks.options import Checkpoint, DataDir, ResultsFolder
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -310,7 +311,7 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
+    model: Checkpoint = Path("models/ubmoe-135m"),
     base: Annotated[
         str | None,
         typer.Option(help="The untouched base; default $UBMOE_BASE, else that of the checkpoint."),
@@ -320,9 +321,9 @@ def main(
         list[str] | None, typer.Option(help="base, uni, router; repeat for more. Default: base and uni.")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help=f"Of lm-eval; default: {', '.join(TASKS)}.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    data_dir: DataDir = None,
     online: Annotated[bool, typer.Option(help="Fetch the official data from the Hub instead.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    out: ResultsFolder = RESULTS,
     cache: Annotated[Path, typer.Option(help="Folder of answered requests, for resuming.")] = Path("runs/lm-cache"),
     seed: int = 0,
     limit: Annotated[int | None, typer.Option(help="Samples per task, seeded; their ids are stored.")] = None,

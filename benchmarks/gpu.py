@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.options import Checkpoint, DataDir, ResultsFolder
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from benchmarks.speed import PROMPT, sample_texts
 from training.data import data_folder
@@ -203,10 +204,10 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def main(
-    model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
+    model: Checkpoint = Path("models/ubmoe-135m"),
     base: Annotated[str | None, typer.Option(help="The untouched base; default that of the checkpoint.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    data_dir: DataDir = None,
+    out: ResultsFolder = RESULTS,
     rounds: Annotated[int, typer.Option(help="Turns each system takes.")] = 5,
     new_tokens: Annotated[int, typer.Option(help="New tokens per generation.")] = 64,
     texts: Annotated[int, typer.Option(help="Texts of a training step.")] = 64,

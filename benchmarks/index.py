@@ -26,6 +26,7 @@ import numpy as np
 import typer
 
 from benchmarks.index_systems import SYSTEMS, Table, status_mb
+from benchmarks.options import ResultsFolder
 from benchmarks.process import in_process
 from benchmarks.results import (
     RESULTS,
@@ -437,7 +438,7 @@ def main(
     ] = None,
     parts: Annotated[str, typer.Option(help="kinds, build or both.")] = "kinds,build",
     work: Annotated[Path, typer.Option(help="Scratch folder, kept; about 6 KB per row.")] = Path("runs/bench-index"),
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    out: ResultsFolder = RESULTS,
     seed: int = 0,
 ) -> None:
     """Measure index kinds and index builds; what is measured already is kept."""

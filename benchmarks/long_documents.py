@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import data as local
+from benchmarks.options import DataDir
 from benchmarks.process import in_process, status_bytes
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
@@ -140,7 +141,7 @@ def main(
     model: Annotated[str, typer.Option(help="Checkpoint folder.")] = "models/ubmoe-135m",
     length: Annotated[list[int] | None, typer.Option(min=16, help="Tokens of a document; repeat for more.")] = None,
     way: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(WAYS)}; repeat for more.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
+    data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
     threads: Annotated[int, typer.Option(min=1, help="torch threads.")] = 1,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.options import ResultsFolder
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from ubmoe_st.checkpoint import facts as checkpoint_facts
 from ubmoe_st.checkpoint import read_config
@@ -52,7 +53,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     model: Annotated[list[Path] | None, typer.Option(help="Checkpoint folder; repeat for more.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    out: ResultsFolder = RESULTS,
 ) -> None:
     """Describe released checkpoints for the tables."""
     with one_line_errors():

@@ -19,6 +19,7 @@ import typer
 from benchmarks.embedding import AVG7, SICK_TEST
 from benchmarks.figures import figures
 from benchmarks.lm_tasks import METRICS
+from benchmarks.options import ResultsFolder
 from benchmarks.results import RESULTS, nearest, read_all
 from benchmarks.rows import MODEL, TASK_LABELS, Results, of, of_generation, pick, released, row_of
 
@@ -476,7 +477,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     check: Annotated[bool, typer.Option(help="Write nothing; fail when something differs.")] = False,
-    results_dir: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    results_dir: ResultsFolder = RESULTS,
     root: Annotated[Path, typer.Option(help="Root of the repository.")] = ROOT,
 ) -> None:
     """Fill the tables and draw the figures from the result files."""

@@ -18,6 +18,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
+from benchmarks.options import DataDir, ResultsFolder
 from benchmarks.results import RESULTS, ResultFile, command_line, nearest, one_line_errors, run_record
 from benchmarks.retrieval import (
     METRICS,
@@ -229,8 +230,8 @@ def main(
     weight: Annotated[
         float | None, typer.Option(min=0, max=1, help=f"Share of the vectors; default: the best on {DOLLY_DEV}.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    data_dir: DataDir = None,
+    out: ResultsFolder = RESULTS,
     indexes: Annotated[Path, typer.Option(help="Folder for the indexes.")] = Path("runs/indexes"),
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,

@@ -20,6 +20,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.ceiling import Sizes, measure_encoding, measure_generating
+from benchmarks.options import Checkpoint, DataDir, ResultsFolder
 from benchmarks.process import in_process
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
@@ -208,13 +209,13 @@ def commands() -> None:
 
 @app.command(name="run")
 def main(
-    model: Annotated[Path, typer.Option(help="UBMoE checkpoint.")] = Path("models/ubmoe-135m"),
+    model: Checkpoint = Path("models/ubmoe-135m"),
     base: Annotated[
         str | None,
         typer.Option(help="The untouched base; default $UBMOE_BASE, else that of the checkpoint."),
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local data; default $UBMOE_DATA or ../shared/data.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result files.")] = RESULTS,
+    data_dir: DataDir = None,
+    out: ResultsFolder = RESULTS,
     rounds: Annotated[int, typer.Option(help="Turns each system takes.")] = 3,
     repeats: Annotated[int, typer.Option(help="Repeats in one turn.")] = 2,
     short: Annotated[int, typer.Option(help="Short texts.")] = 256,
