@@ -15,42 +15,34 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.ceiling import Turn, in_turns
 from benchmarks.options import Checkpoint, DataDir, ResultsFolder
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from benchmarks.speed import PROMPT, sample_texts
 from training.data import data_folder
 
-Turn = Callable[[], Any]
 DTYPES = ("float32", "bfloat16")
+RANK = 16
+"""Of the experts of a training step."""
 
 
-def wait_for(device: str) -> None:
-    """Return when the device has done its work."""
+def clock_of(device: str) -> Callable[[], float]:
+    """Seconds of a clock that is read when the device has done its work."""
     import torch
 
-    if device == "cuda":
-        torch.cuda.synchronize()
+    def clock() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-
-def seconds_of(turns: dict[str, Turn], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each system in each round, the device's work included, after one that does not count."""
-    found: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(rounds + 1):
-        for name, turn in turns.items():
-            wait_for(device)
-            began = time.perf_counter()
-            turn()
-            wait_for(device)
-            if number:
-                found[name].append(time.perf_counter() - began)
-    return found
+    return clock
 
 
 def _scores(
     task: str, turns: dict[str, Turn], amounts: dict[str, int], peer: str, rounds: int, device: str
 ) -> list[dict[str, Any]]:
     """Tokens per second of each system, and the ratio to the peer."""
-    seconds = seconds_of(turns, rounds, device)
+    seconds = in_turns(turns, rounds, clock_of(device))
     scores = []
     for name, values in seconds.items():
         rates = amounts[name] / np.asarray(values)
@@ -90,8 +82,8 @@ def encoding(
             }
             first = next(iter(models))
             scores += _scores(f"encode {kind}, {dtype}", turns, amounts, first, rounds, device)
-        line = {name: partial(one.encode, PROMPT, convert_to_tensor=True) for name, one in models.items()}
-        for name, values in seconds_of(dict(line), 20, device).items():
+        turns = {name: partial(one.encode, PROMPT, convert_to_tensor=True) for name, one in models.items()}
+        for name, values in in_turns(turns, 20, clock_of(device)).items():
             value = 1000 * float(np.median(values))
             scores.append({"task": f"one line, {dtype}", "split": name, "metric": "ms", "value": value, "n": 20})
         texts = sample_texts(folder, "short", min(512, counts["short"]), seed)
@@ -148,18 +140,18 @@ def generating(path: str, base: str, rounds: int, new_tokens: int, device: str) 
 
 
 def training_step(base: str, texts: int, tokens: int, rounds: int, device: str) -> list[dict[str, Any]]:
-    """A step of rank-16 experts under bf16 autocast: tokens per second, and peak memory beside `ubmoe plan`."""
+    """A step of low-rank experts under bf16 autocast: tokens per second, and peak memory beside `ubmoe plan`."""
     import torch
     from peft import LoraConfig
 
+    from training.student import trained_linears
     from ubmoe_st import UBMoETransformer
     from ubmoe_st.planning import Setting, plan
 
-    said = plan(base, Setting(batch=texts, text_tokens=tokens, rank=16, precision="bf16-mixed"), dtype="float32")
     module: Any = UBMoETransformer.from_base(base, dtype=torch.float32)
-    module.model.requires_grad_(False)
     module.model.config.use_cache = False
-    module.model.add_adapter(LoraConfig(r=16, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    module.model.requires_grad_(False)
+    module.model.add_adapter(LoraConfig(r=RANK, target_modules=trained_linears(module.model, "ffn")))
     module.to(device).train()
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -178,7 +170,9 @@ def training_step(base: str, texts: int, tokens: int, rounds: int, device: str) 
     scores = _scores("training step", {"experts": step}, {"experts": texts * tokens}, "experts", rounds, device)
     if device != "cuda":
         return scores
-    peak, wanted = torch.cuda.max_memory_allocated(), said["training"]["total"]
+    setting = Setting(batch=texts, text_tokens=tokens, rank=RANK, precision="bf16-mixed")
+    peak = torch.cuda.max_memory_allocated()
+    wanted = plan(base, setting, dtype="float32")["training"]["total"]
     scores.append({"task": "training memory", "split": "measured", "metric": "MB", "value": peak / 1e6, "n": 1})
     scores[-1] |= {"ratio": peak / wanted, "ratio_to": "ubmoe plan"}
     scores.append({"task": "training memory", "split": "ubmoe plan", "metric": "MB", "value": wanted / 1e6, "n": 1})
