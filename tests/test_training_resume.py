@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import traceback
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def in_processes(count, work):
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     children = []
-    for rank in range(count):
+
+    def begin(rank):
         children.append(os.fork())
         if children[-1] == 0:
             try:
@@ -130,6 +132,13 @@ def in_processes(count, work):
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
+
+    for rank in range(count):
+        # From a thread of its own: OpenMP's helpers belong to the thread that used them, and a child waits for ever for
+        # those that it did not inherit.
+        thread = threading.Thread(target=begin, args=(rank,))
+        thread.start()
+        thread.join()
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * count
 
 
