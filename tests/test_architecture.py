@@ -15,6 +15,7 @@ PACKAGE = ROOT / "ubmoe_st"
 ORDER = [
     "files",
     "forking",
+    "padding",
     "configuration",
     "shards",
     "multi_vector",
