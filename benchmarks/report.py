@@ -371,7 +371,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 }
 
 
-OWN = ("ablation", "dependence", "dimensions", "exports", "gpu", "index", "long", "reranking", "training")
+OWN = ("ablation", "dependence", "dimensions", "exports", "gpu", "index", "long", "native", "reranking", "training")
 """How the names of tables begin that result files carry themselves."""
 
 
