@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -115,3 +116,26 @@ def check_count(name: str, value: object, *, wanted: str = "a whole number", uni
         raise TypeError(f"{name} must be {wanted}, got {value!r}")
     if operator.index(value) < 1:
         raise ValueError(f"{name} must be at least 1{unit}, got {value}")
+
+
+def check_texts(inputs: object) -> None:
+    """Refuse what no encoder takes for texts: generators, bytes, entries that are no strings.
+
+    Args:
+        inputs: What `encode` was given: a text, a sequence or an array of them, or one of the stock mappings.
+
+    Raises:
+        TypeError: With the position of the first entry that is no text.
+    """
+    if isinstance(inputs, str):
+        return
+    if not hasattr(inputs, "__iter__") or isinstance(inputs, bytes):
+        raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}")
+    if not isinstance(inputs, (Sequence, Mapping)) and not hasattr(inputs, "__array_interface__"):
+        raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}: give `list(...)` of it")
+    if isinstance(inputs, Sequence) or getattr(inputs, "ndim", 0) == 1:
+        for position, text in enumerate(inputs):
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"encode takes texts, but the entry at position {position} is of type {type(text).__name__}"
+                )

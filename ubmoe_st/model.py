@@ -19,7 +19,7 @@ from ubmoe_st import checkpoint, generation, ranking
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
-from ubmoe_st.configuration import Routing, UBMoEConfig, check_count
+from ubmoe_st.configuration import Routing, UBMoEConfig, check_count, check_texts
 from ubmoe_st.experts import LowRankLinear, is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
@@ -114,7 +114,7 @@ class UBMoE(SentenceTransformer):
 
         @wraps(SentenceTransformer.encode)
         def encode(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
-            _check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
+            check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
             _check_dimensions(kwargs.get("truncate_dim"))
             return super().encode(*args, **kwargs)
 
@@ -456,21 +456,6 @@ def _same_claims(before: UBMoEConfig | None, after: UBMoEConfig | None) -> bool:
     if before is None or after is None:
         return before is after
     return (before.base_model, before.expert_rank) == (after.base_model, after.expert_rank)
-
-
-def _check_texts(inputs: object) -> None:
-    if isinstance(inputs, str):
-        return
-    if not hasattr(inputs, "__iter__") or isinstance(inputs, bytes):
-        raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}")
-    if not isinstance(inputs, (Sequence, Mapping)) and not hasattr(inputs, "__array_interface__"):
-        raise TypeError(f"encode takes a text or a list of texts, got {type(inputs).__name__}: give `list(...)` of it")
-    if isinstance(inputs, Sequence) or getattr(inputs, "ndim", 0) == 1:
-        for position, text in enumerate(inputs):
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"encode takes texts, but the entry at position {position} is of type {type(text).__name__}"
-                )
 
 
 def _check_dimensions(truncate_dim: object) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from ubmoe_st.configuration import check_texts
+
 from .engine import Message, OnToken, Sampling, Tokens, sampler
 from .native_files import Parts, adapter_of, parts_of
 from .text import TextStream
@@ -248,12 +250,8 @@ class NativeUBMoE:
             if name not in self.prompts:
                 raise ValueError(f"the checkpoint has no prompt {name!r}; it has: {', '.join(self.prompts) or 'none'}")
             prompt = self.prompts[name]
+        check_texts(sentences)
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
-        for place, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"encode takes texts, but the entry at position {place} is of type {type(text).__name__}"
-                )
         vectors = self.embed(self.tokenize(texts, prompt))
         return vectors[0] if isinstance(sentences, str) else vectors
 
