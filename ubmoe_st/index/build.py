@@ -98,6 +98,11 @@ def build_index(
             if not overwrite:
                 raise
             run.begin_anew()
+            if not corpus.repeatable:  # some of its rows have been read, and are gone
+                raise CorpusChangedError(
+                    f"the unfinished build in {folder} was of other rows and has been thrown away, but that was seen "
+                    "only after rows of this corpus had been read, which cannot be read twice: give it again"
+                ) from None
             run.run()
         return run.publish_index(request)
 
@@ -173,6 +178,7 @@ class Build:
             len(manifest.sources) == 1
             and not manifest.edited
             and (manifest.index.requested, manifest.index.faiss_file) == (request.kind, request.faiss_file)
+            and (request.kind != "auto" or manifest.index.memory_mb == request.memory_mb)
             and self._took_in(manifest.sources[0], self._corpus)
         )
 
@@ -221,16 +227,16 @@ class Build:
             restart: Throw away a stopped run that does not match, instead of refusing.
 
         Raises:
-            ValueError: If the stopped run had another model, other options or another base.
+            ValueError: If the stopped run had another model, other options or another base, or its journal is damaged.
         """
-        if self._workplace.begun():
-            try:
+        try:
+            if self._workplace.begun():
                 self._resume()
                 return
-            except ValueError:
-                if not restart:
-                    raise
-                logger.warning("the unfinished build in %s does not match and is thrown away", self._folder)
+        except ValueError:
+            if not restart:
+                raise
+            logger.warning("the unfinished build in %s does not match and is thrown away", self._folder)
         self.begin_anew()
 
     def begin_anew(self) -> None:

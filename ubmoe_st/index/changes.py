@@ -13,7 +13,7 @@ import numpy as np
 from .budget import MemoryBudget
 from .build import Build
 from .corpus import Corpus, CorpusFields
-from .embedder import Embedder
+from .embedder import Embedder, check_probes
 from .hybrid import write_bm25
 from .kinds import Request, write_faiss
 from .manifest import FaissRecord, Manifest, SourceRecord
@@ -57,6 +57,9 @@ def add(
     """Add a corpus; the next version and the number of new entries.
 
     As `EmbeddingIndex.add`; `fields` are those of `id`, `text` and `title`, where they are not those of the build.
+
+    Raises:
+        ValueError: If the model is not, or no longer, the one that the newest version was built with.
     """
     with contextlib.ExitStack() as stack:
         workplace = stack.enter_context(Workplace(folder))
@@ -76,6 +79,7 @@ def add(
         if (entries := run.entries_if_repeated(manifest)) is not None:
             workplace.clear()
             return base, entries
+        check_probes(embedder.probes_now(), base.probes)
         run.begin(restart=False)
         run.run()
         return run.publish_addition(base), run.journal.rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..configuration import check_count
 from ..forking import ForkSafeLock
 from . import changes
 from .budget import MemoryBudget, search_mebibytes
@@ -27,6 +30,8 @@ from .storage import problems_of, require_libraries
 from .store import Entry, Namespace, Snapshot, open_snapshot
 from .tuning import TuningReport, tune
 from .windows import OnBadRow, OnDuplicate, PipelineOptions
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16")
 Identities = str | int | Iterable[str | int]
@@ -50,7 +55,23 @@ class EmbeddingIndex:
     def _snapshot(self) -> Snapshot:
         return self._searcher.snapshot
 
+    @property
+    def searcher(self) -> Searcher:
+        """What finds rows in the version that this object reads now; it stays with that version."""
+        return self._searcher
+
     def _move_to(self, snapshot: Snapshot) -> None:
+        embedder = self._embedder
+        if embedder is not None and not np.array_equal(snapshot.probes, self._snapshot.probes):
+            try:
+                check_probes(embedder.probes(), snapshot.probes)
+            except ValueError:
+                logger.warning(
+                    "%s was built anew with another model: the one it remembers is loaded for the next text query, "
+                    "unless use_model() gives it before",
+                    snapshot.folder,
+                )
+                self._embedder = None
         self._searcher = Searcher(snapshot, self._searcher.settings)
 
     @classmethod
@@ -159,8 +180,7 @@ class EmbeddingIndex:
         )
         if dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
-        if segment_rows < 1:
-            raise ValueError(f"segment_rows must be at least 1, got {segment_rows}")
+        check_count("segment_rows", segment_rows)
         budget = MemoryBudget.of(memory_budget)
         budget.check_row(max_row_bytes)
         request = Request(kind, budget, search_mebibytes(search_memory_budget), faiss_file)
@@ -175,14 +195,14 @@ class EmbeddingIndex:
             return RayEngine(sent, truncate_dim, workers, worker_resources)
 
         snapshot = build_index(
-            Path(out),
+            Path(out).absolute(),
             embedder,
             rows,
             options,
             request,
             sizes=sizes,
             dtype=dtype,
-            segment_rows=segment_rows,
+            segment_rows=operator.index(segment_rows),
             overwrite=overwrite,
             progress=progress,
             engine=ray_engine if engine == "ray" else None,
@@ -207,7 +227,7 @@ class EmbeddingIndex:
             ValueError: If a file is missing, truncated or changed, or the model is another one.
         """
         require_libraries()
-        snapshot = open_snapshot(Path(path))
+        snapshot = open_snapshot(Path(path).absolute())
         own = snapshot.manifest.model.truncate_dim
         if truncate_dim is not None and truncate_dim != own:
             raise ValueError(f"the index was built with truncate_dim={own}, got {truncate_dim}")
@@ -307,7 +327,7 @@ class EmbeddingIndex:
 
     def refresh(self) -> bool:
         """Move to the newest committed version; True if there was a newer one."""
-        if Manifest.read(self.path).version == self.version:
+        if Manifest.read(self.path).is_version(self._snapshot.manifest):
             return False
         self._move_to(open_snapshot(self.path))
         return True
@@ -359,8 +379,12 @@ class EmbeddingIndex:
         Returns:
             Scores, float32, (Q, K), and ids, Q lists of K.
         """
-        scores, rows = self._search_rows(queries, k, rerank, candidates, filter, mode, weight, exact, parameters)
-        names = iter(self.ids_at(rows[rows >= 0]))
+        searcher = self.searcher
+        first = (filter, mode, weight, exact, parameters)
+        scores, rows = search_rows(
+            searcher, lambda: self.embedder, self.query_vectors, queries, k, rerank, candidates, *first
+        )
+        names = iter(searcher.snapshot.ids_at(rows[rows >= 0]))
         return scores, [[next(names) if row >= 0 else "" for row in line] for line in rows.tolist()]
 
     def search_entries(
@@ -377,55 +401,21 @@ class EmbeddingIndex:
         candidates: int | None = None,
     ) -> list[list[Hit]]:
         """The nearest entries of each query with texts, spans and metadata, best first. Arguments as in `search`."""
-        scores, rows = self._search_rows(queries, k, rerank, candidates, filter, mode, weight, exact, parameters)
+        searcher = self.searcher
+        first = (filter, mode, weight, exact, parameters)
+        scores, rows = search_rows(
+            searcher, lambda: self.embedder, self.query_vectors, queries, k, rerank, candidates, *first
+        )
         return [
-            [self.hit_at(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
+            [searcher.hit_at(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
             for line, values in zip(rows, scores)
         ]
 
-    def _search_rows(self, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        return search_rows(self._searcher, lambda: self.embedder, self.query_vectors, *arguments)
-
-    def nearest(
-        self,
-        vectors: np.ndarray,
-        k: int,
-        *,
-        filter: Filter | None = None,
-        exact: bool = False,
-        parameters: dict[str, int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and row numbers of the nearest entries of each query, best first.
-
-        Args:
-            vectors: From `query_vectors`, (Q, D).
-            k: As in `search`, like the rest.
-            filter: As in `search`.
-            exact: As in `search`.
-            parameters: As in `search`.
-
-        Returns:
-            Scores, float32, (Q, K), and rows of this version, int64, (Q, K).
-        """
-        searcher = self._searcher
-        return searcher.search(vectors, k, searcher.allowed(filter), exact, parameters)
-
-    def ids_at(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The ids of some rows of this version."""
-        return self._snapshot.ids_at(rows)
-
-    def entry_at(self, row: int) -> Entry:
-        """A row of this version."""
-        return self._snapshot.entry_at(row)
-
-    def hit_at(self, row: int, score: float) -> Hit:
-        """A row of this version as a search result with this score."""
-        return self._searcher.hit_at(row, score)
-
-    def _rows(self, ids: Identities, namespace: Namespace | None) -> list[int]:
+    @staticmethod
+    def _rows(snapshot: Snapshot, ids: Identities, namespace: Namespace | None) -> list[int]:
         rows = []
         for identity in id_texts(ids):
-            found = self._snapshot.rows_of(identity, namespace)
+            found = snapshot.rows_of(identity, namespace)
             if not found:
                 raise KeyError(f"no entry has the id {identity!r}")
             rows.extend(found)
@@ -442,7 +432,8 @@ class EmbeddingIndex:
             KeyError: If an id is not in the index.
             ValueError: If an id is that of a document and of a chunk, and `namespace` is None.
         """
-        return [self._snapshot.entry_at(row) for row in self._rows(ids, namespace)]
+        snapshot = self._snapshot
+        return [snapshot.entry_at(row) for row in self._rows(snapshot, ids, namespace)]
 
     def texts(self, ids: Identities, *, namespace: Namespace | None = None) -> list[str]:
         """The texts of `entries(ids)`."""
@@ -450,7 +441,8 @@ class EmbeddingIndex:
 
     def vectors(self, ids: Identities, *, namespace: Namespace | None = None) -> np.ndarray:
         """The stored vectors of `entries(ids)`, float32, (N, D)."""
-        return self._snapshot.vectors_at(self._rows(ids, namespace))
+        snapshot = self._snapshot
+        return snapshot.vectors_at(self._rows(snapshot, ids, namespace))
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the `files` of this version, as sentences; empty when all is well."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import operator
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from ..configuration import check_count
+from .corpus import utf8_bytes
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -112,8 +116,9 @@ class Embedder:
             raise TypeError(
                 f"expected a SentenceTransformer, or an object with its encode(), got {type(model).__name__}"
             )
-        if truncate_dim is not None and truncate_dim < 1:
-            raise ValueError(f"truncate_dim must be at least 1, got {truncate_dim}")
+        if truncate_dim is not None:
+            check_count("truncate_dim", truncate_dim, wanted="a whole number or None")
+            truncate_dim = operator.index(truncate_dim)
         self.model = model
         self.identity = identity or identity_of(model)
         self.truncate_dim = truncate_dim
@@ -137,8 +142,8 @@ class Embedder:
     def warn_of_cut(self, texts: Sequence[str]) -> None:
         """Warn of queries of which the model reads only the beginning."""
         limit = self.max_tokens
-        # A token has a character at least: short texts are not counted.
-        long = [] if limit is None else [text for text in texts if len(text) > limit]
+        # A token has a byte at least, a rare character several tokens: short texts are not counted.
+        long = [] if limit is None else [text for text in texts if utf8_bytes(text) > limit]
         if cut := sum(size > limit for size in self.counter().sizes(long)) if long and limit else 0:
             warnings.warn(
                 f"{cut} of {len(texts)} queries are longer than the {limit} tokens the model reads and are compared by "
@@ -166,9 +171,12 @@ class Embedder:
         return normalized(vectors)
 
     def probes(self) -> np.ndarray:
-        """Vectors of the probe texts as documents and as queries, (2, P, D)."""
-        if self._probes is None:
-            self._probes = np.stack([self.documents(PROBES), self.queries(PROBES)])
+        """Vectors of the probe texts as documents and as queries, (2, P, D), computed once."""
+        return self._probes if self._probes is not None else self.probes_now()
+
+    def probes_now(self) -> np.ndarray:
+        """The same, computed again: the model may have been changed since."""
+        self._probes = np.stack([self.documents(PROBES), self.queries(PROBES)])
         return self._probes
 
     @property
@@ -248,6 +256,12 @@ def check_probes(mine: np.ndarray, stored: np.ndarray, smallest_cosine: float = 
         )
 
 
+def plain_texts(queries: Any) -> Any:
+    """Texts of numpy and pandas as a list; anything else as it is."""
+    kind = getattr(getattr(queries, "dtype", None), "kind", "")
+    return queries.tolist() if kind in ("U", "O", "T") else queries
+
+
 def query_vectors(queries: Any, dimension: int, embedder: Callable[[], Embedder]) -> np.ndarray:
     """Texts or vectors as `EmbeddingIndex.query_vectors` takes them, as unit vectors, float32, (Q, D).
 
@@ -260,8 +274,7 @@ def query_vectors(queries: Any, dimension: int, embedder: Callable[[], Embedder]
         TypeError: If it is neither, naming the position.
         ValueError: For an empty text, another dimension, or a vector that is zero or not finite.
     """
-    if getattr(getattr(queries, "dtype", None), "kind", "") in ("U", "O", "T"):  # of numpy and pandas
-        queries = queries.tolist()
+    queries = plain_texts(queries)
     if isinstance(queries, str):
         queries = [queries]
     if isinstance(queries, (list, tuple)) and queries and any(isinstance(query, str) for query in queries):

@@ -13,6 +13,8 @@ import numpy as np
 
 SPARE = 8
 """Rows of a list, beyond K, that are scored exactly because rounding might have hidden one of the best."""
+PRODUCT_BYTES = 64 << 20
+"""Products of queries with a block held at a time, however many queries there are."""
 
 
 def pair_scores(query: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -48,10 +50,15 @@ class TopK:
         if not len(rows):
             return
         block = np.ascontiguousarray(vectors, dtype=np.float32)
-        products = self._queries @ block.T  # (Q, n)
-        thresholds = self._scores[:, -1] - self._slack
-        for number, line in enumerate(products):
-            chosen = np.flatnonzero(line >= thresholds[number])
+        step = max(1, PRODUCT_BYTES // (4 * len(block)))
+        for first in range(0, len(self._queries), step):
+            self._add(first, self._queries[first : first + step] @ block.T, rows, block)
+
+    def _add(self, first: int, products: np.ndarray, rows: np.ndarray, block: np.ndarray) -> None:
+        """Take in the products, (q, n), of the queries from number `first` on with a block."""
+        thresholds = self._scores[first : first + len(products), -1] - self._slack
+        for number, (line, threshold) in enumerate(zip(products, thresholds), first):
+            chosen = np.flatnonzero(line >= threshold)
             if len(chosen) > self._k:
                 values = line[chosen]
                 top = float(np.partition(values, len(values) - self._k)[len(values) - self._k])

@@ -11,7 +11,7 @@ import numpy as np
 from .core import EmbeddingIndex
 from .filters import Filter
 from .rerank import Method, Reranking
-from .search import Hit, check_k
+from .search import Hit, Searcher, check_k
 
 
 class IndexGroup:
@@ -31,12 +31,13 @@ class IndexGroup:
     def __init__(self, indexes: Sequence[EmbeddingIndex]) -> None:
         if isinstance(indexes, EmbeddingIndex):
             raise TypeError("a group is of several open indexes, got one: give a list")
+        indexes = list(indexes)
         if not indexes:
             raise ValueError("a group needs at least one index, got none")
         for index in indexes:
             if not isinstance(index, EmbeddingIndex):
                 raise TypeError(f"a group is of open indexes, got {index!r}: open folders with IndexGroup.open([...])")
-        self.indexes = list(indexes)
+        self.indexes = indexes
         first = self.indexes[0]
         for index in self.indexes[1:]:
             try:
@@ -98,11 +99,14 @@ class IndexGroup:
         Returns:
             Scores, float32, (Q, K), and ids, Q lists of K.
         """
-        scores, members, rows = self._reranked(queries, k, filter, exact, parameters, Reranking.of(rerank, candidates))
+        searchers = self._searchers()
+        order = Reranking.of(rerank, candidates)
+        scores, members, rows = self._reranked(searchers, queries, k, filter, exact, parameters, order)
         ids = [[""] * len(line) for line in rows]
-        for number, index in enumerate(self.indexes):
+        for number, searcher in enumerate(searchers):
             places = np.argwhere(members == number)
-            for (query, column), name in zip(places.tolist(), index.ids_at(rows[members == number])):
+            names = searcher.snapshot.ids_at(rows[members == number])
+            for (query, column), name in zip(places.tolist(), names):
                 ids[query][column] = name
         return scores, ids
 
@@ -118,14 +122,21 @@ class IndexGroup:
         candidates: int | None = None,
     ) -> list[list[Hit]]:
         """The nearest entries of all indexes, best first; `Hit.index` says which each is from."""
-        found = self._reranked(queries, k, filter, exact, parameters, Reranking.of(rerank, candidates))
+        searchers = self._searchers()
+        order = Reranking.of(rerank, candidates)
+        found = self._reranked(searchers, queries, k, filter, exact, parameters, order)
         return [
-            [self.indexes[member].hit_at(row, score) for score, member, row in zip(*line)]
+            [searchers[member].hit_at(row, score) for score, member, row in zip(*line)]
             for line in zip(*(part.tolist() for part in found))
         ]
 
+    def _searchers(self) -> list[Searcher]:
+        """Of the versions that the indexes read now: one search stays with them."""
+        return [index.searcher for index in self.indexes]
+
     def _reranked(
         self,
+        searchers: Sequence[Searcher],
         queries: Any,
         k: int,
         spec: Filter | None,
@@ -135,22 +146,30 @@ class IndexGroup:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """As `_nearest`, the first results in the order of `order`."""
         if order is None:
-            return self._nearest(queries, k, spec, exact, parameters)
+            return self._nearest(searchers, queries, k, spec, exact, parameters)
         check_k(k)
         asked = order.check(queries, self.model)
-        found = self._nearest(queries, max(k, order.candidates), spec, exact, parameters)
+        found = self._nearest(searchers, queries, max(k, order.candidates), spec, exact, parameters)
         _, members, rows = (part[:, : order.candidates].tolist() for part in found)
-        entries = [[self.indexes[member].entry_at(row) for member, row in zip(*line)] for line in zip(members, rows)]
+        entries = [
+            [searchers[member].snapshot.entry_at(row) for member, row in zip(*line)] for line in zip(members, rows)
+        ]
         places = order.order(self.indexes[0].embedder, asked, entries, found[0].shape[1])[:, :k]
         scores, members, rows = (np.take_along_axis(part, places, 1) for part in found)
         return scores, members, rows
 
     def _nearest(
-        self, queries: Any, k: int, spec: Filter | None, exact: bool, parameters: dict[str, int] | None
+        self,
+        searchers: Sequence[Searcher],
+        queries: Any,
+        k: int,
+        spec: Filter | None,
+        exact: bool,
+        parameters: dict[str, int] | None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores, numbers of the indexes and rows in them, (Q, K) each."""
         vectors = self.indexes[0].query_vectors(queries)
-        parts = [index.nearest(vectors, k, filter=spec, exact=exact, parameters=parameters) for index in self.indexes]
+        parts = [one.search(vectors, k, one.allowed(spec), exact, parameters) for one in searchers]
         scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*parts))
         members = np.repeat(np.arange(len(parts)), [part.shape[1] for part, _ in parts])
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -279,6 +279,10 @@ class Manifest:
     sources: list[SourceRecord]
     versions: dict[str, str]
 
+    def is_version(self, other: Manifest) -> bool:
+        """Whether both are of one version of one index: an index that was built anew begins to count again."""
+        return (self.version, self.committed, self.updated) == (other.version, other.committed, other.updated)
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """The current version of an index.

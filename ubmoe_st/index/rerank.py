@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .embedder import Embedder
+from .embedder import Embedder, plain_texts
 from .search import Searcher, check_k
 from .store import Entry
 
@@ -53,6 +53,7 @@ class Reranking:
             TypeError: If queries are no texts, or the model cannot rank so.
             ValueError: If a query is empty.
         """
+        queries = plain_texts(queries)
         texts = [queries] if isinstance(queries, str) else queries
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"rerank needs queries as texts, got {type(queries).__name__}")

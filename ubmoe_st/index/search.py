@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ..forking import ForkSafeLock
+from .embedder import plain_texts
 from .exact import SLACK, TopK, exact_search, pair_scores
 from .filters import Filter, FilterEngine
 from .hybrid import KeywordSearch, fuse, fuse_weighted
@@ -97,17 +99,23 @@ class Searcher:
             return self._shards
 
     def _opened(self, files: list[FileRecord]) -> list[tuple[int, Any]]:
-        folder = self.snapshot.folder
-        try:
-            return [(file.first_row or 0, read_index(folder / file.file)) for file in files]
-        except FileNotFoundError:
-            if Manifest.read(folder).version == self.snapshot.manifest.version:
-                raise
-            logger.warning(
-                "a writer has replaced the faiss index of %s since it was opened: searching it exactly until refresh()",
-                folder,
-            )
-            return []
+        folder, manifest = self.snapshot.folder, self.snapshot.manifest
+        shards: list[tuple[int, Any]] | None = None
+        with contextlib.suppress(FileNotFoundError):
+            shards = [(file.first_row or 0, read_index(folder / file.file)) for file in files]
+        current = Manifest.read(folder)
+        if shards is None and current.is_version(manifest):
+            missing = next((file.file for file in files if not (folder / file.file).is_file()), files[0].file)
+            raise FileNotFoundError(f"{folder / missing} is missing: restore it, or make it again with reindex()")
+        # A name that a later version did not need may be taken again by one after that.
+        there = {(file.file, file.sha256) for file in current.index.files}
+        if shards is not None and there >= {(file.file, file.sha256) for file in files}:
+            return shards
+        logger.warning(
+            "a writer has replaced the faiss index of %s since it was opened: searching it exactly until refresh()",
+            folder,
+        )
+        return []
 
     def allowed(self, spec: Filter | None) -> np.ndarray | None:
         """Rows that may be found, bool (N,); None when all are."""
@@ -216,6 +224,7 @@ class Searcher:
             raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
         if weight is not None and (mode != "hybrid" or not 0 <= weight <= 1):
             raise ValueError(f"weight is the share of the vectors in mode='hybrid', 0 to 1; got {weight!r}, {mode!r}")
+        queries = plain_texts(queries)
         texts = [queries] if isinstance(queries, str) else queries
         if mode != "dense" and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise TypeError(f"mode={mode!r} needs queries as texts, got {type(queries).__name__}")

@@ -440,11 +440,19 @@ class Snapshot:
         return found["document"] or found["chunk"]
 
     def documents(self) -> Iterator[tuple[str, int]]:
-        """Every live document id with the row it begins at; each segment is mapped anew and let go again."""
+        """The id of every document of which something is live, with the row it begins at, live or not.
+
+        Each segment is mapped anew and let go again.
+        """
         files = (EntryFile(segment.folder / "entries.arrow") for segment in self.segments)
+        document, begin, told = None, 0, False
         for row, name, parent, chunk in names_in(files):
-            if chunk == 0 and self.is_alive(row):
-                yield (name if parent is None else parent), row
+            own = name if parent is None else parent
+            if chunk == 0 or own != document:  # the first chunk may have been deleted, and compacted away
+                document, begin, told = own, row, False
+            if not told and self.is_alive(row):
+                yield own, begin
+                told = True
 
     def ids(self) -> Iterator[str]:
         """The ids of all live rows, in order."""
@@ -510,7 +518,7 @@ def open_snapshot(folder: Path) -> Snapshot:
         try:
             return Snapshot(folder, manifest)
         except (ValueError, OSError):
-            if Manifest.read(folder).version == manifest.version:
+            if Manifest.read(folder).is_version(manifest):
                 raise
     return Snapshot(folder)
 

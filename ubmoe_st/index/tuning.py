@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..configuration import check_count
 from .kinds import parameter_grid
-from .search import Searcher
+from .search import Searcher, check_k
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ def tune(
         seed: Of the choice of rows.
 
     Raises:
-        ValueError: If the index is flat (its recall is 1) or `recall` is out of range.
+        TypeError: If `count` is no whole number.
+        ValueError: If the index is flat (its recall is 1), or `recall`, `k` or `count` is out of range.
     """
+    check_k(k)
+    check_count("held_back", count)
     if not 0 < recall <= 1:
         raise ValueError(f"recall is above 0 and at most 1, got {recall}")
     shards = searcher.shards

@@ -366,8 +366,14 @@ class WindowMaker:
             known = self._seen.known([item.id for _, item in block if type(item) is Document])
             for number, item in block:
                 after = _Done(number + 1, 0, item)
-                if type(item) is Document and options.chunk_tokens and (reason := self._unfit(item)):
-                    item = BadRow(item.place, reason)
+                spans: list[tuple[int, int]] = []
+                if type(item) is Document and options.chunk_tokens:
+                    reason = self._unfit(item)
+                    spans = [] if reason else self._spans(item)
+                    if not spans:
+                        item = BadRow(
+                            item.place, reason or "has no token that the model reads: there is no chunk of it"
+                        )
                 if isinstance(item, BadRow):
                     if options.on_bad_row == "raise":
                         raise CorpusError(f"{item} (leave such rows out with on_bad_row='skip')")
@@ -393,7 +399,6 @@ class WindowMaker:
                     yield entry, entry.model_input(options.with_title), replaced, after, ()
                     self._row += 1
                     continue
-                spans = self._spans(item)
                 passes: Sequence[Pass] = ()
                 if options.late_chunking:
                     passes = passes_of(item.text, spans, item.title if options.with_title else None, self._counter)
@@ -403,8 +408,6 @@ class WindowMaker:
                     yield entry, entry.model_input(options.with_title), replaced, done, passes
                     replaced, passes = None, ()
                     self._row += 1
-                if not spans:
-                    yield after
             known.write()
 
     def _compare(self, number: int) -> None:

@@ -110,7 +110,10 @@ class Workplace:
 
     def begun(self) -> bool:
         """Whether there is an unfinished build or addition with something to lose."""
-        return self.unfinished() and not self.committed() and Journal.read(self.folder).position.row > 0
+        if not self.unfinished() or self.committed():
+            return False
+        position = Journal.read(self.folder).position
+        return position.row > 0 or position.chunk > 0
 
     def committed(self) -> bool:
         """Whether the run in `build/` became the current version (and was killed before it could clear up)."""
