@@ -28,6 +28,7 @@ from benchmarks.results import (
     interval,
     one_line_errors,
     run_record,
+    spearman,
 )
 from benchmarks.retrieval import DEPTH, TEST_COLLECTIONS, Ranking, score
 from training.data import data_folder
@@ -86,13 +87,11 @@ def sts_scores(
     vectors: np.ndarray, gold: Sequence[float], dimension: int, precision: Precision, *, seed: int, resamples: int
 ) -> dict[str, Any]:
     """Spearman x100 of the pairs of rows 2n and 2n + 1 of `vectors`, (2N, D), with the gold scores."""
-    from scipy.stats import spearmanr
-
     stored = reduced(vectors, dimension, precision)
     found = [float(similarities(a[None], b[None], precision)[0, 0]) for a, b in zip(stored[::2], stored[1::2])]
     draws = bootstrap_spearman(gold, found, seed=seed, resamples=resamples)
     low, high = interval(draws)
-    value = 100 * float(spearmanr(found, gold).statistic)
+    value = spearman(gold, found)
     spread = {"low": low, "high": high, "sd": float(draws.std()), "n": len(gold)}
     return {"task": STS_DEV, "split": "validation", "metric": "cosine_spearman", "value": value, **spread}
 

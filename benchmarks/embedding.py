@@ -31,6 +31,7 @@ from benchmarks.results import (
     nearest,
     one_line_errors,
     run_record,
+    spearman,
 )
 from training.data import data_folder
 
@@ -305,7 +306,7 @@ def score_task(
         cosines = predictions[subset][split]["cosine_scores"]
         gold = _rows(task, subset, split)["score"]
         draws = bootstrap_spearman(gold, cosines, seed=seed, resamples=resamples)
-        direct = _spearman(gold, cosines)
+        direct = spearman(gold, cosines)
         if abs(direct - value) > 1e-6:
             raise RuntimeError(
                 f"Expected mteb's predictions of {name} to give {value:.4f}, got {direct:.4f}. Report it."
@@ -314,7 +315,7 @@ def score_task(
         if name == "SICK-R" and split == "test" and len(gold) > sick_test_rows:
             gold, cosines = gold[-sick_test_rows:], cosines[-sick_test_rows:]
             draws = bootstrap_spearman(gold, cosines, seed=seed, resamples=resamples)
-            part = {**score, "task": SICK_TEST, "value": _spearman(gold, cosines)}
+            part = {**score, "task": SICK_TEST, "value": spearman(gold, cosines)}
             scores.append({**part, **_spread(draws), "n": len(gold)})
         return scores
     if "scores_per_experiment" in entry:
@@ -329,12 +330,6 @@ def _rows(task: Any, subset: str, split: str) -> Any:
         task.load_data()
         dataset = task.dataset
     return dataset[subset][split] if subset in dataset else dataset[split]
-
-
-def _spearman(gold: Sequence[float], predicted: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
-
-    return 100 * float(spearmanr(gold, predicted)[0])
 
 
 def _spread(draws: np.ndarray) -> dict[str, float]:

@@ -17,7 +17,7 @@ import typer
 from benchmarks import data as local
 from benchmarks.options import Checkpoint, DataDir
 from benchmarks.process import in_process
-from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
+from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record, spearman
 from training.data import data_folder
 
 LONGEST = 2048
@@ -144,11 +144,9 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
-def spearman(vectors: np.ndarray, gold: Sequence[float]) -> float:
+def spearman_of_pairs(vectors: np.ndarray, gold: Sequence[float]) -> float:
     """Spearman x100 of the cosines of rows 2n and 2n + 1 with the gold scores."""
-    from scipy.stats import spearmanr
-
-    return 100 * float(spearmanr(cosines(vectors[::2], vectors[1::2]), gold).statistic)
+    return spearman(gold, cosines(vectors[::2], vectors[1::2]).tolist())
 
 
 def size_of(path: Path) -> int:
@@ -183,7 +181,7 @@ def main(
     """Write the exports of a checkpoint and measure them beside torch fp32."""
     from ubmoe_st.export import export
 
-    with one_line_errors(RuntimeError, ImportError):
+    with one_line_errors(RuntimeError):
         wanted = [name.strip() for name in systems.split(",") if name.strip()]
         unknown = [name for name in wanted if name not in EXPORTS]
         if unknown:
@@ -218,11 +216,11 @@ def main(
                 vectors[name], taken = in_process(measure, name, path, texts, batch_size=batch_size, threads=threads)
                 seconds[name] += taken
                 typer.echo(f"{LABELS[name]}: {len(texts) / min(taken):.1f} texts/s")
-        reference = spearman(vectors["torch"], gold)
+        reference = spearman_of_pairs(vectors["torch"], gold)
         peer = float(np.median([len(texts) / taken for taken in seconds["torch"]]))
         rows = []
         for name, path in paths.items():
-            close, found = cosines(vectors[name], vectors["torch"]), spearman(vectors[name], gold)
+            close, found = cosines(vectors[name], vectors["torch"]), spearman_of_pairs(vectors[name], gold)
             rates = [len(texts) / taken for taken in seconds[name]]
             rows.append(
                 [

@@ -27,6 +27,7 @@ from benchmarks.results import (
     interval,
     one_line_errors,
     run_record,
+    spearman,
 )
 from training.data import data_folder, sts_pairs
 
@@ -94,21 +95,15 @@ def compare(engines: dict[str, Any], pairs: tuple[list[str], list[str], list[flo
     ]
     joined = {name: np.concatenate(found, axis=1) for name, found in parts.items()}  # (2, N, D)
     for name, (left, right) in joined.items():
-        draws = bootstrap_spearman(gold, (left * right).sum(-1).tolist(), seed=seed)
-        low, high = interval(draws)
-        value = _spearman((left * right).sum(-1), gold)
+        found = (left * right).sum(-1).tolist()
+        low, high = interval(bootstrap_spearman(gold, found, seed=seed))
+        value = spearman(gold, found)
         scores.append({"task": "STSB-dev", "split": name, "metric": "spearman x100", "n": len(first), "value": value})
         scores[-1] |= {"low": low, "high": high}
     cosines = (joined[PEER] * joined[NATIVE]).sum(-1)
     for metric, value in (("smallest cosine", cosines.min()), ("mean cosine", cosines.mean())):
         scores.append({"task": "STSB-dev", "split": NATIVE, "metric": metric, "n": cosines.size, "value": float(value)})
     return scores
-
-
-def _spearman(found: np.ndarray, gold: Sequence[float]) -> float:
-    from scipy.stats import spearmanr
-
-    return 100 * float(spearmanr(found, gold)[0])
 
 
 def memory(model: str, gguf: str | None) -> dict[str, int]:
@@ -245,7 +240,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Measure both views in llama.cpp beside torch, one thread each; finished parts are kept."""
-    with one_line_errors(ImportError):  # no llama.cpp
+    with one_line_errors():
         run(
             model,
             sts_pairs("STSB-dev", data_folder(data_dir), pairs),

@@ -74,11 +74,11 @@ def one_line_errors(*also: type[Exception]) -> Iterator[None]:
     """A command whose expected errors are one line on standard error, and exit code 1.
 
     Args:
-        *also: Expected kinds besides `ValueError` and `OSError`.
+        *also: Expected kinds besides `ValueError`, `OSError` and, for what an extra installs, `ImportError`.
     """
     import typer
 
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, *also)
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError, *also)
     try:
         yield
     except expected as error:
@@ -262,6 +262,13 @@ def bootstrap(statistic: Callable[[np.ndarray], float], n: int, *, seed: int, re
     """
     generator = np.random.default_rng(seed)
     return np.asarray([statistic(generator.integers(0, n, n)) for _ in range(resamples)])
+
+
+def spearman(gold: Sequence[float], predicted: Sequence[float]) -> float:
+    """Spearman's rank correlation x100."""
+    from scipy.stats import spearmanr
+
+    return 100 * float(spearmanr(gold, predicted).statistic)
 
 
 def bootstrap_spearman(

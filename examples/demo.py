@@ -41,7 +41,7 @@ def main(model_folder: str) -> None:
     from transformers.utils import logging
 
     from ubmoe_st import EmbeddingIndex, UBMoE
-    from ubmoe_st.bases import resolve_base
+    from ubmoe_st.lossless import recorded_base
 
     logging.disable_progress_bar()
     console.rule("1. one model")
@@ -86,7 +86,7 @@ def main(model_folder: str) -> None:
 
     console.rule("5. generation is lossless")
     config = model.ubmoe_config
-    base = resolve_base("smollm2-135m")
+    base = recorded_base(config)
     untouched = AutoModelForCausalLM.from_pretrained(base.path, dtype=model.dtype).eval()
     inputs = model.tokenizer(["Bits are bits.", "The quick brown fox jumps over"], padding=True, return_tensors="pt")
     with torch.inference_mode():

@@ -417,7 +417,7 @@ def test_a_search_reads_a_question_whole_or_is_told_to_cut_it(engine, model, tmp
         with pytest.warns(UserWarning, match="compared by their beginning"):
             found = client.post("/v1/search", json={"query": long, "truncate": True, "k": 1}).json()["data"]
         with pytest.warns(UserWarning, match="compared by their beginning"):
-            assert found == [hit.as_dict() for hit in index.search_entries([long], 1)[0]]
+            assert found == [{**hit.as_dict(), "index": "index"} for hit in index.search_entries([long], 1)[0]]
         assert client.post("/v1/search", json={"query": "the cat", "mode": "hybrid"}).status_code == 200
         nested = '{"query": "the cat", "filter": {"a": ' + "[" * 900 + "]" * 900 + "}}"
         refused = client.post("/v1/search", content=nested, headers={"Content-Type": "application/json"})

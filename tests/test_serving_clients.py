@@ -190,6 +190,9 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(checkpoint, tmp
     import socket
 
     assert "not a UBMoE checkpoint" in refused(tmp_path)
-    assert "--engine llama.cpp" in refused(checkpoint, "--gguf", "x.gguf", "--engine", "ray")
+    for engine in ("ray", "torch"):
+        assert "--engine llama.cpp" in refused(checkpoint, "--gguf", "x.gguf", "--engine", engine)
+        assert "--engine llama.cpp" in refused(checkpoint, "--context", 64, "--engine", engine)
+    assert "--engine ray" in refused(checkpoint, "--replicas", 2)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in refused(checkpoint, "--port", taken.getsockname()[1])

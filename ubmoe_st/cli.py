@@ -23,6 +23,7 @@ from ubmoe_st.terminal import (
     err,
     errors_in_one_line,
     megabytes,
+    only_for,
     out,
     read_texts,
     say,
@@ -249,9 +250,7 @@ def index(
     title_field: Annotated[str, typer.Option("--title", help="Field of the corpus with the title.")] = "title",
     chunk_tokens: Annotated[int | None, typer.Option(help="Length of chunks, in tokens; by default uncut.")] = None,
     overlap_tokens: Annotated[int, typer.Option(help="Number of tokens that neighbouring chunks share.")] = 0,
-    late_chunking: Annotated[
-        bool, typer.Option("--late-chunking", help="Read documents in one piece, and pool their chunks from that.")
-    ] = False,
+    late_chunking: Annotated[bool, typer.Option("--late-chunking", help="Pool chunks from whole documents.")] = False,
     on_duplicate: Annotated[Duplicate, typer.Option(help="What to do with a repeated id.")] = "raise",
     on_bad_row: Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unusable row.")] = "raise",
     truncate_dim: TruncateDim = None,
@@ -261,12 +260,13 @@ def index(
     ] = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Also build a BM25 index, for hybrid search.")] = False,
     engine: Annotated[Literal["local", "ray"], typer.Option(help="Where to embed: here, or on Ray actors.")] = "local",
-    workers: Annotated[int, typer.Option(min=1, help="Number of Ray actors.")] = 2,
-    worker_gpus: Annotated[float, typer.Option(min=0.0, help="Number of GPUs that each Ray actor takes.")] = 0.0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Number of Ray actors; by default 2.")] = None,
+    worker_gpus: Annotated[float | None, typer.Option(min=0, help="Number of GPUs of a Ray actor.")] = None,
     overwrite: Overwrite = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Build a search index over a corpus; run again after an interruption, it goes on where it was."""
+    only_for("ray", engine, workers=workers, worker_gpus=worker_gpus)
     loaded: Any = model if engine == "ray" else _load(model)
     from ubmoe_st.index import EmbeddingIndex
 
@@ -287,7 +287,7 @@ def index(
         memory_budget=memory_budget,
         faiss_file=faiss_file,
         engine=engine,
-        workers=workers,
+        workers=workers or 2,
         worker_resources={"num_gpus": worker_gpus} if worker_gpus else None,
         overwrite=overwrite,
         progress=not as_json and err.is_terminal,

@@ -37,6 +37,24 @@ _KEYWORD = re.compile(r"""(?<![\w'"/.-])([a-z_]+)=(True|\.\.\.|'[^']*'|[^\s,;:()
 _NAME = re.compile(r"""(?<![\w'"`/.=-])([a-z]+_[a-z_]+)(?![\w'"`/.=(-])""")
 
 
+def only_for(wanted: str, engine: str, **given: Any) -> None:
+    """Refuse options that another engine than the one asked for would take.
+
+    Args:
+        wanted: The engine that takes them.
+        engine: The one asked for.
+        **given: Options by name; None where they were not given.
+
+    Raises:
+        ValueError: If one was given.
+    """
+    for name, value in given.items():
+        if value is not None and engine != wanted:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for --engine {wanted}, got --engine {engine}: leave it out"
+            )
+
+
 def errors_in_one_line(function: Callable[..., None]) -> Callable[..., None]:
     """A command whose expected errors are one line on standard error, which advises its options, and exit code 1."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +24,31 @@ T = TypeVar("T")
 
 class Busy(Exception):
     """The queue is full: the client has to come again later."""
+
+
+async def within(work: Awaitable[T], seconds: float, *, give_back: Callable[[], None] | None = None) -> T:
+    """The result of `work`. A cancellation always counts: `asyncio.wait_for` loses some before Python 3.12.
+
+    Args:
+        work: Cancelled with who waits for it, and when the time is over.
+        seconds: At most so long.
+        give_back: Called if who waits is cancelled when `work` was just done, so that nobody gets its result.
+
+    Raises:
+        TimeoutError: If it takes longer.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=max(seconds, 0.001))
+    except asyncio.CancelledError:
+        if give_back is not None and task.done() and not task.cancelled():
+            give_back()
+        task.cancel()
+        raise
+    if not done:
+        task.cancel()
+        raise TimeoutError
+    return task.result()
 
 
 @dataclass
@@ -164,7 +189,7 @@ class Generations:
         self.running = 0
 
     def check_room(self) -> None:
-        """Refuse when as many requests wait as may.
+        """Refuse when as many texts wait as may.
 
         Raises:
             Busy: Then.
@@ -172,13 +197,16 @@ class Generations:
         if self._slots.locked() and self.waiting >= self._settings.max_waiting:
             raise Busy(f"{self.waiting} requests wait to generate, and {self._settings.max_waiting} may")
 
-    async def run(self, ids: list[int], sampling: Sampling, stops: Sequence[str] = ()) -> AsyncGenerator[Delta, None]:
+    async def run(
+        self, ids: list[int], sampling: Sampling, stops: Sequence[str] = (), *, taken: bool = False
+    ) -> AsyncGenerator[Delta, None]:
         """Pieces of the new text. Closing the iterator, or cancelling who reads it, stops the generation.
 
         Args:
             ids: The prompt.
             sampling: How to choose.
             stops: Texts before which the new text ends.
+            taken: Whether the request it is of was taken in already: then it waits, however many do.
 
         Raises:
             Busy: If too many requests wait already.
@@ -188,6 +216,8 @@ class Generations:
         deadline = loop.time() + self._settings.timeout_s
         pieces: asyncio.Queue[Delta | BaseException] = asyncio.Queue()
         stopped = threading.Event()
+        if not taken:
+            self.check_room()
         await self._begin(
             lambda: self._generate(
                 ids, sampling, stops, stopped, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
@@ -196,7 +226,7 @@ class Generations:
         )
         try:
             while True:
-                piece = await asyncio.wait_for(pieces.get(), max(deadline - loop.time(), 0.001))
+                piece = await within(pieces.get(), deadline - loop.time())
                 if isinstance(piece, BaseException):
                     raise piece
                 yield piece
@@ -219,20 +249,20 @@ class Generations:
         """
         deadline = asyncio.get_running_loop().time() + self._settings.timeout_s
         stopped = threading.Event()
+        self.check_room()
         try:
             work = await self._begin(lambda: self._engine.rank(reading, lambda: not stopped.is_set()), stopped)
-            left = deadline - asyncio.get_running_loop().time()
-            return await asyncio.wait_for(asyncio.shield(work), max(left, 0.001))
+            return await within(asyncio.shield(work), deadline - asyncio.get_running_loop().time())
         finally:
             stopped.set()
 
     async def _begin(self, work: Callable[[], T], stopped: threading.Event) -> asyncio.Future[T]:
         """Wait for a turn, then start `work` in a thread."""
-        self.check_room()
         if self._slots.locked():
             self.waiting += 1
             try:
-                await asyncio.wait_for(self._slots.acquire(), self._settings.timeout_s)
+                turn = self._slots.acquire()
+                await within(turn, self._settings.timeout_s, give_back=self._slots.release)
             finally:
                 self.waiting -= 1
         else:
@@ -288,4 +318,44 @@ class Generations:
         began = time.monotonic()
         while self.running and time.monotonic() - began < 10:
             await asyncio.sleep(0.01)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+class Searches:
+    """Searches an index in threads of its own, so that slow ones take none from the other routes.
+
+    Args:
+        settings: Limits.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._threads = ThreadPoolExecutor(settings.searches, thread_name_prefix="search")
+        self._lock = threading.Lock()
+        self._open = 0
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of a search. One that is cancelled before its turn is not begun.
+
+        Args:
+            work: The search.
+
+        Raises:
+            Busy: If too many wait already.
+        """
+        most = self._settings.searches + self._settings.max_waiting
+        with self._lock:
+            if self._open >= most:
+                raise Busy(f"{most - self._settings.searches} searches wait, which is as many as may")
+            self._open += 1
+        begun = self._threads.submit(work)
+        begun.add_done_callback(self._over)  # when the thread is free, not when the client is gone
+        return await asyncio.wrap_future(begun)
+
+    def _over(self, _: object) -> None:
+        with self._lock:
+            self._open -= 1
+
+    def close(self) -> None:
+        """Begin no further search."""
         self._threads.shutdown(wait=False, cancel_futures=True)

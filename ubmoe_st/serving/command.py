@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ubmoe_st.terminal import say, status
+from ubmoe_st.terminal import only_for, say, status
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -45,7 +45,13 @@ def serve(
     gguf: Annotated[
         Path | None, typer.Option(help="GGUF file of the base model for llama.cpp; default: its own, or one is made.")
     ] = None,
-    replicas: Annotated[int, typer.Option(min=1, help="Number of replicas with ray.")] = 2,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Number of replicas with ray; default: 2.", show_default=False)
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a prompt and its continuation with llama.cpp; default: 2048."),
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Largest batch to embed, tokens with padding.")] = 8192,
     batch_wait_ms: Annotated[float, typer.Option(min=0, help="How long a text waits for others, milliseconds.")] = 2.0,
     generations: Annotated[int, typer.Option(min=1, help="Number of texts generated at the same time.")] = 2,
@@ -76,14 +82,14 @@ def serve(
         "compute": compute,
         "threads": threads,
     }
+    only_for("ray", engine, replicas=replicas)
+    only_for("llama.cpp", engine, gguf=gguf, context=context)
     if engine == "ray":
-        if gguf is not None:
-            raise ValueError("--gguf is for --engine llama.cpp")
         from .ray_app import run
 
-        run(path, replicas=replicas, host=host, port=port, settings=settings, **options)
+        run(path, replicas=replicas or 2, host=host, port=port, settings=settings, **options)
         return
-    _serve_here(path, engine, host, port, settings, gguf=gguf, **options)
+    _serve_here(path, engine, host, port, settings, gguf=gguf, context=context, **options)
 
 
 def _serve_here(path: str, kind: Any, host: str, port: int, settings: Settings, **options: Any) -> None:

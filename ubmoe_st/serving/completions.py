@@ -75,7 +75,8 @@ async def whole(service: Service, job: Job, stops: list[str]) -> dict[str, Any]:
     choices, new = [], 0
     for index, (ids, sampling) in enumerate(job.prompts):
         text, last = "", Delta("", 0, "length")
-        async with aclosing(service.generations.run(ids, sampling, stops)) as pieces:
+        # The request was taken in with its first text.
+        async with aclosing(service.generations.run(ids, sampling, stops, taken=index > 0)) as pieces:
             async for last in pieces:
                 text += last.text
         new += last.tokens
@@ -93,7 +94,7 @@ async def streamed(service: Service, job: Job, body: GenerationRequest) -> Async
             count = 0
             if job.chat:
                 yield event({**head, "choices": [job.piece(index, "", None, first=True)], **empty, **job.extra})
-            async with aclosing(service.generations.run(ids, sampling, body.stops)) as pieces:
+            async with aclosing(service.generations.run(ids, sampling, body.stops, taken=True)) as pieces:
                 async for delta in pieces:
                     count = delta.tokens
                     said = job.piece(index, delta.text, delta.finish_reason, first=False)
@@ -151,8 +152,7 @@ async def chat_job(service: Service, body: GenerationRequest, messages: list[dic
         **extra: Fields added to the answer.
     """
     ids = await asyncio.to_thread(_prompt_ids, service, messages, "messages")
-    newer = body.max_completion_tokens if isinstance(body, ChatRequest) else None
-    return Job([(ids, service.sampling(body, ids, newer))], True, service.engine.name, extra)
+    return Job([(ids, service.sampling(body, ids))], True, service.engine.name, extra)
 
 
 def router(service: Service) -> APIRouter:

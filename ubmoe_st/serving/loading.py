@@ -27,6 +27,7 @@ def load_engine(
     compute: Compute = "stored",
     threads: int | None = None,
     gguf: Path | None = None,
+    context: int | None = None,
     generations: int = 2,
 ) -> Engine:
     """The model of a server.
@@ -39,6 +40,7 @@ def load_engine(
         compute: In what numbers the encoder multiplies, with torch; see `UBMoE`.
         threads: None: as many as the library chooses.
         gguf: The base model for llama.cpp. None: see `NativeUBMoE.from_checkpoint`.
+        context: Tokens of a prompt and its continuation, with llama.cpp. None: as `NativeUBMoE` says.
         generations: Texts that llama.cpp generates at the same time.
 
     Raises:
@@ -51,9 +53,11 @@ def load_engine(
         for argument, given in (("dtype", dtype is not None), ("compute", compute != "stored")):
             if given:
                 raise ValueError(f"{argument} is for the engine torch; with llama.cpp the GGUF file decides")
-        return NativeUBMoE.from_checkpoint(path, gguf=gguf, name=name, threads=threads, generations=generations)
-    if gguf is not None:
-        raise ValueError("gguf is for the engine llama.cpp; torch reads the checkpoint alone")
+        more = {} if context is None else {"context": context}
+        return NativeUBMoE.from_checkpoint(path, gguf=gguf, name=name, threads=threads, generations=generations, **more)
+    for argument, value in (("gguf", gguf), ("context", context)):
+        if value is not None:
+            raise ValueError(f"{argument} is for the engine llama.cpp; torch goes by the checkpoint alone")
     import torch
 
     from ubmoe_st.model import UBMoE

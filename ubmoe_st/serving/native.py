@@ -424,14 +424,20 @@ class NativeUBMoE:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        def as_json(value: Any, ensure_ascii: bool = False, *form: Any, **named: Any) -> str:
+            names = ("indent", "separators", "sort_keys")  # in the order in which templates may give them
+            return json.dumps(value, ensure_ascii=ensure_ascii, **dict(zip(names, form)), **named)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _answer_marks()]
+        )
         environment.globals |= {
             "raise_exception": refuse,
             "strftime_now": lambda form: datetime.now().strftime(form),
         }
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        template = environment.from_string(self.parts.chat_template or "")
+        environment.filters["tojson"] = as_json
         try:
+            template = environment.from_string(self.parts.chat_template or "")
             return template.render(messages=messages, add_generation_prompt=True, **self.parts.special_tokens)
         except TemplateError as error:
             raise ValueError(f"the chat template does not take this chat: {error}") from error
@@ -530,3 +536,17 @@ class NativeUBMoE:
             with self._changed:
                 self._uses -= 1
                 self._changed.notify_all()
+
+
+def _answer_marks() -> Any:
+    """A Jinja extension for `{% generation %} ... {% endgeneration %}`, which marks answers and prints nothing."""
+    from jinja2.ext import Extension
+
+    class AnswerMarks(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return AnswerMarks

@@ -86,12 +86,21 @@ def run(
         "max_ongoing_requests": settings.max_waiting + settings.generations + 64,
         "graceful_shutdown_timeout_s": 5,
     }
-    serve.start(http_options={"host": host, "port": port})
+    others = bool(serve.status().proxies)  # Serve runs already, with an address and maybe applications of its own
+    if others:
+        say("Ray Serve runs on this cluster already: the application is at its address, not at --host and --port")
+    else:
+        serve.start(http_options={"host": host, "port": port})
     arguments = {"model": path, "settings": settings, "threads": threads, "deployment": deployment, **options}
+    arguments["local"] = options.get("api_key") is None
     serve.run(build(arguments), name="ubmoe", route_prefix="/")
-    say(f"http://{host}:{port}/v1")
+    if not others:
+        say(f"http://{host}:{port}/v1")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     stop.wait()
-    serve.shutdown()
+    if others:
+        serve.delete("ubmoe")
+    else:
+        serve.shutdown()

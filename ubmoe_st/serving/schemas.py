@@ -75,7 +75,8 @@ class Request(BaseModel):
             if name in _PASSED_OVER and name not in cls.model_fields:
                 continue
             if name in _NEUTRAL and name not in cls.model_fields:
-                if value not in _NEUTRAL[name]:
+                neutral = [one for one in _NEUTRAL[name] if isinstance(one, bool) is isinstance(value, bool)]
+                if value not in neutral:
                     raise ValueError(f"{name} is not supported here: leave it out, got {value!r}")
                 continue
             kept[name] = value
@@ -109,6 +110,7 @@ class GenerationRequest(Request):
     """What chats and completions have in common."""
 
     max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1, description="The newer name of max_tokens.")
     temperature: Number | None = Field(
         None, ge=0, le=10, description="0: greedy. None: as the base model's config says."
     )
@@ -158,7 +160,6 @@ class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: Whole | None = Field(None, ge=1, description="The newer name of max_tokens.")
 
 
 class CompletionRequest(GenerationRequest):

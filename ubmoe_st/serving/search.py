@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -32,7 +32,11 @@ def router(service: Service) -> APIRouter:
             except (TypeError, ValueError) as error:
                 raise ApiError(400, str(error)) from error
 
-        return await unless_gone(request, asyncio.to_thread(look), limit)
+        return await unless_gone(request, service.searches.run(look), limit)
+
+    def shown(hits: list[Any]) -> list[dict[str, Any]]:
+        # Where the index lies on this machine is no matter of clients.
+        return [{**hit.as_dict(), "index": Path(hit.index).name} for hit in hits]
 
     @routes.post("/v1/search", summary="The nearest entries of the index")
     async def search(body: SearchRequest, request: Request) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def router(service: Service) -> APIRouter:
         mode = {} if body.mode == "dense" else {"mode": body.mode}
         whole = None if body.truncate else "query"
         hits = await found(request, body.query, body.k, whole=whole, filter=body.filter, **mode)
-        return {"object": "list", "model": service.engine.name, "data": [hit.as_dict() for hit in hits]}
+        return {"object": "list", "model": service.engine.name, "data": shown(hits)}
 
     @routes.post("/v1/ask", summary="An answer from the entries of the index, as a chat completion with its `entries`")
     async def ask(body: AskRequest, request: Request) -> Response:
@@ -53,8 +57,7 @@ def router(service: Service) -> APIRouter:
         hits = await found(request, body.question, body.k, whole=whole, filter=body.filter, **search_options(index))
         if not hits:
             raise ApiError(400, "no entry was found, so there is nothing to answer from", param="filter")
-        entries = [hit.as_dict() for hit in hits]
-        job = await chat_job(service, body, answer_prompt(body.question, hits), entries=entries)
+        job = await chat_job(service, body, answer_prompt(body.question, hits), entries=shown(hits))
         return await answer(service, job, body, request)
 
     return routes

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from .batching import Batcher, Generations
+from .batching import Batcher, Generations, Searches
 from .engine import Engine, Sampling
 from .errors import ApiError
 from .metrics import Metrics
@@ -32,6 +32,7 @@ class Service:
         self.metrics = Metrics()
         self.batcher = Batcher(engine, settings, self.metrics.batch)
         self.generations = Generations(engine, settings, self.metrics.generated)
+        self.searches = Searches(settings)
         self.metrics.queue.set_function(lambda: len(self.batcher))
         self.metrics.running.set_function(lambda: self.generations.running)
         self.metrics.waiting.set_function(lambda: self.generations.waiting)
@@ -40,6 +41,7 @@ class Service:
         """Stop all work."""
         await self.generations.close()
         await self.batcher.close()
+        self.searches.close()
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.
@@ -55,24 +57,23 @@ class Service:
                 param="model",
             )
 
-    def sampling(self, body: GenerationRequest, ids: Sequence[int], max_tokens: int | None = None) -> Sampling:
+    def sampling(self, body: GenerationRequest, ids: Sequence[int]) -> Sampling:
         """How to generate what a request asks for.
 
         Args:
             body: The request.
             ids: Its prompt.
-            max_tokens: The request's, by its newer name.
 
         Raises:
             ApiError: If prompt and answer do not fit into the context.
         """
-        wanted = max_tokens or body.max_tokens
+        wanted = body.max_completion_tokens or body.max_tokens
         room = self.engine.context - len(ids)
         if room < (wanted or 1):
             asked = f" and max_tokens is {wanted}" if wanted else ""
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens{asked}, but the model holds {self.engine.context} tokens in all",
+                f"the prompt has {len(ids)} tokens{asked}, but this server holds {self.engine.context} tokens in all",
                 code="context_length_exceeded",
             )
         return Sampling(

@@ -9,6 +9,7 @@ _WHOLE = {
     "max_inputs",
     "max_queue",
     "generations",
+    "searches",
     "max_waiting",
     "default_max_tokens",
     "max_body_bytes",
@@ -29,8 +30,10 @@ class Settings:
     """Texts that may wait for the encoder; a request that would make it more is answered with 429."""
     generations: int = 2
     """Texts generated, or lists of documents ranked, at the same time."""
+    searches: int = 2
+    """Searches of an index computed at the same time."""
     max_waiting: int = 64
-    """Requests that may wait to generate or to rank; the next is answered with 429."""
+    """Requests that may wait to generate or to rank, and as many to search; the next is answered with 429."""
     default_max_tokens: int = 256
     """Tokens generated where a request does not say how many."""
     timeout_s: float = 600.0
