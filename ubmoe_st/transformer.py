@@ -28,6 +28,7 @@ from ubmoe_st.experts import (
     is_ffn_key,
     low_rank_mismatch,
     merge_low_rank,
+    merged,
     replace_module,
     same_low_rank,
     with_ffns,
@@ -502,12 +503,8 @@ class UBMoETransformer(Transformer):
             if owner not in low:
                 state[key] = tensor
             elif name != owner:
-                if leaf == "weight":
-                    merged = nn.Linear(1, 1, bias=False)
-                    merged.weight = nn.Parameter(tensor.clone(), requires_grad=False)
-                    merge_low_rank(merged, low[owner].lora_A, low[owner].lora_B)
-                    tensor = merged.weight
-                state[f"{owner}.{leaf}"] = tensor
+                pair = low[owner].lora_A, low[owner].lora_B
+                state[f"{owner}.{leaf}"] = merged(tensor, *pair) if leaf == "weight" else tensor
         return state
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
