@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -117,6 +117,19 @@ class UBMoE(SentenceTransformer):
             check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
             _check_dimensions(kwargs.get("truncate_dim"))
             return super().encode(*args, **kwargs)
+
+        @wraps(SentenceTransformer.preprocess)
+        def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
+            features = super().preprocess(inputs, prompt=prompt, **kwargs)
+            if not any(isinstance(module, Pooling) and not module.include_prompt for module in self):
+                return features
+            # Else the pooling would have no token to pool: of "", or of a text that is one token with the prompt's end.
+            bare = self._views.rows_without_tokens(features)
+            if not bare:
+                return features
+            end = self._views.filler_token
+            texts = [f"{text}{end}" if row in bare else text for row, text in enumerate(inputs)]
+            return super().preprocess(texts, prompt=prompt, **kwargs)
 
         def train(self, mode: bool = True) -> Any:  # noqa: D102 - the stock docstring
             # Every call of `encode` asks for evaluation mode, and the stock way sets it through every module.
