@@ -109,6 +109,7 @@ class StreamedTransformer(UBMoETransformer):
         self._generator_files = (
             shards.TensorFiles([root / checkpoint.UNI_FILE]) if checkpoint.is_checkpoint(root) else self._files
         )
+        self.source.check_unchanged()  # all files that are open now are of one checkpoint
 
     def _load_model(
         self,
@@ -199,6 +200,7 @@ class StreamedTransformer(UBMoETransformer):
     ) -> UBMoEConfig:
         if not config.base_sha256 and self.base is not None:
             config.base_sha256 = self.base.sha256
+            self.source.check_unchanged()  # else the sums would be those of another base
         return replace(config)
 
     # --- tensors -------------------------------------------------------------------------------------------------
