@@ -198,7 +198,7 @@ class _HeldFile:
     def __init__(self, path: Path) -> None:
         self.name = path.name
         self._lock = threading.Lock()
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by the finalizer
+        self._file = open(path, "rb", buffering=0)
         weakref.finalize(self, self._file.close)
         self._stamp = self._now()
         self.places = _read_header(self._file, self.name)
