@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,14 @@ CACHE_LINE = shards.CACHE_LINE
 NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
 """Files of terms that go with the experts of some bases, and so with every checkpoint made of them."""
 
+_PARTS = re.compile(
+    r".+\.safetensors|model\.safetensors\.index\.json|SHA256SUMS|generator|\d+_[A-Z]\w*"
+    r"|(config|modules|sentence_bert_config|config_sentence_transformers|generation_config|adapter_config)\.json"
+    r"|tokenizer(_config)?\.json|(special_tokens_map|added_tokens|vocab|processor_config|preprocessor_config)\.json"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|(vocab|merges)\.txt"
+    r"|chat_template\.(jinja|json)|additional_chat_templates"
+)
+"""Names, at the root, of what transformers and sentence-transformers read of any checkpoint."""
 _MODULES_FILE = "modules.json"
 _ONE_FILE = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
@@ -77,9 +87,31 @@ def refuse_foreign_weights(path: str | os.PathLike[str], *, adapter: bool = Fals
 
 
 def is_of_others(entry: Path) -> bool:
-    """Whether an entry of a checkpoint folder was put there by somebody else and survives a new checkpoint."""
-    ours = {"README.md", INDEX_FILE, SUMS_FILE, GENERATOR_FOLDER}
-    return entry.name not in ours and entry.suffix != ".safetensors"
+    """Whether an entry of a folder was put there by somebody else and survives a new checkpoint.
+
+    Not what loaders would take for a part of the new one, nor what the old one lists in `SHA256SUMS` or, being a
+    checkpoint, has to be given along with it.
+    """
+    if entry.name.startswith("."):
+        return True
+    if is_part(entry.name) or entry.name in _listed_in(entry.parent):
+        return False
+    along = any(fnmatch(entry.name, pattern) for pattern in ("README.md", *NOTICES))
+    return not (along and is_checkpoint(entry.parent))
+
+
+def is_part(name: str) -> bool:
+    """Whether loaders read a file or folder of this name as a part of the checkpoint that it lies in."""
+    return _PARTS.fullmatch(name) is not None
+
+
+def _listed_in(folder: Path) -> set[str]:
+    """First parts of the names in `SHA256SUMS`, where there is one."""
+    try:
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return set()
+    return {line.partition("  ")[2].partition("/")[0] for line in lines}
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:

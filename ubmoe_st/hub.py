@@ -392,5 +392,5 @@ def _commit(
 def _stale(files: set[str], new: set[str]) -> list[str]:
     """Files of an older checkpoint, which loaders would take for parts of this one."""
     ours = {file for file in files if file.startswith(f"{checkpoint.GENERATOR_FOLDER}/")}
-    ours |= {file for file in files if "/" not in file and file.endswith(".safetensors")}
+    ours |= {file for file in files if checkpoint.is_part(file.partition("/")[0])}
     return sorted(ours - new)
