@@ -131,8 +131,15 @@ def build(
 def info(path: ModelFolder, as_json: JsonFlag = False) -> None:
     """Show what a checkpoint holds, from its headers alone."""
     from ubmoe_st import checkpoint
+    from ubmoe_st.hub import checkpoint_folder
 
-    facts = checkpoint.facts(Path(path))
+    given = Path(path).expanduser()
+    if given.is_dir() or "/" not in path:
+        facts = checkpoint.facts(given)
+    else:
+        with status(f"loading {path}"):
+            facts = checkpoint.facts(checkpoint_folder(path))
+        facts["name"] = path  # the folder in the cache is called by its commit
     if as_json:
         say_json(facts)
         return

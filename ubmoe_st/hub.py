@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ubmoe_st import checkpoint
 from ubmoe_st.cards import CARD, card_on_the_hub, check_front_matter
@@ -73,6 +73,23 @@ def download(
             "Load it once with a network"
         )
     return folder
+
+
+def checkpoint_folder(name: str | os.PathLike[str], **options: Any) -> Path:
+    """A folder itself, or that of a Hub id in the local cache.
+
+    Args:
+        name: Folder or Hub id of a checkpoint.
+        **options: As for `download`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and it cannot be got; says why in one line.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    wanted = "a checkpoint folder or the Hub id of one"
+    return download(str(name), wanted=wanted, whole=checkpoint.is_checkpoint, **options)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

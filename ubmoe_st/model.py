@@ -23,7 +23,7 @@ from ubmoe_st.configuration import Routing, UBMoEConfig, check_count, check_text
 from ubmoe_st.experts import LowRankLinear, is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
-from ubmoe_st.hub import download, push
+from ubmoe_st.hub import checkpoint_folder, push
 from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.quantization import inner_tensors, quantize_base
 from ubmoe_st.ranking import Method
@@ -478,17 +478,13 @@ def _check_dimensions(truncate_dim: object) -> None:
 
 
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        path = download(
-            str(name),
-            wanted="a checkpoint folder or the Hub id of one",
-            revision=kwargs.get("revision"),
-            cache_dir=kwargs.get("cache_folder"),
-            token=kwargs.get("token"),
-            local_files_only=kwargs.get("local_files_only", False),
-            whole=checkpoint.is_checkpoint,
-        )
+    path = checkpoint_folder(
+        name,
+        revision=kwargs.get("revision"),
+        cache_dir=kwargs.get("cache_folder"),
+        token=kwargs.get("token"),
+        local_files_only=kwargs.get("local_files_only", False),
+    )
     if (path / "adapter_config.json").is_file() and not checkpoint.is_checkpoint(path):
         raise CheckpointError(
             f"{path} is a PEFT adapter, not a UBMoE checkpoint: open the checkpoint that it was trained on and call "
