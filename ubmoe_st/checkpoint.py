@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import UBMoEConfig
-from ubmoe_st.files import read_json, sha256_of
+from ubmoe_st.files import is_plain, read_json, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,6 @@ SUMS_FILE = "SHA256SUMS"
 _LISTED = ("config.json", "modules.json", "tokenizer.json", INDEX_FILE, GENERATOR_CONFIG)
 """What every checkpoint lists there beside its weights."""
 CONFIG_KEY = "ubmoe"
-
 CACHE_LINE = shards.CACHE_LINE
 
 NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
@@ -53,8 +52,6 @@ _MODULES_FILE = "modules.json"
 _ONE_FILE = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
 _PICKLE = "pytorch_model.bin"
-_LONGEST_NAME, _LONGEST_PATH = 255, 1024
-"""Bytes of a part of a name, and of all, that every file system takes."""
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
 """Endings of the files of a checkpoint that are read when it is loaded."""
 
@@ -141,7 +138,7 @@ def check_checkpoint(path: str | os.PathLike[str], *, modules: bool = True) -> U
         raise CheckpointError(f"{INDEX_FILE}: expected a `weight_map` from tensor to file")
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for file in sorted({*weight_map.values()}):
-        if Path(file).name != file or not _is_plain(file):
+        if Path(file).name != file or not is_plain(file):
             raise CheckpointError(f"{INDEX_FILE}: {file!r} is not a file beside it")
         if not (root / file).is_file():
             raise CheckpointError(f"{INDEX_FILE} names {file}, which is missing from {root}")
@@ -235,17 +232,9 @@ def _module_paths(root: Path) -> list[str]:
     if not texts or not all(isinstance(text, str) for one in texts for text in one):
         raise CheckpointError(f"{_MODULES_FILE}: expected at least one module, with texts for type, name and path")
     for path, *_ in texts:
-        if not _is_plain(path):
+        if not is_plain(path):
             raise CheckpointError(f"{_MODULES_FILE} names the folder {path!r}, which is not in {root}")
     return [path for path, *_ in texts]
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name leads down from a folder, as written, and is short enough for a file system."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-        return False
-    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in Path(name).parts]
-    return max(sizes, default=0) <= _LONGEST_NAME and sum(sizes) <= _LONGEST_PATH
 
 
 def _is_inside(file: Path, root: Path) -> bool:
@@ -585,7 +574,7 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
         raise CheckpointError(f"{SUMS_FILE} of {root} is not a list of checksums: {error}") from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in sums:
-        if not _is_plain(name) or not _is_inside(root / name, root):
+        if not is_plain(name) or not _is_inside(root / name, root):
             raise CheckpointError(f"{SUMS_FILE} names {name}, which is not in {root}")
     wrong = []
     for name, digest in sums.items():

@@ -75,7 +75,6 @@ TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading 
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
 
-
 app.command()(plan)
 
 
@@ -130,16 +129,10 @@ def build(
 @errors_in_one_line
 def info(path: ModelFolder, as_json: JsonFlag = False) -> None:
     """Show what a checkpoint holds, from its headers alone."""
-    from ubmoe_st import checkpoint
-    from ubmoe_st.hub import checkpoint_folder
+    with status(f"reading {path}"):
+        from ubmoe_st.hub import facts_of
 
-    given = Path(path).expanduser()
-    if given.is_dir() or "/" not in path:
-        facts = checkpoint.facts(given)
-    else:
-        with status(f"loading {path}"):
-            facts = checkpoint.facts(checkpoint_folder(path))
-        facts["name"] = path  # the folder in the cache is called by its commit
+        facts = facts_of(path)
     if as_json:
         say_json(facts)
         return

@@ -92,6 +92,20 @@ def checkpoint_folder(name: str | os.PathLike[str], **options: Any) -> Path:
     return download(str(name), wanted=wanted, whole=checkpoint.is_checkpoint, **options)
 
 
+def facts_of(name: str) -> dict[str, Any]:
+    """`checkpoint.facts` of a folder or, where there is none and the name is `owner/name`, of a Hub id.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or not valid.
+        FileNotFoundError: If there is no such checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() or "/" not in name:
+        return checkpoint.facts(folder)
+    # The folder in the cache is called by its commit.
+    return {**checkpoint.facts(checkpoint_folder(name)), "name": name}
+
+
 def hub_errors() -> tuple[type[Exception], ...]:
     """What `huggingface_hub` raises for reasons outside the program: the request, the network, the disk."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
