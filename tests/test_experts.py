@@ -17,6 +17,7 @@ from ubmoe_st.experts import (
     load_low_rank,
     load_routers,
     merge_low_rank,
+    merged,
     save_low_rank,
     share_copy,
     with_low_rank,
@@ -122,17 +123,29 @@ def test_a_low_rank_expert_equals_the_merged_one_and_shares_the_base(base_of, ar
     x = X.float()
     for prefix, ffn in find_ffns(module.model).items():
         expert = with_low_rank(ffn, prefix, low_rank)
-        merged = share_copy(ffn)
-        for name, linear in merged.named_modules():
+        whole = share_copy(ffn)
+        for name, linear in whole.named_modules():
             if isinstance(linear, nn.Linear):
                 linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
                 merge_low_rank(linear, *low_rank[f"{prefix}.{name}"])
-        assert torch.allclose(expert(x), merged(x), atol=1e-3, rtol=1e-4)
+        assert torch.allclose(expert(x), whole(x), atol=1e-3, rtol=1e-4)
         assert (expert(x) - ffn(x)).abs().max() > 1e-1
         assert torch.equal(without_low_rank(expert)(x), ffn(x))
         own = {id(p) for p in ffn.parameters()}
         assert own <= {id(p) for p in expert.parameters()}
         assert own == {id(p) for p in without_low_rank(expert).parameters()}
+
+
+def test_a_merged_weight_is_rounded_once_and_the_original_stays():
+    torch.manual_seed(0)
+    weight, a, b = nn.Parameter(torch.randn(5, 4).bfloat16()), torch.randn(2, 4).half(), torch.randn(5, 2).half()
+    before = weight.detach().clone()
+    exact = weight.detach().double() + b.double() @ a.double()
+    found = merged(weight, a, b)
+    assert torch.equal(found, exact.bfloat16())
+    assert torch.equal(weight, before)
+    assert not found.requires_grad
+    assert not torch.equal(found, before + (b @ a).bfloat16())  # rounded three times
 
 
 def test_low_rank_experts_come_back_from_their_file(base, tmp_path):

@@ -174,17 +174,19 @@ def test_a_repository_with_files_is_not_changed_unasked(hub, checkpoint, base, t
 
     extra = tmp_path / "extra"
     shutil.copytree(checkpoint, extra)
-    (extra / "onnx").mkdir()
-    (extra / "onnx" / "model.onnx").write_bytes(b"kept")
-    with open(extra / "SHA256SUMS", "a") as sums:
-        sums.write(f"{hashlib.sha256(b'kept').hexdigest()}  onnx/model.onnx\n")
+    parts = {"generator/bi_delta.safetensors", "2_Dense/config.json", "additional_chat_templates/tool_use.jinja"}
+    for name in ("onnx/model.onnx", "2_Dense/config.json", "additional_chat_templates/tool_use.jinja"):
+        (extra / name).parent.mkdir()
+        (extra / name).write_bytes(b"kept")
+        with open(extra / "SHA256SUMS", "a") as sums:
+            sums.write(f"{hashlib.sha256(b'kept').hexdigest()}  {name}\n")
     push(extra, REPO, exist_ok=True)
-    assert {"onnx/model.onnx", "generator/bi_delta.safetensors"} <= hub.files(REPO)
+    assert {"onnx/model.onnx", *parts} <= hub.files(REPO)
 
     dense = make_checkpoint(base, tmp_path / "dense", low_rank=False)
     push(dense, REPO, exist_ok=True)
     assert "onnx/model.onnx" in hub.files(REPO)
-    assert "generator/bi_delta.safetensors" not in hub.files(REPO), "a part of the old checkpoint"
+    assert not parts & hub.files(REPO), "parts of the old checkpoint"
     assert len(titles(hub)) == 4
 
 
@@ -496,6 +498,10 @@ def test_loading_from_the_hub_and_then_from_the_cache(checkpoint, base, client, 
         found = UBMoE(REPO, cache_folder=home / "hub", verify=True)
         assert found.generate(TEXTS[0], max_new_tokens=8) == local.generate(TEXTS[0], max_new_tokens=8)
         assert np.array_equal(found.encode(TEXTS), expected)
+        shown, here = (json.loads(run("info", name, "--json").stdout) for name in (REPO, checkpoint))
+        assert shown["name"] == REPO
+        assert {**shown, "name": 0, "bytes": 0} == {**here, "name": 0, "bytes": 0}
+        assert "no such repository" in run("info", "org/absent", code=1).stderr
         with pytest.raises(FileNotFoundError, match="no such repository"):
             UBMoE("org/absent")
         with pytest.raises(FileNotFoundError, match="no such revision"):

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 from helpers.benchmark_data import make_base as make_byte_base
-from helpers.models import make_checkpoint
+from helpers.models import TEXTS, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe_st import UBMoE
+from ubmoe_st import UBMoE, ranking
 from ubmoe_st.ranking import DOCUMENT_CUE, QUERY_CUE, YES_NO_PROMPT
 
 QUERY = "the red bird"
@@ -64,6 +64,25 @@ def test_likelihood_is_that_of_the_base_model(base_of, checkpoint_of, architectu
         results = model.rank(QUERY, DOCUMENTS, batch_size=batch_size)
         assert scores_of(results, len(DOCUMENTS)) == pytest.approx(expected, abs=2e-4)
         assert [r["score"] for r in results] == sorted((r["score"] for r in results), reverse=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_logits_at_a_time_are_bounded_and_scores_stay(base_of, checkpoint_of, monkeypatch, architecture):
+    """Of few rows together where several fit, and of parts of the query where not even one does."""
+    model = UBMoE(str(checkpoint_of(architecture)), device="cpu")
+    query = TEXTS[1]
+    expected = likelihoods(base_of(architecture), query, DOCUMENTS)
+    sizes: list[int] = []
+    model.generator.register_forward_hook(lambda module, args, output: sizes.append(output.logits.numel() * 4))
+    row, largest = 4 * 48, {}
+    asked = len(model[0].token_ids(query, add_special_tokens=False))
+    for positions in (10_000, 2 * asked, asked, 7, 1):
+        monkeypatch.setattr(ranking, "LOGITS_BYTES", positions * row)
+        sizes.clear()
+        assert scores_of(model.rank(query, DOCUMENTS), len(DOCUMENTS)) == pytest.approx(expected, abs=2e-4)
+        largest[positions] = max(sizes) // row
+        assert largest[positions] <= positions
+    assert largest == {10_000: len(DOCUMENTS) * asked, 2 * asked: 2 * asked, asked: asked, 7: 7, 1: 1}
 
 
 def test_yes_no_is_the_log_odds_of_the_base_model(chat_model, byte_base):

@@ -14,11 +14,11 @@ from helpers.models import TEXTS, random_experts
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from ubmoe_st import UBMoE, UBMoETransformer
+from ubmoe_st import UBMoE, UBMoETransformer, upcycle
 from ubmoe_st import checkpoint as layout
 from ubmoe_st.checkpoint import CheckpointError
 
@@ -394,3 +394,51 @@ def test_the_current_directory_is_not_replaced(checkpoint, tmp_path, monkeypatch
     with pytest.raises(FileExistsError, match="is the current directory"):
         UBMoE(str(checkpoint)).save(name)
     assert [p.name for p in here.iterdir()] == ["README.md"]
+
+
+def test_an_older_checkpoint_leaves_nothing_of_its_own(base, tmp_path):
+    """Neither modules, tokenizer files and templates, nor notices; with and without a list of them."""
+    with_notices = shutil.copytree(base, tmp_path / "experts")
+    (with_notices / "NOTICE").write_text("of the first")
+    dense = [Pooling(32), Dense(32, 16), Normalize()]
+    old = {"vocab.txt", "additional_chat_templates", "chat_template.jinja", "2_Dense", "NOTICE", "LICENSE.first"}
+    plain = shutil.copytree(base, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    mine = {"notes.txt", ".git", "2_data", "2_Dense.md", "tokenizer_notes.json", "LICENSE"}
+    for listed in (True, False):
+        cp = upcycle(base, with_notices, out=tmp_path / f"cp-{listed}", modules=dense)
+        assert (cp / "NOTICE").read_text() == "of the first"
+        (cp / "vocab.txt").write_text("x")
+        (cp / "additional_chat_templates").mkdir()
+        (cp / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+        (cp / "LICENSE.first").write_text("x")
+        if listed:
+            layout.write_sums(cp)
+        else:
+            (cp / layout.SUMS_FILE).unlink()
+        for name in mine - {"LICENSE"}:
+            (cp / name).mkdir() if name in (".git", "2_data") else (cp / name).write_text("mine")
+        (cp / ".git" / "HEAD").write_text("mine")
+        assert old < {entry.name for entry in cp.iterdir()}
+        upcycle(plain, out=cp, overwrite=True)
+        found = {entry.name for entry in cp.iterdir()}
+        assert not found & old
+        assert mine - {"LICENSE"} < found
+        assert (cp / ".git" / "HEAD").read_text() == "mine"
+        layout.verify_sums(cp)
+        fresh = upcycle(plain, out=tmp_path / f"fresh-{listed}")
+        assert found - mine == {entry.name for entry in fresh.iterdir()}
+        with pytest.raises(ValueError, match="no chat template"):
+            UBMoE(str(cp)).generate([[{"role": "user", "content": "the cat"}]])
+
+
+def test_a_folder_that_was_no_checkpoint_keeps_its_licence_and_readme(checkpoint, tmp_path):
+    names = ("LICENSE", "NOTICE.md", "README.md", "setup.py", ".gitignore")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    UBMoE(str(checkpoint)).save(str(tmp_path), create_model_card=False)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+    layout.verify_sums(tmp_path)
+    UBMoE(str(tmp_path)).save(str(tmp_path), create_model_card=False)
+    assert not (tmp_path / "README.md").exists()  # of a checkpoint, it would speak of an older one
+    assert (tmp_path / "LICENSE").read_text() == "mine"  # by now given along with the model

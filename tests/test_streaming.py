@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +14,11 @@ import pytest
 import torch
 from helpers.models import ARCHITECTURES, TEXTS, make_base, random_experts
 from safetensors.torch import load_file, save_file
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ubmoe_st import UBMoE, UBMoETransformer, checkpoint, shards, source, upcycle, upcycling
+from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.experts import save_low_rank
 from ubmoe_st.export import export
 from ubmoe_st.planning import Shape
@@ -145,6 +150,59 @@ def test_files_are_what_the_library_writes(tmp_path):
         [read[name] for name in read]
     with pytest.raises(ValueError, match="expected it once"):
         shards.TensorFiles([tmp_path / "ours.safetensors"] * 2)
+
+
+def test_tensors_are_those_of_the_files_that_were_opened(tmp_path, monkeypatch):
+    save_file({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "other.safetensors")
+    other = (tmp_path / "other.safetensors").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    read = shards.TensorFiles([Path("x.safetensors")])
+    monkeypatch.chdir(tmp_path.parent)
+    assert torch.equal(read["a"], torch.ones(3))
+    (tmp_path / "other.safetensors").replace(tmp_path / "x.safetensors")
+    assert torch.equal(read["b"], torch.ones(3))
+    read = shards.TensorFiles([tmp_path / "x.safetensors"])
+    assert torch.equal(read["b"], torch.zeros(3))
+    (tmp_path / "x.safetensors").write_bytes(other[:-12] + b"\0\0\x80\x3f" * 3)  # into the very file
+    os.utime(tmp_path / "x.safetensors", (1, 1))  # as if a while had passed
+    with pytest.raises(ValueError, match=r"x\.safetensors was written to while it was read"):
+        read["b"]
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_mixed_with_the_other(base, checkpoint_of, tmp_path):
+    folder = shutil.copytree(checkpoint_of("llama"), tmp_path / "m")
+    expected = UBMoE(str(folder))[0]
+    views = StreamedUBMoE(str(folder))[0]
+    state = views.encoder_state()
+    keys = list(state)
+    found = {key: state[key] for key in keys[:2]}
+    twin = pickle.dumps(views.source)
+    changed = UBMoE(str(folder))
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.mul_(0.5)
+    with pytest.warns(UserWarning, match="no longer generates exactly like base"):
+        changed.save(str(folder))
+    found |= {key: state[key] for key in keys[2:]}
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.encoder_state().items())
+    assert not torch.equal(UBMoE(str(folder))[0].encoder_state()[keys[-1]], found[keys[-1]])  # it did change
+    uni = views.uni_tensors()
+    assert all(torch.equal(uni[key], tensor) for key, tensor in expected.uni_tensors().items())
+    for source_of_old in (views.source, pickle.loads(twin)):
+        with pytest.raises(CheckpointError, match="load the model again"):
+            source_of_old.changed({}) if source_of_old is views.source else source_of_old.low_rank()
+
+
+def test_a_base_that_is_replaced_before_it_is_saved_is_refused(base, tmp_path):
+    mine = shutil.copytree(base, tmp_path / "base")
+    module = StreamedTransformer.from_base(mine)
+    tensors = {key: tensor * 2 for key, tensor in load_file(mine / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "other.safetensors", {"format": "pt"})
+    (tmp_path / "other.safetensors").replace(mine / "model.safetensors")
+    with pytest.raises(CheckpointError, match="load the model again"):
+        UBMoE(modules=[module, Pooling(32)], device="cpu").save(str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_is_replaced_by_tensors_that_are_mapped_from_it(tmp_path):

@@ -32,6 +32,21 @@ def test_any_text_gives_a_finite_vector(model, text, alone):
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("text", ["", " ", "s"])
+def test_a_text_that_the_pooling_would_leave_out_with_the_prompt_has_a_vector(model, text):
+    """Of "cat" and "s" the tokenizer makes one token, which counts as the prompt's."""
+    pooled = UBMoE(modules=[model[0], Pooling(32, include_prompt=False), Normalize()], prompts={"q": "the cat"})
+    rest = [TEXTS[1], TEXTS[0]]
+    vectors = pooled.encode([rest[0], text, rest[1]], prompt_name="q")
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-4)
+    stock = SentenceTransformer(modules=list(pooled), prompts=pooled.prompts).encode([*rest, ""], prompt_name="q")
+    assert vectors[[0, 2]] == pytest.approx(stock[:2], abs=1e-5)
+    assert not stock[2].any()  # what it would be
+    whole = UBMoE(modules=[model[0], Pooling(32), Normalize()], prompts=pooled.prompts)
+    stock = SentenceTransformer(modules=list(whole), prompts=pooled.prompts)
+    assert whole.encode(text, prompt_name="q") == pytest.approx(stock.encode(text, prompt_name="q"), abs=1e-6)
+
+
 def test_copies_and_pickles_work(model):
     text = model.generate("the cat", max_new_tokens=4)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

@@ -6,13 +6,15 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import UBMoEConfig
-from ubmoe_st.files import read_json, sha256_of
+from ubmoe_st.files import is_plain, read_json, sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,18 +35,23 @@ SUMS_FILE = "SHA256SUMS"
 _LISTED = ("config.json", "modules.json", "tokenizer.json", INDEX_FILE, GENERATOR_CONFIG)
 """What every checkpoint lists there beside its weights."""
 CONFIG_KEY = "ubmoe"
-
 CACHE_LINE = shards.CACHE_LINE
 
 NOTICES = ("NOTICE*", "*TERMS*", "LICENSE*")
 """Files of terms that go with the experts of some bases, and so with every checkpoint made of them."""
 
+_PARTS = re.compile(
+    r".+\.safetensors|model\.safetensors\.index\.json|SHA256SUMS|generator|\d+_[A-Z]\w*"
+    r"|(config|modules|sentence_bert_config|config_sentence_transformers|generation_config|adapter_config)\.json"
+    r"|tokenizer(_config)?\.json|(special_tokens_map|added_tokens|vocab|processor_config|preprocessor_config)\.json"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|(vocab|merges)\.txt"
+    r"|chat_template\.(jinja|json)|additional_chat_templates"
+)
+"""Names, at the root, of what transformers and sentence-transformers read of any checkpoint."""
 _MODULES_FILE = "modules.json"
 _ONE_FILE = "model.safetensors"
 _ADAPTER = "adapter_model.safetensors"
 _PICKLE = "pytorch_model.bin"
-_LONGEST_NAME, _LONGEST_PATH = 255, 1024
-"""Bytes of a part of a name, and of all, that every file system takes."""
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
 """Endings of the files of a checkpoint that are read when it is loaded."""
 
@@ -77,9 +84,31 @@ def refuse_foreign_weights(path: str | os.PathLike[str], *, adapter: bool = Fals
 
 
 def is_of_others(entry: Path) -> bool:
-    """Whether an entry of a checkpoint folder was put there by somebody else and survives a new checkpoint."""
-    ours = {"README.md", INDEX_FILE, SUMS_FILE, GENERATOR_FOLDER}
-    return entry.name not in ours and entry.suffix != ".safetensors"
+    """Whether an entry of a folder was put there by somebody else and survives a new checkpoint.
+
+    Not what loaders would take for a part of the new one, nor what the old one lists in `SHA256SUMS` or, being a
+    checkpoint, has to be given along with it.
+    """
+    if entry.name.startswith("."):
+        return True
+    if is_part(entry.name) or entry.name in _listed_in(entry.parent):
+        return False
+    along = any(fnmatch(entry.name, pattern) for pattern in ("README.md", *NOTICES))
+    return not (along and is_checkpoint(entry.parent))
+
+
+def is_part(name: str) -> bool:
+    """Whether loaders read a file or folder of this name as a part of the checkpoint that it lies in."""
+    return _PARTS.fullmatch(name) is not None
+
+
+def _listed_in(folder: Path) -> set[str]:
+    """First parts of the names in `SHA256SUMS`, where there is one."""
+    try:
+        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return set()
+    return {line.partition("  ")[2].partition("/")[0] for line in lines}
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
@@ -109,7 +138,7 @@ def check_checkpoint(path: str | os.PathLike[str], *, modules: bool = True) -> U
         raise CheckpointError(f"{INDEX_FILE}: expected a `weight_map` from tensor to file")
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for file in sorted({*weight_map.values()}):
-        if Path(file).name != file or not _is_plain(file):
+        if Path(file).name != file or not is_plain(file):
             raise CheckpointError(f"{INDEX_FILE}: {file!r} is not a file beside it")
         if not (root / file).is_file():
             raise CheckpointError(f"{INDEX_FILE} names {file}, which is missing from {root}")
@@ -203,17 +232,9 @@ def _module_paths(root: Path) -> list[str]:
     if not texts or not all(isinstance(text, str) for one in texts for text in one):
         raise CheckpointError(f"{_MODULES_FILE}: expected at least one module, with texts for type, name and path")
     for path, *_ in texts:
-        if not _is_plain(path):
+        if not is_plain(path):
             raise CheckpointError(f"{_MODULES_FILE} names the folder {path!r}, which is not in {root}")
     return [path for path, *_ in texts]
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name leads down from a folder, as written, and is short enough for a file system."""
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-        return False
-    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in Path(name).parts]
-    return max(sizes, default=0) <= _LONGEST_NAME and sum(sizes) <= _LONGEST_PATH
 
 
 def _is_inside(file: Path, root: Path) -> bool:
@@ -553,7 +574,7 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
         raise CheckpointError(f"{SUMS_FILE} of {root} is not a list of checksums: {error}") from error
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     for name in sums:
-        if not _is_plain(name) or not _is_inside(root / name, root):
+        if not is_plain(name) or not _is_inside(root / name, root):
             raise CheckpointError(f"{SUMS_FILE} names {name}, which is not in {root}")
     wrong = []
     for name, digest in sums.items():

@@ -76,7 +76,6 @@ TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading 
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
 
-
 app.command()(plan)
 
 
@@ -131,9 +130,10 @@ def build(
 @errors_in_one_line
 def info(path: ModelFolder, as_json: JsonFlag = False) -> None:
     """Show what a checkpoint holds, from its headers alone."""
-    from ubmoe_st import checkpoint
+    with status(f"reading {path}"):
+        from ubmoe_st.hub import facts_of
 
-    facts = checkpoint.facts(Path(path))
+        facts = facts_of(path)
     if as_json:
         say_json(facts)
         return

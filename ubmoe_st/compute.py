@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ubmoe_st.experts import LowRankLinear, merge_low_rank, replace_module, share_copy
+from ubmoe_st.experts import LowRankLinear, merged, replace_module, share_copy
 from ubmoe_st.forking import ForkSafeLock
 
 Compute = Literal["stored", "auto", "bf16", "int8"]
@@ -314,10 +314,7 @@ def _linears(encoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(layer, LowRankLinear):
         base: Any = layer.base
-        merged = nn.Linear(1, 1, bias=False)
-        merged.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
-        merge_low_rank(merged, layer.lora_A, layer.lora_B)
-        return merged.weight, base.bias
+        return merged(base.weight, layer.lora_A, layer.lora_B), base.bias
     return layer.weight, layer.bias
 
 

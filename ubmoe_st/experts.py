@@ -114,11 +114,25 @@ def check_low_rank(linear: nn.Linear, lora_a: Tensor, lora_b: Tensor, name: str)
 
 
 def merge_low_rank(linear: nn.Linear, lora_a: Tensor, lora_b: Tensor) -> None:
-    """Add B @ A to the weight of a linear layer in place, with the product taken in fp32."""
+    """Make the weight of a linear layer the `merged` one, in place."""
     with torch.no_grad():
-        weight = linear.weight
+        linear.weight.copy_(merged(linear.weight, lora_a, lora_b))
+
+
+def merged(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """The weight of a layer with B @ A added: product and sum in fp32, rounded once to the dtype of the weight.
+
+    Args:
+        weight: (out, in); stays as it is.
+        lora_a: A (R, in).
+        lora_b: B (out, R).
+
+    Returns:
+        A new tensor without gradient, (out, in).
+    """
+    with torch.no_grad():
         delta = lora_b.to(weight.device, torch.float32) @ lora_a.to(weight.device, torch.float32)
-        weight.copy_((weight.to(torch.float32) + delta).to(weight.dtype))
+        return (weight.to(torch.float32) + delta).to(weight.dtype)
 
 
 def low_rank_mismatch(low_rank: LowRank, uni: Mapping[str, Tensor], bi: Mapping[str, Tensor]) -> str | None:
@@ -141,12 +155,12 @@ def low_rank_mismatch(low_rank: LowRank, uni: Mapping[str, Tensor], bi: Mapping[
                 return key
             continue
         lora_a, lora_b = (half.detach().to("cpu", torch.float32) for half in pair)
-        merged = original.float() + lora_b @ lora_a
+        whole = original.float() + lora_b @ lora_a
         # The product may be summed in another order than when it was merged, the sum was rounded to the dtype.
         room = torch.finfo(torch.float32).eps * 8 * (original.float().abs() + lora_b.abs() @ lora_a.abs())
         if found.dtype != torch.float32:
             room += torch.finfo(found.dtype).eps / 2 * found.float().abs() + torch.finfo(found.dtype).smallest_normal
-        if bool(((merged - found.float()).abs() > room).any()):
+        if bool(((whole - found.float()).abs() > room).any()):
             return key
     return None
 

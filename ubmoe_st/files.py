@@ -26,6 +26,8 @@ COPY_BYTES = 1 << 20
 """Bytes moved at a time when a file is copied or hashed."""
 MAX_JSON_BYTES = 100_000_000
 """Larger ones are refused before they are read; those of the largest models have a few megabytes."""
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024
+"""Bytes of a part of a name, and of all, that every file system takes."""
 _HELD = ".held"
 """In the temporary name of a folder that its living writer keeps locked."""
 
@@ -76,6 +78,14 @@ def sha256_of(path: Path) -> str:
 def record_of(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of an existing file."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name leads down from a folder, as written, and is short enough for a file system."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        return False
+    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in Path(name).parts]
+    return max(sizes, default=0) <= _LONGEST_NAME and sum(sizes) <= _LONGEST_PATH
 
 
 # --- durability ------------------------------------------------------------------------------------------------------

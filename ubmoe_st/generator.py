@@ -46,6 +46,11 @@ def meta_causal_lm(config: PretrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
 
 
+def tied_keys(lm: PreTrainedModel) -> set[str]:
+    """Names in the state of a stock causal LM of what is the embeddings under another name, and stored once."""
+    return set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
+
+
 def uni_keys(lm: PreTrainedModel) -> dict[str, str]:
     """Tensors that the generator has beside the shared ones.
 
@@ -56,7 +61,7 @@ def uni_keys(lm: PreTrainedModel) -> dict[str, str]:
         From the name in the uni file (`layers.0.mlp.up_proj.weight`, `lm_head.weight`) to the name in `lm`.
     """
     prefix = f"{lm.base_model_prefix}."
-    tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
+    tied = tied_keys(lm)
     keys = {}
     for name in lm.state_dict():
         short = name.removeprefix(prefix)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ubmoe_st import checkpoint
 from ubmoe_st.cards import CARD, card_on_the_hub, check_front_matter
@@ -73,6 +73,37 @@ def download(
             "Load it once with a network"
         )
     return folder
+
+
+def checkpoint_folder(name: str | os.PathLike[str], **options: Any) -> Path:
+    """A folder itself, or that of a Hub id in the local cache.
+
+    Args:
+        name: Folder or Hub id of a checkpoint.
+        **options: As for `download`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder and it cannot be got; says why in one line.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    wanted = "a checkpoint folder or the Hub id of one"
+    return download(str(name), wanted=wanted, whole=checkpoint.is_checkpoint, **options)
+
+
+def facts_of(name: str) -> dict[str, Any]:
+    """`checkpoint.facts` of a folder or, where there is none and the name is `owner/name`, of a Hub id.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or not valid.
+        FileNotFoundError: If there is no such checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() or "/" not in name:
+        return checkpoint.facts(folder)
+    # The folder in the cache is called by its commit.
+    return {**checkpoint.facts(checkpoint_folder(name)), "name": name}
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -392,5 +423,5 @@ def _commit(
 def _stale(files: set[str], new: set[str]) -> list[str]:
     """Files of an older checkpoint, which loaders would take for parts of this one."""
     ours = {file for file in files if file.startswith(f"{checkpoint.GENERATOR_FOLDER}/")}
-    ours |= {file for file in files if "/" not in file and file.endswith(".safetensors")}
+    ours |= {file for file in files if checkpoint.is_part(file.partition("/")[0])}
     return sorted(ours - new)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,7 +23,7 @@ from ubmoe_st.configuration import Routing, UBMoEConfig, check_count, check_text
 from ubmoe_st.experts import LowRankLinear, is_ffn_key
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
-from ubmoe_st.hub import download, push
+from ubmoe_st.hub import checkpoint_folder, push
 from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.quantization import inner_tensors, quantize_base
 from ubmoe_st.ranking import Method
@@ -117,6 +117,19 @@ class UBMoE(SentenceTransformer):
             check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
             _check_dimensions(kwargs.get("truncate_dim"))
             return super().encode(*args, **kwargs)
+
+        @wraps(SentenceTransformer.preprocess)
+        def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
+            features = super().preprocess(inputs, prompt=prompt, **kwargs)
+            if not any(isinstance(module, Pooling) and not module.include_prompt for module in self):
+                return features
+            # Else the pooling would have no token to pool: of "", or of a text that is one token with the prompt's end.
+            bare = self._views.rows_without_tokens(features)
+            if not bare:
+                return features
+            end = self._views.filler_token
+            texts = [f"{text}{end}" if row in bare else text for row, text in enumerate(inputs)]
+            return super().preprocess(texts, prompt=prompt, **kwargs)
 
         def train(self, mode: bool = True) -> Any:  # noqa: D102 - the stock docstring
             # Every call of `encode` asks for evaluation mode, and the stock way sets it through every module.
@@ -465,17 +478,13 @@ def _check_dimensions(truncate_dim: object) -> None:
 
 
 def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Path:
-    path = Path(name).expanduser()
-    if not path.is_dir():
-        path = download(
-            str(name),
-            wanted="a checkpoint folder or the Hub id of one",
-            revision=kwargs.get("revision"),
-            cache_dir=kwargs.get("cache_folder"),
-            token=kwargs.get("token"),
-            local_files_only=kwargs.get("local_files_only", False),
-            whole=checkpoint.is_checkpoint,
-        )
+    path = checkpoint_folder(
+        name,
+        revision=kwargs.get("revision"),
+        cache_dir=kwargs.get("cache_folder"),
+        token=kwargs.get("token"),
+        local_files_only=kwargs.get("local_files_only", False),
+    )
     if (path / "adapter_config.json").is_file() and not checkpoint.is_checkpoint(path):
         raise CheckpointError(
             f"{path} is a PEFT adapter, not a UBMoE checkpoint: open the checkpoint that it was trained on and call "

@@ -30,6 +30,8 @@ YES_NO_PROMPT = (
     "Reply with yes or no."
 )
 ANSWERS = ("yes", "no")
+LOGITS_BYTES = 256 * 1024**2
+"""Logits in float32 that are computed at a time; those of a long query over a large vocabulary are many times that."""
 
 
 def rank(
@@ -111,14 +113,17 @@ def score(
     Args:
         views: The model.
         reading: What `read` gave.
-        batch_size: Documents computed together.
+        batch_size: Documents computed together; fewer where their logits would be more than `LOGITS_BYTES`.
         go_on: Asked before each batch.
 
     Raises:
         CancelledError: If `go_on` says no.
     """
-    scored = _mean_log_probabilities(views, reading) if reading.tail else _log_odds(views)
-    return _in_batches(views.generator("uni"), reading.rows, batch_size, scored, go_on)
+    lm = views.generator("uni")
+    positions = max(1, LOGITS_BYTES // (4 * lm.config.vocab_size))
+    batch_size = min(batch_size, max(1, positions // max(1, reading.asked)))
+    scored = _mean_log_probabilities(views, reading, positions // batch_size) if reading.tail else _log_odds(views)
+    return _in_batches(lm, reading.rows, batch_size, scored, go_on)
 
 
 def _check(query: object, documents: object, method: str) -> None:
@@ -142,6 +147,8 @@ def _read_to_continue(views: UBMoETransformer, query: str, documents: list[str])
     cue = views.token_ids(QUERY_CUE, add_special_tokens=False)
     asked = views.token_ids(query, add_special_tokens=False)
     room = limit - len(cue) - len(asked)
+    if not asked:
+        raise ValueError(f"the tokenizer of this checkpoint has no tokens for the query {query!r}; rank by another one")
     if room < len(views.token_ids(DOCUMENT_CUE)) + 1:
         raise ValueError(
             f"the query has {len(asked)} tokens, which leaves no room for a document in the {limit} tokens of this "
@@ -152,31 +159,40 @@ def _read_to_continue(views: UBMoETransformer, query: str, documents: list[str])
     return Reading([ids[:room] for ids in whole], cue + asked, len(asked), cut, room)
 
 
-def _mean_log_probabilities(views: UBMoETransformer, reading: Reading) -> Scored:
+def _mean_log_probabilities(views: UBMoETransformer, reading: Reading, step: int) -> Scored:
     """Mean log-probability of a token of the query after each document.
 
     A document is computed once and leaves its keys and values; the query, which is the same for all, goes through
-    behind them without padding, and only its positions meet the vocabulary.
+    behind them without padding, and only its positions meet the vocabulary, at most `step` of a document at a time.
     """
     lm: Any = views.generator("uni")
     tail = torch.tensor([reading.tail], device=lm.device)  # (1, C + Q)
-    asked = reading.asked
+    cue = tail.shape[1] - reading.asked
 
     def scored(rows: list[list[int]]) -> Tensor:
         ids, mask, positions = _left_padded(rows, lm.device)
         past = lm(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1
         ).past_key_values
-        follow = tail.expand(len(rows), -1)
-        logits = lm(
-            input_ids=follow,
-            attention_mask=torch.cat([mask, torch.ones_like(follow)], 1),
-            position_ids=mask.sum(1, keepdim=True) + torch.arange(follow.shape[1], device=lm.device),
-            past_key_values=past,
-            logits_to_keep=asked + 1,
-        ).logits[:, :-1]  # (B, Q, V)
-        chances = logits.float().log_softmax(-1).gather(2, follow[:, -asked:, None])  # (B, Q, 1)
-        return chances.mean((1, 2))
+        lengths = mask.sum(1, keepdim=True)
+        total = torch.zeros(len(rows), device=lm.device)
+        for first in range(cue, tail.shape[1], step):
+            # A token is predicted where the one before it is read; with the first one, the cue is read.
+            stop = min(first + step, tail.shape[1])
+            begin, end = (0 if first == cue else first - 1), stop - 1
+            follow = tail[:, begin:end].expand(len(rows), -1)  # (B, T)
+            mask = torch.cat([mask, torch.ones_like(follow)], 1)
+            logits = lm(
+                input_ids=follow,
+                attention_mask=mask,
+                position_ids=lengths + torch.arange(begin, end, device=lm.device),
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=stop - first,
+            ).logits.float()  # (B, P, V)
+            wanted = tail[:, first:stop, None].expand(len(rows), -1, -1)
+            total += (logits.gather(2, wanted)[..., 0] - logits.logsumexp(-1)).sum(1)
+        return total / reading.asked
 
     return scored
 

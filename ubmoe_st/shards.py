@@ -6,12 +6,16 @@ What is written is what the safetensors library writes of the same tensors, to t
 from __future__ import annotations
 
 import json
+import os
+import threading
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ubmoe_st.files import replacing_by_name
 
@@ -142,19 +146,22 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
 class TensorFiles(Described):
     """The tensors of one or more safetensors files by name; each is read from disk when it is asked for, and not kept.
 
-    They are read, not mapped: what was looked at does not stay in the memory of the process.
+    They are read, not mapped: what was looked at does not stay in the memory of the process. They are held open, so
+    that the tensors are those of these files whatever is put under their names meanwhile, or wherever the process goes.
 
     Args:
         files: The files, of one model.
 
     Raises:
-        ValueError: If a file is no safetensors file, or two hold the same tensor.
+        ValueError: If a file is no safetensors file, or two hold the same tensor; from reading a tensor, if its file
+            was written to since.
     """
 
     def __init__(self, files: list[Path]) -> None:
-        self._places: dict[str, tuple[Path, int, Spec]] = {}
-        for file in files:
-            for name, (offset, spec) in read_header(file).items():
+        self._places: dict[str, tuple[_HeldFile, int, Spec]] = {}
+        for path in files:
+            file = _HeldFile(path)
+            for name, (offset, spec) in file.places.items():
                 if name in self._places:
                     raise ValueError(f"{name} is in {self._places[name][0].name} and in {file.name}; expected it once")
                 self._places[name] = (file, offset, spec)
@@ -165,12 +172,9 @@ class TensorFiles(Described):
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
-        path, offset, spec = self._places[name]
+        file, offset, spec = self._places[name]
         data = bytearray(spec.bytes)
-        with open(path, "rb") as file:
-            file.seek(offset)
-            if file.readinto(data) != spec.bytes:
-                raise ValueError(f"{path.name} is truncated: {name} ends after the end of the file")
+        file.read_into(data, offset)
         dtype = getattr(torch, _NAMES[spec.dtype])
         return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(spec.shape)
 
@@ -184,6 +188,44 @@ class TensorFiles(Described):
         return len(self._places)
 
 
+class _HeldFile:
+    """A safetensors file that stays open as long as something refers to this object; threads may read at once.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self._lock = threading.Lock()
+        self._file = open(path, "rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+        self._stamp = self._now()
+        self.places = _read_header(self._file, self.name)
+
+    def _now(self) -> tuple[int, int]:
+        stat = os.fstat(self._file.fileno())
+        return stat.st_size, stat.st_mtime_ns
+
+    def read_into(self, data: bytearray, offset: int) -> None:
+        """Fill `data` from `offset` on.
+
+        Raises:
+            ValueError: If the file ends before, or was written to since it was opened.
+        """
+        view, read = memoryview(data), 0
+        with self._lock:
+            self._file.seek(offset)
+            # One call of the system reads two gigabytes at most.
+            while read < len(data) and (count := self._file.readinto(view[read:])):
+                read += count
+        size, _ = now = self._now()
+        if read < len(data) or size < self._stamp[0]:
+            raise ValueError(f"{self.name} is truncated: {size:,} bytes, and {self._stamp[0]:,} when it was opened")
+        if now != self._stamp:
+            raise ValueError(f"{self.name} was written to while it was read; load the model again")
+
+
 def read_header(path: Path, name: str | None = None) -> dict[str, tuple[int, Spec]]:
     """Offset in the file and spec of each tensor of a safetensors file, all held against the length of the file.
 
@@ -195,18 +237,21 @@ def read_header(path: Path, name: str | None = None) -> dict[str, tuple[int, Spe
         FileNotFoundError: If there is no such file.
         ValueError: If it is truncated, too long or no safetensors file, or holds tensors of a type that is not read.
     """
-    name = name or path.name
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{name} is truncated or no safetensors file: {size:,} bytes do not hold its header")
-        try:
-            header = json.loads(file.read(length))
-            # Half of a surrogate pair is JSON for Python, and not for the library that reads the tensors.
-            json.dumps(header, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not a safetensors file: its header is not JSON") from error
+        return _read_header(file, name or path.name)
+
+
+def _read_header(file: BinaryIO | FileIO, name: str) -> dict[str, tuple[int, Spec]]:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8) or b"", "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+        raise ValueError(f"{name} is truncated or no safetensors file: {size:,} bytes do not hold its header")
+    try:
+        header = json.loads(file.read(length) or b"")
+        # Half of a surrogate pair is JSON for Python, and not for the library that reads the tensors.
+        json.dumps(header, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not a safetensors file: its header is not JSON") from error
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
     if not _are_texts(metadata) or not all(_describes_tensor(entry) for entry in header.values()):
         raise ValueError(f"{name} is not a safetensors file: its header does not describe tensors")

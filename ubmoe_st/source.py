@@ -183,11 +183,14 @@ class SmallSource(Source):
     """Of a module that reads its tensors from the files itself, one at a time: nothing large is mapped or loaded."""
 
     def changed(self, tensors: Mapping[str, Tensor], *, bi: bool = False) -> str | None:  # noqa: D102 - as above
+        self.check_unchanged()
         return Source(folder=self.folder, base=self.base, dtype=self._dtype).changed(tensors, bi=bi)
 
     def _open(self) -> _Files | None:
         if self._files is None and (self.folder or self.base):
+            self.check_unchanged()
             self._files = _SmallFiles(self)
+            self.check_unchanged()
         return self._files
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from typing_extensions import Self
 from ubmoe_st import checkpoint, shards
 from ubmoe_st.bases import Base, stock_config
 from ubmoe_st.configuration import RouterKind, Routing, UBMoEConfig
-from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merge_low_rank
-from ubmoe_st.generator import causal_config, meta_causal_lm, uni_keys
+from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merged
+from ubmoe_st.generator import causal_config, meta_causal_lm, tied_keys, uni_keys
 from ubmoe_st.model import UBMoE
 from ubmoe_st.source import SmallSource
 from ubmoe_st.transformer import UBMoETransformer
@@ -56,7 +56,7 @@ def can_stream(folder: Path) -> bool:
         return False  # The code that loads it says what is wrong.
     backbone = getattr(lm, lm.base_model_prefix)
     widened = (getattr(kind, name, None) for kind in (lm, backbone) for name in _WIDENED)
-    tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    tied = tied_keys(lm)
     return not any(widened) and all(
         name in files and files.spec(name).shape == tuple(tensor.shape)
         for name, tensor in lm.state_dict().items()
@@ -109,6 +109,7 @@ class StreamedTransformer(UBMoETransformer):
         self._generator_files = (
             shards.TensorFiles([root / checkpoint.UNI_FILE]) if checkpoint.is_checkpoint(root) else self._files
         )
+        self.source.check_unchanged()  # all files that are open now are of one checkpoint
 
     def _load_model(
         self,
@@ -199,6 +200,7 @@ class StreamedTransformer(UBMoETransformer):
     ) -> UBMoEConfig:
         if not config.base_sha256 and self.base is not None:
             config.base_sha256 = self.base.sha256
+            self.source.check_unchanged()  # else the sums would be those of another base
         return replace(config)
 
     # --- tensors -------------------------------------------------------------------------------------------------
@@ -276,11 +278,8 @@ class StreamedUBMoE(UBMoE):
         return StreamedTransformer if found is UBMoETransformer else found
 
 
-def _merged(make: Any, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    linear = nn.Linear(1, 1, bias=False)
-    linear.weight = nn.Parameter(make(), requires_grad=False)
-    merge_low_rank(linear, lora_a, lora_b)
-    return linear.weight.detach()
+def _merged(make: Callable[[], Tensor], lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    return merged(make(), lora_a, lora_b)
 
 
 def _first_dtype(folder: Path) -> torch.dtype:

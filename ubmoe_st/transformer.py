@@ -28,6 +28,7 @@ from ubmoe_st.experts import (
     is_ffn_key,
     low_rank_mismatch,
     merge_low_rank,
+    merged,
     replace_module,
     same_low_rank,
     with_ffns,
@@ -160,7 +161,7 @@ class UBMoETransformer(Transformer):
         return any(isinstance(module, LowRankLinear) for module in self.model.modules())
 
     def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Tokenise a batch; a text without any token gets one end token, so that its vector is defined.
+        """Tokenise a batch; without a prompt, a text without any token gets one end token, so that it has a vector.
 
         Args:
             inputs: B texts.
@@ -174,7 +175,7 @@ class UBMoETransformer(Transformer):
         if all(isinstance(text, str) for text in texts):
             texts = [_without_surrogates(text) for text in texts]
             if not (prompt or "").strip():
-                filler = self._filler_token()
+                filler = self.filler_token
                 texts = [text if text and self._has_tokens(text) else filler for text in texts]
         with _TOKENIZER_LOCK:
             return super().preprocess(texts, prompt=prompt, **kwargs)
@@ -259,7 +260,21 @@ class UBMoETransformer(Transformer):
             ids = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
             return ids["input_ids"]
 
-    def _filler_token(self) -> str:
+    @staticmethod
+    def rows_without_tokens(features: Mapping[str, Any]) -> set[int]:
+        """Rows of a batch in which nothing follows the prompt.
+
+        Args:
+            features: `attention_mask`, (B, T), and `prompt_length` where there is a prompt, of `preprocess`.
+        """
+        mask, length = features.get("attention_mask"), features.get("prompt_length")
+        if length is None or not isinstance(mask, Tensor) or mask.ndim != 2:
+            return set()
+        return set((mask.sum(1) <= length).nonzero()[:, 0].tolist())
+
+    @property
+    def filler_token(self) -> str:
+        """What stands for a text that has no token of its own: the end token, where there is one."""
         tokenizer: Any = self.tokenizer
         return tokenizer.eos_token or tokenizer.pad_token or tokenizer.unk_token or tokenizer.decode([0])
 
@@ -502,12 +517,8 @@ class UBMoETransformer(Transformer):
             if owner not in low:
                 state[key] = tensor
             elif name != owner:
-                if leaf == "weight":
-                    merged = nn.Linear(1, 1, bias=False)
-                    merged.weight = nn.Parameter(tensor.clone(), requires_grad=False)
-                    merge_low_rank(merged, low[owner].lora_A, low[owner].lora_B)
-                    tensor = merged.weight
-                state[f"{owner}.{leaf}"] = tensor
+                pair = low[owner].lora_A, low[owner].lora_B
+                state[f"{owner}.{leaf}"] = merged(tensor, *pair) if leaf == "weight" else tensor
         return state
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import save_tokenizer
+from ubmoe_st.generator import tied_keys
 from ubmoe_st.model import REQUIREMENTS, UBMoE
 from ubmoe_st.multi_vector import token_modules
 from ubmoe_st.ranking import answer_tokens, pair_template
@@ -229,5 +230,5 @@ def tensors_of(model: UBMoE, view: str) -> Mapping[str, Tensor]:
     if isinstance(views, StreamedTransformer):
         return views.generator_state()
     lm: Any = model.generator
-    tied = set(getattr(lm, "_tied_weights_keys", None) or ()) if lm.config.tie_word_embeddings else set()
+    tied = tied_keys(lm)
     return {key: tensor for key, tensor in lm.state_dict().items() if key not in tied}

@@ -249,7 +249,7 @@ class TorchEngine:
 
     def tokenize(self, texts: Sequence[str], prompt: str | None) -> list[Tokens]:
         """See `Engine`."""
-        features = self._views.preprocess(list(texts), prompt=prompt or None)
+        features: dict[str, Any] = self.model.preprocess(list(texts), prompt=prompt or None)
         found = []
         for text, row, mask in zip(texts, features["input_ids"].tolist(), features["attention_mask"].tolist()):
             ids = [token for token, kept in zip(row, mask) if kept]
