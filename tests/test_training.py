@@ -23,7 +23,8 @@ pytest.importorskip("peft")
 from helpers.training import make_recipe, make_teacher, make_training_data
 
 from training.contrastive import load_run, main, released_projection, train, training_arguments
-from training.recipe import EmbedderTeacher, Groups, SimilarityWeights, Texts, TextSource
+from training.mixtures import Groups, Texts, TextSource
+from training.recipe import EmbedderTeacher, SimilarityWeights
 from training.resume import trained_parameters
 from training.student import build_model, start_from
 from training.teacher import main as teacher_vectors_main

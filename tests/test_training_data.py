@@ -21,7 +21,7 @@ from training.data import (
     read_table,
     sts_pairs,
 )
-from training.recipe import Mixture
+from training.mixtures import Mixture
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 

@@ -10,7 +10,7 @@ pytest.importorskip("faiss")
 
 from training import groups as stage
 from training.groups import cluster_of, group_numbers, join, kept_groups, neighbour_groups
-from training.recipe import Groups
+from training.mixtures import Groups
 from training.texts import Corpus
 
 

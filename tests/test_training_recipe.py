@@ -13,7 +13,8 @@ from helpers.training import make_recipe, make_training_data
 
 from training import contrastive
 from training.command import check_same_recipe, one_line_errors, read_recipe
-from training.recipe import ContrastiveRecipe, EmbedderTeacher, Groups, Mixture, PromptedTeacher, RouterRecipe
+from training.mixtures import Groups, Mixture
+from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, RouterRecipe
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -155,6 +156,9 @@ def test_words_and_numbers_are_read_as_they_are_written(tmp_path):
         ("rank=0", "rank must be at least 1"),
         ("max_seq_length=0", "max_seq_length must be at least 1"),
         ("batch_tokens=0", "batch_tokens must be at least 1"),
+        ("sentences.count=-3", "sentences: count must be at least 1"),
+        ("sentences.use=0", "sentences: use must be at least 1"),
+        ("distillation.cosine=-1", "distillation: cosine must be at least 0"),
         ("ffn_dropout=1.5", "ffn_dropout is a rate"),
         ("attention_dropout=-0.1", "attention_dropout is a rate"),
         ("save_minutes=0", "save_minutes must be above 0"),
@@ -218,6 +222,20 @@ def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
         (["teacher.0.kind=[]"], r"kind must be one of prompted-base, sentence-transformers, got \[\]"),
         (["teacher.0.modle=x"], "unknown key 'modle'"),
         (["teacher.0.weight=0"], "weights must be greater than 0"),
+        (["teacher.0.batch_size=0"], "teacher.0: batch_size must be at least 1"),
+        (["teacher.2.dimension=0"], "teacher.2: dimension must be at least 1"),
+        (["similarity.temperature=0"], "similarity: temperature must be above 0"),
+        (["similarity.shift=-1"], "similarity: shift must be at least 0"),
+        (["similarity.within=1.5"], "similarity: within is a share from 0 to 1"),
+        (["groups.neighbours=0"], "groups: neighbours must be at least 1"),
+        (["texts.part=-1"], "texts: part must be at least 0"),
+        (["texts.count=-3"], "texts: count must be at least 1"),
+        (["texts.sources.0.share=7"], "texts: sources.0: share is a share from 0 to 1, got 7"),
+        (["texts.sources.1.titled=7"], "texts: sources.1: titled is a share from 0 to 1, got 7"),
+        (["texts.sources.1.count=-3"], "texts: sources.1: count must be at least 1"),
+        (["texts.sources.1.lengths=[0]"], r"texts: sources.1: lengths must be at least 1, got \[0\]"),
+        (["matryoshka_dims=[0]"], r"matryoshka_dims must be at least 1, got \[0\]"),
+        (["evaluate={STSB-dev: 0}"], "evaluate: STSB-dev must be at least 1 pair"),
         (["teacher.1.folder=t1"], "a `folder` of its own"),
         (["teacher.7.folder=t1"], "expected a number from 0 to 2"),
         (["loss=distillation"], "needs one `teacher`"),
@@ -267,6 +285,6 @@ def test_numbers_of_the_trainer_that_train_nothing_are_refused(recipe, trainer, 
 
 
 def test_numbers_of_a_router_recipe_that_leave_nothing_are_refused():
-    for wrong in ({"held_out": -1}, {"count": 0}, {"max_tokens": 0}):
+    for wrong in ({"held_out": -1}, {"count": 0}, {"max_tokens": 0}, {"kl": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             RouterRecipe("checkpoint", "out", ["rows"], **wrong)

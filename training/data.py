@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.recipe import Mixture
+from training.mixtures import Mixture
 
 DEFAULT_DATA = Path("../shared/data")
 

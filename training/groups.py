@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.recipe import Groups
+from training.mixtures import Groups
 from training.texts import Corpus
 
 logger = logging.getLogger(__name__)
