@@ -5,7 +5,7 @@ Those of the texts are in `mixtures.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from training.limits import above, at_least, shares
@@ -14,6 +14,15 @@ from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 
 Trained = Literal["ffn", "attention", "ffn+attention", "embeddings", "ffn+embeddings", "attention+embeddings", "all"]
 LossName = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "distillation", "similarity"]
+
+USED_BY: dict[str, tuple[LossName, ...]] = {
+    "teacher": ("distillation", "similarity"),
+    "distillation": ("distillation",),
+    "similarity": ("similarity",),
+    "scale": ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "distillation"),
+    "mini_batch_size": ("CachedMultipleNegativesRankingLoss",),
+}
+"""Losses that read a key; with any other it does nothing."""
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------
@@ -302,6 +311,10 @@ class ContrastiveRecipe:
                 raise ValueError(f"prompts: expected kinds of text ({', '.join(kinds)}), got {other!r}")
             if self.texts is None or self.prompt is not None or not self.pool_prompt:
                 raise ValueError("prompts go with `texts`, without `prompt`, and with pool_prompt: true")
+        if self.rough and self.pairs is not None and "anchor" not in self.columns:
+            raise ValueError(
+                f"rough changes the column `anchor`, got the columns {self.columns}; rename one of `pairs`"
+            )
         if self.rank is None and self.lora_dropout:
             raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
 
@@ -339,6 +352,37 @@ class ContrastiveRecipe:
             raise ValueError("groups make batches of batch_tokens; set it")
         if self.similarity.within and self.groups is None:
             raise ValueError("similarity.within is a share of the pairs of one group; it needs `groups`")
+
+    @property
+    def idle(self) -> dict[str, Any]:
+        """Keys whose value does nothing beside the other keys, with their defaults."""
+        names = [key for key, losses in USED_BY.items() if self.loss not in losses]
+        names += ["length_buckets"] if self.batch_tokens is not None else []
+        defaults = {
+            spec.name: spec.default if spec.default_factory is MISSING else spec.default_factory()
+            for spec in fields(self)
+        }
+        return {key: defaults[key] for key in names if getattr(self, key) != defaults[key]}
+
+    def refuse_idle(self) -> None:
+        """Refuse a key that was set for nothing.
+
+        Not when a recipe is made: finished runs are opened by theirs.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for key in self.idle:
+            if key in USED_BY:
+                losses = " and ".join(USED_BY[key])
+                raise ValueError(f"{key} does nothing with loss: {self.loss}, it is for {losses}; leave it out")
+            raise ValueError(f"{key} does nothing with batch_tokens, which makes other batches; leave it out")
+        chosen = self.evaluate not in ({}, {"STSB-dev": None})
+        if chosen and "eval_strategy" not in self.trainer:
+            raise ValueError(
+                "evaluate does nothing without evaluations: add `eval_strategy: steps` and `eval_steps: 100` to "
+                "trainer, or `eval_strategy: no`"
+            )
 
     @property
     def teachers(self) -> list[Teacher]:
