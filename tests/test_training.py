@@ -22,6 +22,8 @@ pytest.importorskip("peft")
 
 from helpers.training import make_recipe, make_teacher, make_training_data
 
+from training import contrastive
+from training.command import check_same_recipe
 from training.contrastive import load_run, main, released_projection, train, training_arguments
 from training.mixtures import Groups, Texts, TextSource
 from training.recipe import EmbedderTeacher, SimilarityWeights
@@ -121,6 +123,20 @@ def test_a_number_of_components_is_released(similarity, tmp_path):
     after = train(on, export=False).model.eval().encode(TEXTS)
     assert np.linalg.matrix_rank(after.astype(np.float64), tol=1e-4) <= 8
     assert np.abs(after[:, :8] - released).max() > 1e-3
+
+
+def test_components_that_cannot_be_are_found_before_the_training_and_corrected_after_it(similarity, monkeypatch):
+    trained = []
+    monkeypatch.setattr(contrastive.ContrastiveTrainer, "train", lambda self, **_: trained.append(self))
+    for wrong, said in (({"ridge": 10}, "as many texts, got 10"), ({"components": 999}, "999 is more than the 32")):
+        with pytest.raises(ValueError, match=said):
+            train(similarity(**{"project": True, "components": True, **wrong}), export=False)
+    assert not trained
+    out = Path(similarity().out)
+    (out / "trained.safetensors").touch()
+    check_same_recipe(similarity(project=True, components=16), out)
+    with pytest.raises(ValueError, match="another 'ridge'"):
+        check_same_recipe(similarity(project=True, ridge=40), out)
 
 
 def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):

@@ -254,6 +254,50 @@ def test_recipes_of_distillation_that_cannot_be_are_refused(tmp_path, changes, s
         read(tmp_path, *changes, text=SIMILARITY)
 
 
+def test_keys_that_do_nothing_are_refused_where_a_recipe_is_read(tmp_path, recipe):
+    teacher = "teacher={prefix: p, suffix: s, layers: [1], folder: t}"
+    distilled = ["loss=distillation", "head=training", teacher]
+    similar = ["loss=similarity", "head=training", teacher]
+    for changes, said in (
+        ([teacher], "teacher does nothing with loss: MultipleNegativesRankingLoss, it is for distillation and similar"),
+        (["similarity.kl=2"], "similarity does nothing"),
+        (["distillation.contrastive=2"], "distillation does nothing"),
+        (["mini_batch_size=4"], "mini_batch_size does nothing"),
+        ([*distilled, "similarity.kl=2"], "similarity does nothing with loss: distillation, it is for similarity"),
+        ([*distilled, "mini_batch_size=4"], "mini_batch_size does nothing"),
+        ([*similar, "scale=7"], "scale does nothing with loss: similarity"),
+        ([*similar, "distillation.contrastive=2"], "distillation does nothing"),
+        (["batch_tokens=100", "length_buckets=false"], "length_buckets does nothing with batch_tokens"),
+        (["evaluate={STSB-dev: 100}"], "add `eval_strategy: steps`"),
+    ):
+        with pytest.raises(ValueError, match=rf"r\.yaml: .*{said}"):
+            read(tmp_path, *changes)
+    cached = "loss=CachedMultipleNegativesRankingLoss"
+    for changes in (
+        distilled, similar, [*distilled, "scale=7", "distillation.contrastive=2"], [*similar, "similarity.kl=2"],
+        [cached, "mini_batch_size=4", "scale=7"], ["length_buckets=false"], ["evaluate={}"],
+        ["evaluate={STSB-dev: 100}", "trainer.eval_strategy=no"],
+        ["evaluate={STSB-dev: 1}", "trainer.eval_strategy=steps"],
+    ):  # fmt: skip
+        read(tmp_path, *changes)
+
+
+def test_a_run_with_a_key_that_did_nothing_is_opened_and_goes_on_without_it(recipe, tmp_path):
+    check_same_recipe(recipe(mini_batch_size=4), tmp_path)
+    (tmp_path / "trained.safetensors").touch()
+    assert read_recipe(ContrastiveRecipe, tmp_path / "recipe.json", finished=True).mini_batch_size == 4
+    check_same_recipe(recipe(), tmp_path)
+    with pytest.raises(ValueError, match="another 'scale'"):
+        check_same_recipe(recipe(scale=4), tmp_path)
+
+
+def test_rough_needs_the_column_that_it_changes(recipe):
+    pairs = {"sentences": None, "pairs": "x", "rough": 0.5}
+    assert recipe(**pairs, columns=["anchor", "answer"]).rough == 0.5
+    with pytest.raises(ValueError, match=r"rough changes the column `anchor`, got the columns \['query', 'answer'\]"):
+        recipe(**pairs, columns=["query", "answer"])
+
+
 def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
     check_same_recipe(recipe(), tmp_path)
     (tmp_path / "trained.safetensors").touch()
