@@ -189,7 +189,9 @@ def test_a_student_with_the_teachers_head_searches_the_teachers_index(similarity
 
 def test_prompts_by_kind_are_read_and_released(similarity, tmp_path):
     prompts = {"passages": "the bird ", "queries": "a train "}
-    run = train(similarity(prompts=prompts, pool_prompt=True, trainer={"max_steps": 2}))
+    run = train(similarity(prompts=prompts, pool_prompt=True, rough=0.5, trainer={"max_steps": 2}))
+    lengths = run.trainer.train_dataset["prompt_characters"][:]
+    assert {length for length in lengths} == {0, len("the bird ")}
     texts, corpus = run.trainer.train_dataset["anchor"][:], read_corpus(similarity())
     assert len(texts) == len(corpus.texts)
     for text, plain, kind in zip(texts, corpus.texts, corpus.kinds):

@@ -29,7 +29,15 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import EarlyStoppingCallback, set_seed
 
-from training.batches import EpochCallback, GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
+from training.batches import (
+    PROMPT_CHARACTERS,
+    EpochCallback,
+    GroupBudget,
+    LengthBuckets,
+    RoughCollator,
+    TokenBudget,
+    as_begun,
+)
 from training.command import (
     RECIPE_FILE,
     arguments_of,
@@ -199,7 +207,7 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
 
 
 def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None, seed: int = 0) -> Any:
-    """The columns the loss reads: one text per view, the row number for distillation.
+    """The columns the loss reads: one text per view, the row number for distillation; what `RoughCollator` takes out.
 
     Args:
         recipe: What to read.
@@ -218,6 +226,8 @@ def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None, seed: int = 
         columns["positive"] = texts
     if recipe.teachers:
         columns["label"] = list(range(len(texts)))
+    if recipe.rough and recipe.prompts and corpus is not None:
+        columns[PROMPT_CHARACTERS] = [len(recipe.prompts.get(kind, "")) for kind in corpus.kinds]
     return Dataset.from_dict(columns)
 
 
