@@ -291,6 +291,13 @@ def test_a_run_with_a_key_that_did_nothing_is_opened_and_goes_on_without_it(reci
         check_same_recipe(recipe(scale=4), tmp_path)
 
 
+def test_processes_that_write_the_recipe_at_once_do_not_share_a_temporary_file(recipe, tmp_path):
+    (tmp_path / "recipe.json.tmp").write_text("of another process")
+    check_same_recipe(recipe(), tmp_path)
+    assert (tmp_path / "recipe.json.tmp").read_text() == "of another process"
+    assert json.loads((tmp_path / "recipe.json").read_text())["rank"] == 2
+
+
 def test_rough_needs_the_column_that_it_changes(recipe):
     pairs = {"sentences": None, "pairs": "x", "rough": 0.5}
     assert recipe(**pairs, columns=["anchor", "answer"]).rough == 0.5

@@ -258,7 +258,8 @@ class ContrastiveRecipe:
     """Tokens of a batch in each process, padding included, instead of the trainer's `per_device_train_batch_size`."""
 
     evaluate: dict[str, int | None] = field(default_factory=lambda: {"STSB-dev": None})
-    """Development sets, and how many of their pairs (None: all). The first one chooses the best checkpoint."""
+    """Development sets, and how many of their pairs (None: all). With trainer.eval_strategy; the first one then chooses
+    the best checkpoint."""
 
     early_stopping_patience: int | None = None
     """Stop after so many evaluations without a gain."""
