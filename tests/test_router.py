@@ -117,6 +117,14 @@ def test_a_plain_format_stands_for_a_chat_template(recipe, checkpoint, tmp_path)
     assert isinstance(routed.generate("user the cat sits assistant", routing="router", max_new_tokens=2), str)
 
 
+def test_several_processes_are_refused_in_one_line(recipe, monkeypatch, tmp_path):
+    """They would train unconnected, and write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="routers train in one process, got 2; start it without torchrun"):
+        train(recipe())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_loss_is_its_formula(recipe, tmp_path):
     tokenizer = make_tokenizer()
     pairs = [("the cat", "a dog"), ("on", "a bird sits in the tree")]

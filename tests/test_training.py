@@ -22,8 +22,11 @@ pytest.importorskip("peft")
 
 from helpers.training import make_recipe, make_teacher, make_training_data
 
+from training import contrastive
+from training.command import check_same_recipe
 from training.contrastive import load_run, main, released_projection, train, training_arguments
-from training.recipe import EmbedderTeacher, Groups, SimilarityWeights, Texts, TextSource
+from training.mixtures import Groups, Texts, TextSource
+from training.recipe import EmbedderTeacher, SimilarityWeights
 from training.resume import trained_parameters
 from training.student import build_model, start_from
 from training.teacher import main as teacher_vectors_main
@@ -122,6 +125,20 @@ def test_a_number_of_components_is_released(similarity, tmp_path):
     assert np.abs(after[:, :8] - released).max() > 1e-3
 
 
+def test_components_that_cannot_be_are_found_before_the_training_and_corrected_after_it(similarity, monkeypatch):
+    trained = []
+    monkeypatch.setattr(contrastive.ContrastiveTrainer, "train", lambda self, **_: trained.append(self))
+    for wrong, said in (({"ridge": 10}, "as many texts, got 10"), ({"components": 999}, "999 is more than the 32")):
+        with pytest.raises(ValueError, match=said):
+            train(similarity(**{"project": True, "components": True, **wrong}), export=False)
+    assert not trained
+    out = Path(similarity().out)
+    (out / "trained.safetensors").touch()
+    check_same_recipe(similarity(project=True, components=16), out)
+    with pytest.raises(ValueError, match="another 'ridge'"):
+        check_same_recipe(similarity(project=True, ridge=40), out)
+
+
 def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):
     weights = SimilarityWeights(within=0.5)
     trainer = {"max_steps": 40, "learning_rate_mapping": {"lora_B": 2e-2}}
@@ -172,7 +189,9 @@ def test_a_student_with_the_teachers_head_searches_the_teachers_index(similarity
 
 def test_prompts_by_kind_are_read_and_released(similarity, tmp_path):
     prompts = {"passages": "the bird ", "queries": "a train "}
-    run = train(similarity(prompts=prompts, pool_prompt=True, trainer={"max_steps": 2}))
+    run = train(similarity(prompts=prompts, pool_prompt=True, rough=0.5, trainer={"max_steps": 2}))
+    lengths = run.trainer.train_dataset["prompt_characters"][:]
+    assert {length for length in lengths} == {0, len("the bird ")}
     texts, corpus = run.trainer.train_dataset["anchor"][:], read_corpus(similarity())
     assert len(texts) == len(corpus.texts)
     for text, plain, kind in zip(texts, corpus.texts, corpus.kinds):

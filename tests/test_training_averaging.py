@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +88,12 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folders, tmp_path, 
         main([str(first), str(second), "--out", str(tmp_path / "out")])
     assert "differ in layers or rank" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_of_the_readme_is_whole(capsys):
+    text = (Path(__file__).parent.parent / "training" / "README.md").read_text()
+    arguments = re.search(r"`python -m training\.averaging (.*?)`", text)[1].split()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert "expected a folder with bi_delta" in capsys.readouterr().err
+    assert ended.value.code == 1  # not 2: nothing is missing in the line

@@ -15,7 +15,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 
 pytest.importorskip("peft")
 
-from training.batches import GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
+from training.batches import PROMPT_CHARACTERS, GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
 from training.texts import roughen
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
@@ -145,6 +145,18 @@ def test_rough_inputs_change_some_texts_and_no_words():
     assert 20 < sum(a != b for a, b in zip(first, read(), strict=True)) < 80
     collator.share = 0
     assert read() == texts
+
+
+def test_rough_inputs_keep_their_prompts():
+    collator = RoughCollator(preprocess_fn=lambda rows, **_: {"texts": rows}, share=1.0, seed=1)
+    prompts = ["Query: ", "Passage. ", ""] * 20
+    rows = [{"anchor": f"{p}Where Is {n}?", PROMPT_CHARACTERS: len(p), "label": n} for n, p in enumerate(prompts)]
+    batch = collator(rows)
+    assert sorted(batch) == ["anchor_texts", "label"]
+    assert {text[len(p) :][0] for text, p in zip(batch["anchor_texts"], prompts, strict=True)} == {"w"}
+    assert all(text.startswith(p) for text, p in zip(batch["anchor_texts"], prompts, strict=True))
+    assert any("Is" in text for text in batch["anchor_texts"])
+    assert PROMPT_CHARACTERS in rows[0]
 
 
 def test_a_group_budget_keeps_groups_whole_and_the_number_of_batches():

@@ -15,7 +15,8 @@ pytest.importorskip("peft")
 from benchmarks import ablation, dependence
 from benchmarks.report import own_tables
 from benchmarks.results import read_json
-from training.recipe import ContrastiveRecipe, Mixture
+from training.mixtures import Mixture
+from training.recipe import ContrastiveRecipe
 
 BUCKETS = ((0, 32), (32, 64), (64, 128), (128, 256))
 

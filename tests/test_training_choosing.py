@@ -108,6 +108,22 @@ def test_only_write_changes_the_recipe_and_only_prompt_and_layers(base, data, tm
     assert file.read_bytes() == listed
 
 
+def test_a_recipe_that_is_not_written_stays_and_nothing_beside_it_is_touched(tmp_path, monkeypatch):
+    file, other = tmp_path / "r.yaml", tmp_path / "r.tmp"
+    file.write_text("teacher:\n  prefix: a\n  suffix: b\n  layers: [1]\n")
+    other.write_text("mine")
+    choice = choosing.Choice("x", make_teacher(tmp_path / "t"), (1,), {"STSB-dev": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            choosing.write(choice, file)
+    assert "prefix: a\n" in file.read_text()
+    choosing.write(choice, file)
+    assert "prefix: a\n" not in file.read_text()
+    assert other.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.tmp", "r.yaml"]
+
+
 def test_layers_may_be_shares_of_the_depth(base, tmp_path):
     assert teacher.layer_numbers([0.8, 26, 1.0, 0], 30) == [24, 26, 30, 0]
     for wrong in ([], [31], [-1], [1.1]):

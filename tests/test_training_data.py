@@ -17,11 +17,12 @@ from training.data import (
     dolly_dev,
     labelled_texts,
     read_collection,
+    read_instructions,
     read_sentences,
     read_table,
     sts_pairs,
 )
-from training.recipe import Mixture
+from training.mixtures import Mixture
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -95,3 +96,17 @@ def test_tables_collections_and_labels_are_read(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("[1]\n")
     with pytest.raises(ValueError, match="line 1: expected a JSON object"):
         read_collection(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "a", "output": "b"}, {"instruction": "a", "output": None}, {"instruction": "a"}, {"instruction": 3}],
+)
+def test_an_instruction_set_with_other_columns_is_one_line(tmp_path, row):
+    file = tmp_path / "own.jsonl"
+    good = {"instruction": "a", "input": None, "output": "b"}
+    file.write_text(f"{json.dumps(good)}\n\n{json.dumps(row)}\n")
+    with pytest.raises(ValueError, match=r"own\.jsonl, line 3: expected texts in `instruction` and `output`.* got {"):
+        read_instructions([str(file)])
+    file.write_text(json.dumps(good))
+    assert read_instructions([str(file)]) == [("a", "b")]

@@ -10,7 +10,7 @@ pytest.importorskip("faiss")
 
 from training import groups as stage
 from training.groups import cluster_of, group_numbers, join, kept_groups, neighbour_groups
-from training.recipe import Groups
+from training.mixtures import Groups
 from training.texts import Corpus
 
 
@@ -135,3 +135,14 @@ def test_groups_are_computed_once(tmp_path, monkeypatch):
     kept_groups(tmp_path, vectors, corpus, Groups())
     assert len(called) == 2
     assert not list(tmp_path.glob("*.[0-9]*"))
+
+
+def test_groups_that_are_not_written_leave_nothing(tmp_path, monkeypatch):
+    def killed(*names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    vectors, owner = planted(4, 5)
+    with pytest.raises(KeyboardInterrupt):
+        kept_groups(tmp_path, torch.from_numpy(vectors), corpus_of(["sentences"] * len(owner)), Groups())
+    assert list(tmp_path.iterdir()) == []

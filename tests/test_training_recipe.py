@@ -13,7 +13,8 @@ from helpers.training import make_recipe, make_training_data
 
 from training import contrastive
 from training.command import check_same_recipe, one_line_errors, read_recipe
-from training.recipe import ContrastiveRecipe, EmbedderTeacher, Groups, Mixture, PromptedTeacher, RouterRecipe
+from training.mixtures import Groups, Mixture
+from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, RouterRecipe
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -155,6 +156,9 @@ def test_words_and_numbers_are_read_as_they_are_written(tmp_path):
         ("rank=0", "rank must be at least 1"),
         ("max_seq_length=0", "max_seq_length must be at least 1"),
         ("batch_tokens=0", "batch_tokens must be at least 1"),
+        ("sentences.count=-3", "sentences: count must be at least 1"),
+        ("sentences.use=0", "sentences: use must be at least 1"),
+        ("distillation.cosine=-1", "distillation: cosine must be at least 0"),
         ("ffn_dropout=1.5", "ffn_dropout is a rate"),
         ("attention_dropout=-0.1", "attention_dropout is a rate"),
         ("save_minutes=0", "save_minutes must be above 0"),
@@ -218,6 +222,20 @@ def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
         (["teacher.0.kind=[]"], r"kind must be one of prompted-base, sentence-transformers, got \[\]"),
         (["teacher.0.modle=x"], "unknown key 'modle'"),
         (["teacher.0.weight=0"], "weights must be greater than 0"),
+        (["teacher.0.batch_size=0"], "teacher.0: batch_size must be at least 1"),
+        (["teacher.2.dimension=0"], "teacher.2: dimension must be at least 1"),
+        (["similarity.temperature=0"], "similarity: temperature must be above 0"),
+        (["similarity.shift=-1"], "similarity: shift must be at least 0"),
+        (["similarity.within=1.5"], "similarity: within is a share from 0 to 1"),
+        (["groups.neighbours=0"], "groups: neighbours must be at least 1"),
+        (["texts.part=-1"], "texts: part must be at least 0"),
+        (["texts.count=-3"], "texts: count must be at least 1"),
+        (["texts.sources.0.share=7"], "texts: sources.0: share is a share from 0 to 1, got 7"),
+        (["texts.sources.1.titled=7"], "texts: sources.1: titled is a share from 0 to 1, got 7"),
+        (["texts.sources.1.count=-3"], "texts: sources.1: count must be at least 1"),
+        (["texts.sources.1.lengths=[0]"], r"texts: sources.1: lengths must be at least 1, got \[0\]"),
+        (["matryoshka_dims=[0]"], r"matryoshka_dims must be at least 1, got \[0\]"),
+        (["evaluate={STSB-dev: 0}"], "evaluate: STSB-dev must be at least 1 pair"),
         (["teacher.1.folder=t1"], "a `folder` of its own"),
         (["teacher.7.folder=t1"], "expected a number from 0 to 2"),
         (["loss=distillation"], "needs one `teacher`"),
@@ -234,6 +252,57 @@ def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
 def test_recipes_of_distillation_that_cannot_be_are_refused(tmp_path, changes, said):
     with pytest.raises(ValueError, match=said):
         read(tmp_path, *changes, text=SIMILARITY)
+
+
+def test_keys_that_do_nothing_are_refused_where_a_recipe_is_read(tmp_path, recipe):
+    teacher = "teacher={prefix: p, suffix: s, layers: [1], folder: t}"
+    distilled = ["loss=distillation", "head=training", teacher]
+    similar = ["loss=similarity", "head=training", teacher]
+    for changes, said in (
+        ([teacher], "teacher does nothing with loss: MultipleNegativesRankingLoss, it is for distillation and similar"),
+        (["similarity.kl=2"], "similarity does nothing"),
+        (["distillation.contrastive=2"], "distillation does nothing"),
+        (["mini_batch_size=4"], "mini_batch_size does nothing"),
+        ([*distilled, "similarity.kl=2"], "similarity does nothing with loss: distillation, it is for similarity"),
+        ([*distilled, "mini_batch_size=4"], "mini_batch_size does nothing"),
+        ([*similar, "scale=7"], "scale does nothing with loss: similarity"),
+        ([*similar, "distillation.contrastive=2"], "distillation does nothing"),
+        (["batch_tokens=100", "length_buckets=false"], "length_buckets does nothing with batch_tokens"),
+        (["evaluate={STSB-dev: 100}"], "add `eval_strategy: steps`"),
+    ):
+        with pytest.raises(ValueError, match=rf"r\.yaml: .*{said}"):
+            read(tmp_path, *changes)
+    cached = "loss=CachedMultipleNegativesRankingLoss"
+    for changes in (
+        distilled, similar, [*distilled, "scale=7", "distillation.contrastive=2"], [*similar, "similarity.kl=2"],
+        [cached, "mini_batch_size=4", "scale=7"], ["length_buckets=false"], ["evaluate={}"],
+        ["evaluate={STSB-dev: 100}", "trainer.eval_strategy=no"],
+        ["evaluate={STSB-dev: 1}", "trainer.eval_strategy=steps"],
+    ):  # fmt: skip
+        read(tmp_path, *changes)
+
+
+def test_a_run_with_a_key_that_did_nothing_is_opened_and_goes_on_without_it(recipe, tmp_path):
+    check_same_recipe(recipe(mini_batch_size=4), tmp_path)
+    (tmp_path / "trained.safetensors").touch()
+    assert read_recipe(ContrastiveRecipe, tmp_path / "recipe.json", finished=True).mini_batch_size == 4
+    check_same_recipe(recipe(), tmp_path)
+    with pytest.raises(ValueError, match="another 'scale'"):
+        check_same_recipe(recipe(scale=4), tmp_path)
+
+
+def test_processes_that_write_the_recipe_at_once_do_not_share_a_temporary_file(recipe, tmp_path):
+    (tmp_path / "recipe.json.tmp").write_text("of another process")
+    check_same_recipe(recipe(), tmp_path)
+    assert (tmp_path / "recipe.json.tmp").read_text() == "of another process"
+    assert json.loads((tmp_path / "recipe.json").read_text())["rank"] == 2
+
+
+def test_rough_needs_the_column_that_it_changes(recipe):
+    pairs = {"sentences": None, "pairs": "x", "rough": 0.5}
+    assert recipe(**pairs, columns=["anchor", "answer"]).rough == 0.5
+    with pytest.raises(ValueError, match=r"rough changes the column `anchor`, got the columns \['query', 'answer'\]"):
+        recipe(**pairs, columns=["query", "answer"])
 
 
 def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
@@ -267,6 +336,6 @@ def test_numbers_of_the_trainer_that_train_nothing_are_refused(recipe, trainer, 
 
 
 def test_numbers_of_a_router_recipe_that_leave_nothing_are_refused():
-    for wrong in ({"held_out": -1}, {"count": 0}, {"max_tokens": 0}):
+    for wrong in ({"held_out": -1}, {"count": 0}, {"max_tokens": 0}, {"kl": -1}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             RouterRecipe("checkpoint", "out", ["rows"], **wrong)

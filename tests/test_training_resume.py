@@ -22,7 +22,7 @@ from helpers.training import make_recipe, make_teacher, make_training_data
 from training import contrastive
 from training.command import arguments_of, check_same_recipe
 from training.contrastive import train
-from training.recipe import Groups
+from training.mixtures import Groups
 from training.resume import checkpoint_to_resume, keep_steps, save_trained, trained_parameters
 from training.teacher import teacher_vectors
 from training.texts import read_corpus

@@ -11,9 +11,12 @@ from helpers.models import TEXTS, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import training.teacher as stage
+from training.mixtures import Mixture
 from training.prompted import special_start
-from training.recipe import EmbedderTeacher, PromptedTeacher
-from training.teacher import embedder_targets, teacher_targets, teacher_vectors
+from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher
+from training.teacher import embedder_targets, targets, teacher_targets, teacher_vectors
+from training.texts import Corpus
+from ubmoe_st.bases import resolve_base
 
 SENTENCES = [f"{a} {b} cat runs on the mat"[: 20 + n] for n, (a, b) in enumerate(zip(TEXTS * 3, TEXTS[::-1] * 3))]
 
@@ -247,3 +250,38 @@ def test_what_is_no_embedder_is_refused(base, embedder):
             teacher_vectors(base, embedder, SENTENCES)
     assert not stage.Path(embedder.folder).exists()
     assert embedder.label == "nothing"
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "0/0", "a/b", "-1/2", "1/2/3", ""])
+def test_a_shard_that_is_none_is_one_line(capsys, shard):
+    """Before, some of them computed nothing and said nothing."""
+    with pytest.raises(SystemExit) as ended:
+        stage.main(["no.yaml", f"--shard={shard}"])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --shard: expected k/n with k from 0 to n - 1")
+    assert error.count("\n") == 1
+    assert stage.read_shard("1/2") == (1, 2)
+
+
+def test_messages_name_the_key_of_a_teacher_in_its_recipe(base, teacher, tmp_path):
+    teacher_vectors(base, teacher, SENTENCES)
+    corpus, resolved = Corpus(SENTENCES[::-1], ["sentences"] * len(SENTENCES)), resolve_base(base)
+    for given, key in ((teacher, "teacher"), ([teacher], r"teacher\.0")):
+        recipe = ContrastiveRecipe(
+            str(base), "out", loss="similarity", head="training", teacher=given, sentences=Mixture({})
+        )
+        with pytest.raises(ValueError, match=rf"--set {key}\.folder="):
+            targets(recipe, resolved, corpus)
+    with pytest.raises(ValueError, match=r"set teacher\.1\.scale="):
+        stage.to_half(np.full((1, 2), 1e6, np.float32), ["a"], teacher, "teacher.1")
+
+
+def test_a_manifest_that_is_not_written_leaves_nothing(tmp_path, monkeypatch):
+    def killed(*names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage._write_manifest(tmp_path / "t", {"shape": [1]})
+    assert list((tmp_path / "t").iterdir()) == []

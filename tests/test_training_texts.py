@@ -9,7 +9,7 @@ import random
 import pytest
 from helpers.models import WORDS
 
-from training.recipe import Texts, TextSource
+from training.mixtures import Texts, TextSource
 from training.texts import corrupt, draw, roughen
 
 LINES = [f"{a} {b} cat {c} on the mat" for a, b, c in zip(WORDS * 3, WORDS[::-1] * 3, sorted(WORDS) * 3)]

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 WINDOW = 16
 """Batches whose texts are sorted by length together."""
 
+PROMPT_CHARACTERS = "prompt_characters"
+"""Column of how many characters of the anchor are its prompt; the model does not get it."""
+
 
 class SharedAmong(DefaultBatchSampler):
     """A sampler whose epochs give each process as many batches, so that none waits for another.
@@ -271,6 +274,8 @@ class EpochCallback(TrainerCallback):
 class RoughCollator(SentenceTransformerDataCollator):
     """The stock collator, before which some of the anchors become fragments: others in every epoch.
 
+    Where a row has `PROMPT_CHARACTERS`, so many at the start of its anchor are a prompt and stay as they are.
+
     Attributes:
         share: Of the anchors that are changed, see `roughen`.
         seed: Of the choice, which depends on seed, epoch and text alone.
@@ -290,5 +295,9 @@ class RoughCollator(SentenceTransformerDataCollator):
         for row in features:
             rng = random.Random(f"{self.seed}-{self.epoch}-{row['anchor']}")
             changed, lower = rng.random() < self.share, rng.random() < 0.5
-            rows.append({**row, "anchor": roughen(row["anchor"], lower)} if changed else row)
+            row = dict(row)
+            start = row.pop(PROMPT_CHARACTERS, 0)
+            if changed:
+                row["anchor"] = row["anchor"][:start] + roughen(row["anchor"][start:], lower)
+            rows.append(row)
         return super().__call__(rows)

@@ -24,6 +24,7 @@ from training.data import data_folder, sts_pairs
 from training.recipe import ContrastiveRecipe, PromptedTeacher
 from training.teacher import PromptedBase, teacher_targets
 from ubmoe_st.bases import Base
+from ubmoe_st.files import replacing
 
 _EXAMPLE = 'This sentence : "A man is playing a guitar." means in one word:"music". '
 _ONE_WORD = '" means in one word:"'
@@ -196,6 +197,5 @@ def write(choice: Choice, file: Path) -> None:
                 f"{file}: expected `{key}:` once, on a line of its own; nothing was written, put in the printed lines"
             )
         text = text[: found[0].start()] + found[0][1] + line + text[found[0].end() :]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    with replacing(file, unique=True) as out:
+        out.write(text.encode())

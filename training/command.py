@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from training.recipe import ContrastiveRecipe
 from ubmoe_st.files import write_json
 
 RECIPE_FILE = "recipe.json"
@@ -31,16 +32,18 @@ R = TypeVar("R")
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) -> R:
+def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = (), *, finished: bool = False) -> R:
     """Read a recipe.
 
     Args:
         kind: Dataclass of the recipe.
         file: YAML or JSON file.
         changes: `key=value`, with dots into sections (`trainer.max_steps=10`, `teacher.0.folder=x`) and YAML values.
+        finished: Whether it is that of a finished run, where a key that did nothing does not matter.
 
     Raises:
-        ValueError: If it is not YAML, a key is not known, a value has the wrong type, or a change is not of that form.
+        ValueError: If it is not YAML, a key is not known, a value has the wrong type, a change is not of that form, or
+            a key would do nothing.
     """
     import yaml
 
@@ -54,7 +57,13 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = ()) ->
         raise ValueError(f"{file}: expected `key: value` lines of a recipe, got {type(values).__name__}")
     for change in changes:
         _change(values, change)
-    return _fill(kind, values, str(file))
+    recipe = _fill(kind, values, str(file))
+    if isinstance(recipe, ContrastiveRecipe) and not finished:
+        try:
+            recipe.refuse_idle()
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    return recipe
 
 
 def recipe_of_command(kind: type[R], program: str, description: str | None, arguments: Sequence[str] | None) -> R:
@@ -299,6 +308,9 @@ ORDER_KEYS = (
 )  # fmt: skip
 """Keys of `trainer` that decide which batch comes when."""
 
+_FREE = ("trainer", "out", "save_minutes", "components")
+"""Keys that may change: `components` acts when the training is done."""
+
 
 def check_same_recipe(recipe: Any, out: Path) -> None:
     """Refuse to go on in a folder where another recipe was trained; write the recipe where nothing was trained yet.
@@ -312,7 +324,7 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
     now = json.loads(json.dumps(dataclasses.asdict(recipe)))
     trained = any(out.glob("checkpoints/checkpoint-*")) or any(out.glob("*.safetensors"))
     if file.is_file() and trained:
-        before, wanted = _fixed(_with_defaults(type(recipe), file)), _fixed(now)
+        before, wanted = _fixed(_with_defaults(type(recipe), file)), _fixed(_plain_of(recipe))
         other = next((key for key in wanted if before.get(key) != wanted[key]), None)
         if other is not None:
             raise ValueError(
@@ -320,7 +332,7 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
                 "choose another folder (--set out=...), or delete it"
             )
     out.mkdir(parents=True, exist_ok=True)
-    write_json(file, now)
+    write_json(file, now, unique=True)  # other processes may write the same
 
 
 def _with_defaults(kind: type, file: Path) -> dict[str, Any]:
@@ -328,12 +340,18 @@ def _with_defaults(kind: type, file: Path) -> dict[str, Any]:
     stored = json.loads(file.read_text(encoding="utf-8"))
     known = {key: value for key, value in stored.items() if key in typing.get_type_hints(kind)}
     try:
-        return json.loads(json.dumps(dataclasses.asdict(_fill(kind, known, str(file)))))
+        return _plain_of(_fill(kind, known, str(file)))
     except ValueError:
         return stored
 
 
+def _plain_of(recipe: Any) -> dict[str, Any]:
+    """A recipe as plain values, in which a key that does nothing has its default."""
+    idle = recipe.idle if isinstance(recipe, ContrastiveRecipe) else {}
+    return json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(recipe, **idle))))
+
+
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe may not change between two starts of a run."""
-    fixed = {key: value for key, value in recipe.items() if key not in ("trainer", "out", "save_minutes")}
+    fixed = {key: value for key, value in recipe.items() if key not in _FREE}
     return fixed | {f"trainer.{key}": recipe.get("trainer", {}).get(key) for key in ORDER_KEYS}

@@ -29,7 +29,15 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import EarlyStoppingCallback, set_seed
 
-from training.batches import EpochCallback, GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
+from training.batches import (
+    PROMPT_CHARACTERS,
+    EpochCallback,
+    GroupBudget,
+    LengthBuckets,
+    RoughCollator,
+    TokenBudget,
+    as_begun,
+)
 from training.command import (
     RECIPE_FILE,
     arguments_of,
@@ -199,7 +207,7 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
 
 
 def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None, seed: int = 0) -> Any:
-    """The columns the loss reads: one text per view, the row number for distillation.
+    """The columns the loss reads: one text per view, the row number for distillation; what `RoughCollator` takes out.
 
     Args:
         recipe: What to read.
@@ -218,6 +226,8 @@ def build_dataset(recipe: ContrastiveRecipe, corpus: Corpus | None, seed: int = 
         columns["positive"] = texts
     if recipe.teachers:
         columns["label"] = list(range(len(texts)))
+    if recipe.rough and recipe.prompts and corpus is not None:
+        columns[PROMPT_CHARACTERS] = [len(recipe.prompts.get(kind, "")) for kind in corpus.kinds]
     return Dataset.from_dict(columns)
 
 
@@ -281,6 +291,8 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
             groups = kept_groups(Path(recipe.teachers[0].folder), found[0], corpus, recipe.groups)
     set_seed(args.seed)
     model = build_model(recipe, base, device=str(args.device), head_size=found[0].shape[1] if found else None)
+    if recipe.components and corpus is not None:
+        _check_components(recipe, model, corpus)
     if last is None:
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             start(recipe, model, corpus, found)
@@ -345,6 +357,21 @@ def start(recipe: ContrastiveRecipe, model: SentenceTransformer, corpus: Corpus 
     start_layers(recipe, model, layers, texts, found[0][rows] if found else None)
 
 
+def _check_components(recipe: ContrastiveRecipe, model: SentenceTransformer, corpus: Corpus) -> None:
+    """Find out before the training what would end it without a result.
+
+    Raises:
+        ValueError: If the recipe asks for more components than the vectors have dimensions, or has fewer texts.
+    """
+    released_projection(recipe, model)
+    width, count = model.get_embedding_dimension() or 0, len(_sample(recipe, corpus)[1])
+    if count < width:
+        raise ValueError(
+            f"components: {width} principal components need as many texts, got {count}; raise ridge "
+            f"({recipe.ridge}), give more texts, or leave components out"
+        )
+
+
 def _sample(recipe: ContrastiveRecipe, corpus: Corpus) -> tuple[list[int], list[str]]:
     """The texts that linear layers are fitted on: their rows, and as the student reads them."""
     count = min(recipe.ridge or _MEAN_ROWS, len(corpus.texts))
@@ -365,7 +392,7 @@ def load_run(folder: str | Path) -> tuple[ContrastiveRecipe, SentenceTransformer
     folder = Path(folder)
     if not (folder / TRAINED_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds no finished training; run `python -m training.contrastive` first")
-    recipe = read_recipe(ContrastiveRecipe, folder / RECIPE_FILE)
+    recipe = read_recipe(ContrastiveRecipe, folder / RECIPE_FILE, finished=True)
     stored = load_file(folder / TRAINED_FILE)
     head = next((t.shape[0] for name, t in sorted(stored.items()) if name.endswith("linear.weight")), None)
     model = build_model(recipe, device="cpu", head_size=head)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.recipe import Mixture
+from training.mixtures import Mixture
 
 DEFAULT_DATA = Path("../shared/data")
 
@@ -80,6 +80,12 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: If a line is no JSON object.
     """
+    for _, row in numbered_rows(file):
+        yield row
+
+
+def numbered_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of `read_jsonl` with the numbers of their lines, from 1 on."""
     for number, line in enumerate(read_lines(file), 1):
         if not line:
             continue
@@ -89,7 +95,7 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:40]!r}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:40]!r}")
-        yield row
+        yield number, row
 
 
 def read_table(file: Path) -> list[dict[str, str]]:
@@ -221,17 +227,23 @@ def read_instructions(files: Sequence[str], folder: Path | None = None) -> list[
         folder: The data folder. None: `data_folder()`, where a name is not a file.
 
     Raises:
-        ValueError: If there is no usable row.
+        ValueError: If a row has no texts in these columns, or there is no usable row.
     """
     pairs = []
     for name in files:
         file = Path(name)
         if not file.is_file():
             file = (folder or data_folder()) / "instruct" / f"{name}.jsonl.gz"
-        for row in read_jsonl(file):
-            question = "\n\n".join(filter(None, (row["instruction"].strip(), (row.get("input") or "").strip())))
-            if question and row["output"].strip():
-                pairs.append((question, row["output"].strip()))
+        for number, row in numbered_rows(file):
+            instruction, more, answer = row.get("instruction"), row.get("input") or "", row.get("output")
+            if not (isinstance(instruction, str) and isinstance(more, str) and isinstance(answer, str)):
+                raise ValueError(
+                    f"{file}, line {number}: expected texts in `instruction` and `output`, and a text or nothing in "
+                    f"`input`, got {json.dumps(row, ensure_ascii=False)[:80]}"
+                )
+            question = "\n\n".join(filter(None, (instruction.strip(), more.strip())))
+            if question and answer.strip():
+                pairs.append((question, answer.strip()))
     if not pairs:
         raise ValueError(f"no question with an answer in {', '.join(files)}")
     return pairs

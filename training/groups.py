@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.recipe import Groups
+from training.mixtures import Groups
 from training.texts import Corpus
+from ubmoe_st.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,8 @@ def kept_groups(folder: Path, vectors: Tensor, corpus: Corpus, settings: Groups)
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     groups = neighbour_groups(vectors, corpus, settings)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(groups), encoding="utf-8")
-    os.replace(temporary, file)
+    with replacing(file, unique=True) as out:
+        out.write(json.dumps(groups).encode())
     logger.info("%d texts in %d groups: %s", sum(map(len, groups)), len(groups), file)
     return groups
 

@@ -1,161 +1,28 @@
-"""What a recipe can say: the dataclasses of both stages. `command.py` reads them from YAML."""
+"""What a recipe can say: the dataclasses of both stages. `command.py` reads them from YAML.
+
+Those of the texts are in `mixtures.py`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from training.limits import above, at_least, shares
+from training.mixtures import Groups, Kind, Mixture, Texts
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 
 Trained = Literal["ffn", "attention", "ffn+attention", "embeddings", "ffn+embeddings", "attention+embeddings", "all"]
 LossName = Literal["MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "distillation", "similarity"]
 
-
-# --- texts ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Mixture:
-    """Sentences drawn from several files.
-
-    Attributes:
-        files: Share of each file, by name without `train/sentences-` and `.txt.gz`, or by path of a text file.
-        count: Sentences to draw in all; a file that holds fewer gives what it has.
-        use: Train on the first so many of the drawn ones. None: all.
-        words: Fewest and most words of a sentence.
-        seed: Of the draw.
-    """
-
-    files: dict[str, float]
-    count: int = 60_000
-    use: int | None = None
-    words: tuple[int, int] = (4, 28)
-    seed: int = 0
-
-
-Kind = Literal["sentences", "fragments", "queries", "titles", "passages", "corruptions"]
-
-
-@dataclass
-class TextSource:
-    """One source of a mixture.
-
-    A row of a `.jsonl` file or of a Hub dataset has columns; a line of a text file is a text. Texts shorter than
-    `words` are passed over; longer ones too, but passages are cut.
-    """
-
-    file: str
-    """A path; a name under `train/` or `instruct/` of the data folder without its ending; or
-    `hf:NAME[:SUBSET]#SPLIT[:COLUMN]`, a dataset on the Hub or a local folder of one."""
-
-    kind: Kind = "sentences"
-    """`fragments`: without final punctuation, in small letters or with a small first letter. `corruptions`: each
-    sentence comes in one group with graded corruptions of it. A teacher may have a prompt for each kind."""
-
-    count: int | None = None
-    """Texts to draw; a source that holds fewer gives what it has."""
-
-    share: float | None = None
-    """Instead of `count`: share of the mixture's `count`."""
-
-    words: tuple[int, int] = (4, 28)
-    """Fewest and most words of a text."""
-
-    column: str = "text"
-    """Column of the text."""
-
-    title: str | None = None
-    """Column of a passage's title."""
-
-    query: str | None = None
-    """Column of a question that the passage answers: a text of its own, of the passage's group."""
-
-    titled: float = 0.0
-    """Share of the passages that are read with the title in front."""
-
-    title_apart: float = 0.0
-    """Share of the passages whose title is a text of its own too, of the passage's group."""
-
-    sentence_apart: float = 0.0
-    """Share of the passages of which one sentence is a text of its own too, of the passage's group."""
-
-    lengths: list[int] | None = None
-    """Passages are cut to one of these numbers of words, by seed. None: to the most of `words`."""
-
-    anywhere: float = 0.0
-    """Share of the passages that begin at any of their words."""
-
-    corruptions: int = 3
-    """Most corruptions of a sentence."""
-
-    join: bool = False
-    """Whether each text joins the group of the passage that the teacher finds nearest, see `Groups.join_above`; texts
-    that are near none are left out."""
-
-    skip: dict[str, list[str]] = field(default_factory=dict)
-    """Rows to pass over: by column, its values. For what is held out, e.g. `{category: [closed_qa]}`."""
-
-    def __post_init__(self) -> None:
-        if (self.count is None) == (self.share is None):
-            raise ValueError(f"{self.file}: a source needs either `count` or `share`")
-        if self.corruptions < 1:
-            raise ValueError(f"{self.file}: a corruption group of one text teaches nothing; corruptions must be >= 1")
-        if not 1 <= self.words[0] <= self.words[1]:
-            raise ValueError(f"{self.file}: words must be [fewest, most] from 1 on, got {list(self.words)}")
-        passages_only = ("title", "query", "lengths", "titled", "title_apart", "sentence_apart", "anywhere")
-        if self.kind != "passages" and (other := next((key for key in passages_only if getattr(self, key)), None)):
-            raise ValueError(f"{self.file}: {other} is for kind: passages, got kind: {self.kind}")
-        if (self.titled or self.title_apart) and self.title is None:
-            raise ValueError(f"{self.file}: titled and title_apart need `title`, the column of the titles")
-        if self.join and self.kind == "passages":
-            raise ValueError(f"{self.file}: join is for texts that belong to passages, not for passages")
-
-
-@dataclass
-class Texts:
-    """A mixture of texts of several kinds; the same ones for the same seed and part."""
-
-    sources: list[TextSource]
-    count: int | None = None
-    """Texts that the `share` of a source is of."""
-
-    seed: int = 0
-    """Of everything that is drawn."""
-
-    part: int = 0
-    """What earlier parts of the same seed drew is passed over: phases of a long run share no text."""
-
-    def __post_init__(self) -> None:
-        if self.count is None and any(source.share is not None for source in self.sources):
-            raise ValueError("texts: `share` of a source needs `count` of the mixture")
-        if not self.sources:
-            raise ValueError("texts: a mixture needs at least one source")
-
-
-@dataclass
-class Groups:
-    """Neighbour groups: what the first teacher finds close comes in one batch.
-
-    k-means of the teacher's vectors, of short texts and of passages apart; a passage brings its titles, queries and
-    sentences along, a sentence its corruptions.
-    """
-
-    neighbours: int = 8
-    """Mean number of short texts of a cluster."""
-
-    largest: int = 7
-    """Most short texts of a group: larger clusters are cut."""
-
-    passages: int = 4
-    """Mean number of passages of a cluster, and most of a group."""
-
-    join_above: float = 0.35
-    """Least cosine between a text and a passage that it joins."""
-
-    iterations: int = 8
-    """Of k-means."""
-
-    seed: int = 1
+USED_BY: dict[str, tuple[LossName, ...]] = {
+    "teacher": ("distillation", "similarity"),
+    "distillation": ("distillation",),
+    "similarity": ("similarity",),
+    "scale": ("MultipleNegativesRankingLoss", "CachedMultipleNegativesRankingLoss", "distillation"),
+    "mini_batch_size": ("CachedMultipleNegativesRankingLoss",),
+}
+"""Losses that read a key; with any other it does nothing."""
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------
@@ -193,6 +60,10 @@ class PromptedTeacher:
     scale: float = 1.0
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "dimension", "batch_size")
+        above(self, 0, "scale")
+
 
 @dataclass
 class EmbedderTeacher:
@@ -221,6 +92,9 @@ class EmbedderTeacher:
     cut: bool = False
     batch_size: int = 64
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size")
+
     @property
     def label(self) -> str:
         """What tables and cards call it."""
@@ -228,23 +102,6 @@ class EmbedderTeacher:
 
 
 Teacher = PromptedTeacher | EmbedderTeacher
-
-
-def at_least(recipe: Any, least: int, *names: str) -> None:
-    """Refuse numbers of a recipe that are too small.
-
-    Args:
-        recipe: With the numbers; None is none.
-        least: The smallest that there may be.
-        *names: Of the numbers.
-
-    Raises:
-        ValueError: If one is smaller.
-    """
-    for name in names:
-        value = getattr(recipe, name)
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------
@@ -259,6 +116,9 @@ class DistillationWeights:
     similarity: float = 20.0
     contrastive: float = 0.0
     """Of the in-batch contrastive loss on two noisy views of a sentence; above 0 each sentence is read twice."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "cosine", "info_nce", "similarity", "contrastive")
 
 
 @dataclass
@@ -282,6 +142,11 @@ class SimilarityWeights:
 
     temperature: float = 0.05
     """Of the rows' softmax."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "similarity", "shift", "kl", "cosine")
+        above(self, 0, "temperature")
+        shares(self, "within")
 
 
 @dataclass
@@ -393,7 +258,8 @@ class ContrastiveRecipe:
     """Tokens of a batch in each process, padding included, instead of the trainer's `per_device_train_batch_size`."""
 
     evaluate: dict[str, int | None] = field(default_factory=lambda: {"STSB-dev": None})
-    """Development sets, and how many of their pairs (None: all). The first one chooses the best checkpoint."""
+    """Development sets, and how many of their pairs (None: all). With trainer.eval_strategy; the first one then chooses
+    the best checkpoint."""
 
     early_stopping_patience: int | None = None
     """Stop after so many evaluations without a gain."""
@@ -446,19 +312,22 @@ class ContrastiveRecipe:
                 raise ValueError(f"prompts: expected kinds of text ({', '.join(kinds)}), got {other!r}")
             if self.texts is None or self.prompt is not None or not self.pool_prompt:
                 raise ValueError("prompts go with `texts`, without `prompt`, and with pool_prompt: true")
-        if not 0 <= self.rough <= 1:
-            raise ValueError(f"rough is a share from 0 to 1, got {self.rough}")
+        if self.rough and self.pairs is not None and "anchor" not in self.columns:
+            raise ValueError(
+                f"rough changes the column `anchor`, got the columns {self.columns}; rename one of `pairs`"
+            )
         if self.rank is None and self.lora_dropout:
             raise ValueError("lora_dropout needs low-rank experts; set rank, or use ffn_dropout")
 
     def _check_numbers(self) -> None:
         at_least(self, 1, "rank", "mini_batch_size", "max_seq_length", "encode_max_seq_length", "batch_tokens")
-        at_least(self, 1, "early_stopping_patience")
+        at_least(self, 1, "early_stopping_patience", "matryoshka_dims")
         at_least(self, 0, "ridge")
-        for name in ("scale", "alpha", "save_minutes"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
+        above(self, 0, "scale", "alpha", "save_minutes")
+        shares(self, "rough")
+        for name, sample in self.evaluate.items():
+            if sample is not None and sample < 1:
+                raise ValueError(f"evaluate: {name} must be at least 1 pair, or null for all, got {sample}")
         for name in ("lora_dropout", "attention_dropout", "ffn_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a rate from 0 to below 1, got {getattr(self, name)}")
@@ -482,8 +351,39 @@ class ContrastiveRecipe:
             raise ValueError("teacher: each one needs a `folder` of its own for its vectors")
         if self.groups is not None and self.batch_tokens is None:
             raise ValueError("groups make batches of batch_tokens; set it")
-        if not 0 <= self.similarity.within <= 1 or (self.similarity.within and self.groups is None):
-            raise ValueError("similarity.within is a share from 0 to 1 of the pairs of one group; it needs `groups`")
+        if self.similarity.within and self.groups is None:
+            raise ValueError("similarity.within is a share of the pairs of one group; it needs `groups`")
+
+    @property
+    def idle(self) -> dict[str, Any]:
+        """Keys whose value does nothing beside the other keys, with their defaults."""
+        names = [key for key, losses in USED_BY.items() if self.loss not in losses]
+        names += ["length_buckets"] if self.batch_tokens is not None else []
+        defaults = {
+            spec.name: spec.default if spec.default_factory is MISSING else spec.default_factory()
+            for spec in fields(self)
+        }
+        return {key: defaults[key] for key in names if getattr(self, key) != defaults[key]}
+
+    def refuse_idle(self) -> None:
+        """Refuse a key that was set for nothing.
+
+        Not when a recipe is made: finished runs are opened by theirs.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for key in self.idle:
+            if key in USED_BY:
+                losses = " and ".join(USED_BY[key])
+                raise ValueError(f"{key} does nothing with loss: {self.loss}, it is for {losses}; leave it out")
+            raise ValueError(f"{key} does nothing with batch_tokens, which makes other batches; leave it out")
+        chosen = self.evaluate not in ({}, {"STSB-dev": None})
+        if chosen and "eval_strategy" not in self.trainer:
+            raise ValueError(
+                "evaluate does nothing without evaluations: add `eval_strategy: steps` and `eval_steps: 100` to "
+                "trainer, or `eval_strategy: no`"
+            )
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -571,12 +471,11 @@ class RouterRecipe:
     """`TrainingArguments`."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "held_out")
+        at_least(self, 0, "held_out", "kl", "balance")
+        shares(self, "balance_target")
         at_least(self, 1, "count", "max_tokens")
         if self.kind not in ROUTER_KINDS:
             raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
-        if min(self.kl, self.balance) < 0:
-            raise ValueError("kl and balance are weights of losses and cannot be negative")
         if self.plain_format is not None:
             before, _, after = self.plain_format.partition("{answer}")
             if before.count("{question}") != 1 or "{question}" in after or self.plain_format.count("{answer}") != 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -184,7 +185,17 @@ def train(recipe: RouterRecipe) -> Path:
 
     Returns:
         The checkpoint folder.
+
+    Raises:
+        ValueError: If there are several processes, the folder holds a run of another recipe, or there are too few
+            answers.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ValueError(
+            f"routers train in one process, got {processes}; start it without torchrun: python -m training.router "
+            "RECIPE, and raise trainer.gradient_accumulation_steps for larger steps"
+        )
     out = Path(recipe.out)
     values: dict[str, Any] = {
         "output_dir": str(out / "checkpoints"),

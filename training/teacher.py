@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from training.prompted import PromptedReader, special_start
 from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
 from training.texts import Corpus, read_corpus
 from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +195,7 @@ def teacher_vectors(
     shard: tuple[int, int] = (0, 1),
     compute: bool = True,
     device: str = "cpu",
+    key: str = "teacher",
 ) -> np.ndarray:
     """Teacher vectors of the texts, from disk where they are there already.
 
@@ -207,6 +210,7 @@ def teacher_vectors(
         shard: (k, n): compute chunks k, k + n, ... only.
         compute: False: raise if something is missing.
         device: To compute on.
+        key: Of the teacher in its recipe, for messages: `teacher`, or `teacher.0` of several.
 
     Returns:
         A memory map whose changes stay in memory, fp16; (N, layers, D) of a prompted base, (N, D) of an embedder.
@@ -219,7 +223,7 @@ def teacher_vectors(
     chunks = -(-len(texts) // CHUNK)
     kinds = kinds if kinds is not None else ["sentences"] * len(texts)
     asked = _asked(base, teacher, texts, kinds)
-    stored = _stored(folder, asked)
+    stored = _stored(folder, asked, key)
     done: Any = _open(folder / DONE, np.uint8, (chunks,)) if stored else np.zeros(chunks, np.uint8)
     missing = [chunk for chunk in range(chunks) if not done[chunk] and chunk % shard[1] == shard[0]]
     if missing and not compute:
@@ -233,7 +237,7 @@ def teacher_vectors(
     for chunk in missing:
         rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, len(texts)))
         start = time.perf_counter()
-        found = to_half(model.vectors(texts[rows], kinds[rows]), texts[rows], teacher)  # type: ignore[union-attr]
+        found = to_half(model.vectors(texts[rows], kinds[rows]), texts[rows], teacher, key)  # type: ignore[union-attr]
         if vectors is None:  # nothing is written before the teacher has given something that can be
             shape = (len(texts), *found.shape[1:])
             _write_manifest(folder, {**asked, "shape": list(shape)})
@@ -249,13 +253,14 @@ def teacher_vectors(
     return np.memmap(folder / VECTORS, np.float16, "c", shape=shape)
 
 
-def to_half(vectors: np.ndarray, texts: Sequence[str], teacher: Teacher) -> np.ndarray:
+def to_half(vectors: np.ndarray, texts: Sequence[str], teacher: Teacher, key: str = "teacher") -> np.ndarray:
     """The vectors in fp16.
 
     Args:
         vectors: (n, ...), fp32.
         texts: Of the rows, for the message.
         teacher: Who gave them.
+        key: As for `teacher_vectors`.
 
     Raises:
         ValueError: If one is NaN or infinite, or out of the range of fp16.
@@ -267,7 +272,7 @@ def to_half(vectors: np.ndarray, texts: Sequence[str], teacher: Teacher) -> np.n
         hint = ""
         if isinstance(teacher, PromptedTeacher):
             fitting = 2.0 ** np.floor(np.log2(teacher.scale * _LARGEST / 4 / largest.max()))
-            hint = f"; set teacher.scale={fitting:g}, or choose other layers"
+            hint = f"; set {key}.scale={fitting:g}, or choose other layers"
         raise ValueError(
             f"the teacher of {teacher.folder} gives {largest[row]:.3g} for {texts[row][:60]!r}, beyond the "
             f"{_LARGEST:.0f} of fp16{hint}"
@@ -313,7 +318,7 @@ def _asked(
     return asked | {key: value for key, value in extra.items() if value not in (1.0, [])}
 
 
-def _stored(folder: Path, asked: dict[str, Any]) -> tuple[int, ...] | None:
+def _stored(folder: Path, asked: dict[str, Any], key: str) -> tuple[int, ...] | None:
     """Shape of the vectors in a folder. None: there are none.
 
     Raises:
@@ -324,11 +329,11 @@ def _stored(folder: Path, asked: dict[str, Any]) -> tuple[int, ...] | None:
         return None
     old = json.loads(file.read_text(encoding="utf-8"))
     shape = tuple(old.pop("shape"))
-    other = next((key for key in (*asked, *old) if old.get(key) != asked.get(key)), None)
+    other = next((name for name in (*asked, *old) if old.get(name) != asked.get(name)), None)
     if other is not None:
         raise ValueError(
             f"{folder} holds teacher vectors of another {other}; choose another folder "
-            "(--set teacher.folder=...), or delete it"
+            f"(--set {key}.folder=...), or delete it"
         )
     return shape
 
@@ -338,9 +343,7 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     if file.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_json(file, manifest, unique=True)  # shards may write the same
 
 
 def _open(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
@@ -369,13 +372,20 @@ def targets(
         device: To compute missing ones on.
     """
     found = []
-    for teacher in recipe.teachers:
-        vectors = teacher_vectors(base, teacher, corpus.texts, corpus.kinds, compute=compute, device=device)
+    for key, teacher in zip(teacher_keys(recipe), recipe.teachers, strict=True):
+        vectors = teacher_vectors(base, teacher, corpus.texts, corpus.kinds, compute=compute, device=device, key=key)
         if isinstance(teacher, PromptedTeacher):
-            found.append(teacher_targets(vectors, teacher))
+            found.append(teacher_targets(vectors, teacher, key=key))
         else:
             found.append(embedder_targets(vectors, teacher))
     return found
+
+
+def teacher_keys(recipe: ContrastiveRecipe) -> list[str]:
+    """What `--set` calls each of the recipe's teachers."""
+    if isinstance(recipe.teacher, list):
+        return [f"teacher.{number}" for number in range(len(recipe.teachers))]
+    return ["teacher"] * len(recipe.teachers)
 
 
 def embedder_targets(vectors: np.ndarray, teacher: EmbedderTeacher) -> Tensor:
@@ -391,7 +401,7 @@ def embedder_targets(vectors: np.ndarray, teacher: EmbedderTeacher) -> Tensor:
     return F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)) - mean, dim=-1)
 
 
-def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int = 0) -> Tensor:
+def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int = 0, key: str = "teacher") -> Tensor:
     """Targets as described in `PromptedTeacher`.
 
     The components come from a seeded sample of 6,000 sentences, the means from all.
@@ -400,6 +410,7 @@ def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int 
         vectors: (N, layers, D).
         teacher: Its `dimension` K and `whitening`.
         seed: Of the sample.
+        key: As for `teacher_vectors`.
 
     Returns:
         Unit vectors, (N, K), fp32.
@@ -411,7 +422,7 @@ def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int 
     if teacher.dimension > min(count, features, _FIT_ROWS):
         raise ValueError(
             f"{teacher.dimension} principal components need as many sentences and features, got {count} and "
-            f"{features}; lower teacher.dimension"
+            f"{features}; lower {key}.dimension"
         )
     blocks = [slice(start, start + 4 * CHUNK) for start in range(0, count, 4 * CHUNK)]
     layer_mean = torch.zeros(vectors.shape[1:], dtype=torch.float64)
@@ -444,18 +455,31 @@ def _choose(recipe: ContrastiveRecipe, file: Path, pairs: int, device: str, *, w
         logger.info("\nwritten to %s", file)
 
 
+def read_shard(text: str) -> tuple[int, int]:
+    """Number of a shard and how many there are, of `k/n`.
+
+    Raises:
+        ValueError: If it is not of that form with 0 <= k < n.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ValueError(f"--shard: expected k/n with k from 0 to n - 1, e.g. 0/2 and 1/2, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compute the teacher vectors of a recipe."""
     parser = recipe_parser("python -m training.teacher", main.__doc__)
-    shard = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
-    parser.add_argument("--shard", default=shard, help="k/n: every n-th chunk, from chunk k; torchrun sets it")
+    own = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    parser.add_argument("--shard", default=own, help="k/n: every n-th chunk, from chunk k; torchrun sets it")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--choose", action="store_true", help="find the best prompt and layers on the development sets")
     parser.add_argument("--pairs", type=int, default=300, help="with --choose: pairs of each development set")
     parser.add_argument("--write", action="store_true", help="with --choose: put them into the recipe's file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    shard = read_shard(options.shard)
     recipe = read_recipe(ContrastiveRecipe, options.recipe, options.set)
     if options.choose:
         _choose(recipe, Path(options.recipe), options.pairs, options.device, write=options.write)
@@ -465,16 +489,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     corpus = read_corpus(recipe)
     if not recipe.teachers or corpus is None:
         parser.error(f"{options.recipe} has no `teacher` with a loss that uses it")
-    first, _, count = options.shard.partition("/")
-    for teacher in recipe.teachers:
-        teacher_vectors(
-            recipe.base,
-            teacher,
-            corpus.texts,
-            corpus.kinds,
-            shard=(int(first), int(count or 1)),
-            device=options.device,
-        )
+    for key, teacher in zip(teacher_keys(recipe), recipe.teachers, strict=True):
+        teacher_vectors(recipe.base, teacher, corpus.texts, corpus.kinds, shard=shard, device=options.device, key=key)
 
 
 if __name__ == "__main__":

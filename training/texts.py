@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from training.data import data_folder, read_jsonl, read_lines, read_sentences
-from training.recipe import ContrastiveRecipe, Texts, TextSource
+from training.mixtures import Texts, TextSource
+from training.recipe import ContrastiveRecipe
 
 HUB = "hf:"
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from helpers.models import WORDS
-from training.recipe import ContrastiveRecipe, Mixture, PromptedTeacher
+from training.mixtures import Mixture
+from training.recipe import ContrastiveRecipe, PromptedTeacher
 
 
 def make_training_data(folder):
