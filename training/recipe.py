@@ -471,11 +471,13 @@ class RouterRecipe:
     """`TrainingArguments`."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "held_out", "kl", "balance")
+        at_least(self, 0, "held_out")
         shares(self, "balance_target")
         at_least(self, 1, "count", "max_tokens")
         if self.kind not in ROUTER_KINDS:
             raise ValueError(f"kind must be one of {', '.join(ROUTER_KINDS)}, got {self.kind!r}")
+        if min(self.kl, self.balance) < 0:
+            raise ValueError("kl and balance are weights of losses and cannot be negative")
         if self.plain_format is not None:
             before, _, after = self.plain_format.partition("{answer}")
             if before.count("{question}") != 1 or "{question}" in after or self.plain_format.count("{answer}") != 1:
