@@ -405,6 +405,10 @@ def test_a_search_reads_a_question_whole_or_is_told_to_cut_it(engine, model, tmp
     """And a filter that is nested without an end is the client's fault, not the server's."""
     rows = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
     index = EmbeddingIndex.build(model, rows, tmp_path / "index")
+    with TestClient(create_app(engine, index=index)) as client:
+        refused = client.post("/v1/search", json={"query": "the cat", "mode": "bm25"})
+        assert refused.status_code == 400
+        assert "ubmoe index --bm25" in refused.json()["error"]["message"]
     index.build_bm25()
     long = "the cat " * 100
     with TestClient(create_app(engine, index=EmbeddingIndex.open(tmp_path / "index", model=model))) as client:

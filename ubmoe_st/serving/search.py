@@ -45,6 +45,13 @@ def router(service: Service) -> APIRouter:
             raise ApiError(
                 400, f"mode {body.mode!r} searches one index, and this server has several: leave it out", param="mode"
             )
+        if body.mode != "dense" and index.info["bm25"] is None:
+            raise ApiError(
+                400,
+                f"mode {body.mode!r} needs a BM25 part, and this index has none: leave the mode out, or have the index "
+                "built with `ubmoe index --bm25`",
+                param="mode",
+            )
         mode = {} if body.mode == "dense" else {"mode": body.mode}
         whole = None if body.truncate else "query"
         hits = await found(request, body.query, body.k, whole=whole, filter=body.filter, **mode)
