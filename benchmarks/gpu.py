@@ -22,6 +22,7 @@ from benchmarks.speed import PROMPT, sample_texts
 from training.data import data_folder
 
 DTYPES = ("float32", "bfloat16")
+OFF = "bfloat16 against float32"
 RANK = 16
 """Of the experts of a training step."""
 
@@ -102,7 +103,7 @@ def encoding(
             scores.append({"task": "compile", "split": "UBMoE", "metric": "s", "value": cost, "n": 1})
             scores.append(_cosine("compiled against eager, bfloat16", found, vectors[dtype]))
         del models
-    scores.append(_cosine("bfloat16 against float32", vectors["bfloat16"], vectors["float32"]))
+    scores.append(_cosine(OFF, vectors["bfloat16"], vectors["float32"]))
     return scores
 
 
@@ -229,11 +230,16 @@ def main(
             fingerprint=fingerprint(model),
         )
         file = ResultFile(Path(out) / f"gpu-{model.name}.json", benchmark="gpu", row=model.name, run=record)
-        for part in (
-            partial(training_step, base_name, texts, tokens, rounds, device),
-            partial(generating, str(model), base_name, rounds, new_tokens, device),
-            partial(encoding, str(model), data_folder(data_dir), {"short": short, "long": long}, rounds, seed, device),
-        ):
+        counts = {"short": short, "long": long}
+        parts: dict[str, Callable[[], list[dict[str, Any]]]] = {  # by a task that each ends with
+            "training step": partial(training_step, base_name, texts, tokens, rounds, device),
+            f"logits, {DTYPES[-1]}": partial(generating, str(model), base_name, rounds, new_tokens, device),
+            OFF: partial(encoding, str(model), data_folder(data_dir), counts, rounds, seed, device),
+        }
+        for last, part in parts.items():
+            if file.find(task=last):
+                typer.echo(f"{model.name} {last}: kept")
+                continue
             file.add(*part())
             file.add(tables={f"gpu-{model.name}": table(file.content["scores"])})
         for row in file.content["tables"][f"gpu-{model.name}"]["rows"]:

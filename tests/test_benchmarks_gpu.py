@@ -43,3 +43,31 @@ def test_its_table_is_printed_as_it_is():
     assert [row[3] for row in table["rows"]] == ["1.50x peer", "", ""]
     printed = own_tables([json.loads(json.dumps({"scores": scores, "tables": {"gpu-x": table}}))])
     assert "| encode | UBMoE | 12,346 tokens/s | 1.50x peer |" in printed["gpu-x"]
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    done = []
+
+    def part(name, *tasks, fails=False):
+        def measured(*_):
+            done.append(name)
+            if fails:
+                raise ValueError("no memory is left")
+            return [{"task": task, "split": "x", "metric": "tokens/s", "value": 1.0, "n": 1} for task in tasks]
+
+        return measured
+
+    monkeypatch.setattr(gpu, "training_step", part("training", "training step"))
+    monkeypatch.setattr(gpu, "encoding", part("encoding", "encode", gpu.OFF))
+    monkeypatch.setattr("benchmarks.peers.base_folder", lambda base, path: str(path))
+    options = ["--model", str(model), "--data-dir", str(tmp_path), "--out", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(gpu, "generating", part("generating", fails=True))
+    assert "no memory is left" in CliRunner().invoke(gpu.app, options).output
+    monkeypatch.setattr(gpu, "generating", part("generating", "generate", "logits, bfloat16"))
+    for _ in range(2):
+        ended = CliRunner().invoke(gpu.app, options)
+        assert ended.exit_code == 0, ended.output
+    assert done == ["training", "generating", "generating", "encoding"]
