@@ -239,8 +239,8 @@ def main(
         for last, part in parts.items():
             if file.find(task=last):
                 typer.echo(f"{model.name} {last}: kept")
-                continue
-            file.add(*part())
+            else:
+                file.add(*part())
             file.add(tables={f"gpu-{model.name}": table(file.content["scores"])})
         for row in file.content["tables"][f"gpu-{model.name}"]["rows"]:
             typer.echo("  ".join(row))
