@@ -122,6 +122,28 @@ def test_one_changed_weight_or_prompt_stops_a_resumed_build(model, tmp_path):
     assert weights_fingerprint(other) != weights_fingerprint(model)
 
 
+def test_a_fingerprint_sums_weights_in_parts(model, monkeypatch):
+    """Torch copies what it sums in another type: a table of embeddings would be there twice as wide."""
+    import torch
+
+    from ubmoe_st.index import embedder
+
+    whole = embedder.weights_fingerprint(model)
+    sizes, summed = [], torch.Tensor.sum
+
+    def noted(tensor, *arguments, **options):
+        sizes.append(tensor.numel())
+        return summed(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "sum", noted)
+    monkeypatch.setattr(embedder, "SUMMED_TOGETHER", 7)
+    assert embedder.weights_fingerprint(model) == whole
+    few = max(sizes)
+    monkeypatch.setattr(embedder, "SUMMED_TOGETHER", 1 << 40)
+    assert embedder.weights_fingerprint(model) == whole
+    assert max(sizes) > few
+
+
 def test_chunks_follow_the_tokenizer_and_fit_the_model(model, tmp_path):
     corpus = rows(30)
     index = EmbeddingIndex.build(model, corpus, tmp_path / "i", chunk_tokens=12, overlap_tokens=2)

@@ -15,6 +15,8 @@ import numpy as np
 from ..configuration import check_count
 from .corpus import utf8_bytes
 
+SUMMED_TOGETHER = 1 << 20
+"""Numbers of a weight that its fingerprint sums at a time."""
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "How do I read a file line by line?",
@@ -68,7 +70,9 @@ def weights_fingerprint(model: Any) -> str | None:
             flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.int_repr().reshape(-1)
         whole = flat.view(bits[flat.element_size()])
         sample = whole[:: max(1, whole.numel() // 256)]
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{whole.sum(dtype=torch.int64).item()}".encode())
+        # In parts: torch makes a wide copy of what it sums in another type.
+        total = torch.stack([part.sum(dtype=torch.int64) for part in whole.split(SUMMED_TOGETHER)]).sum().item()
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}".encode())
         digest.update(sample.to(torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()
 
