@@ -1,7 +1,8 @@
 """Long documents, late chunking against chunks alone: `python -m benchmarks.long_documents --model models/ubmoe-135m`.
 
 One document of each length, of articles one after the other, indexed by `EmbeddingIndex.build` either way: seconds, and
-peak memory above the loaded model. Every measurement is a process of its own. *Pieces* are what the model reads of it.
+peak memory above the loaded model, without mapped files. Every measurement is a process of its own. *Pieces* are what
+the model reads of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.options import DataDir
-from benchmarks.process import in_process, status_bytes
+from benchmarks.process import in_process, peak_of, status_bytes
 from benchmarks.results import RESULTS, ResultFile, command_line, fingerprint, one_line_errors, run_record
 from training.data import data_folder
 
@@ -65,13 +66,13 @@ def worker(task: dict[str, Any]) -> dict[str, Any]:
         }
         EmbeddingIndex.build(model, [{"id": "short", "text": "a text to begin with"}], Path(out) / "first", **options)
         read.clear()
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-        before, start = status_bytes("VmHWM"), time.perf_counter()
-        index = EmbeddingIndex.build(model, [{"id": "long", "text": text}], Path(out) / "index", **options)
+        before, start = status_bytes("RssAnon"), time.perf_counter()
+        with peak_of("RssAnon") as peak:
+            index = EmbeddingIndex.build(model, [{"id": "long", "text": text}], Path(out) / "index", **options)
         seconds = time.perf_counter() - start
     # The texts by which the index knows its model are embedded once as documents and once as queries.
     pieces = sum(read) - 8
-    return {"seconds": seconds, "peak": max(0, status_bytes("VmHWM") - before), "chunks": len(index), "pieces": pieces}
+    return {"seconds": seconds, "peak": max(0, peak[0] - before), "chunks": len(index), "pieces": pieces}
 
 
 def run(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -32,6 +34,35 @@ def in_process(function: Callable[P, R], *arguments: P.args, **options: P.kwargs
             raise RuntimeError(f"the process of {function.__name__} died: killed, or out of memory") from error
         except Exception as error:
             raise RuntimeError(f"{function.__name__} failed: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def peak_of(kind: str, every_s: float = 0.01) -> Iterator[list[int]]:
+    """The largest value of a figure of `/proc/self/status` while the body runs, read again and again by a thread.
+
+    For what the kernel keeps no peak of: `VmHWM` counts pages of mapped weights, too, which come and go as it likes.
+
+    Args:
+        kind: As for `status_bytes`.
+        every_s: Time between two readings, seconds.
+
+    Yields:
+        A list that holds the peak, bytes, once the body has ended.
+    """
+    found, ended = [status_bytes(kind)], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(every_s):
+            found[0] = max(found[0], status_bytes(kind))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+        found[0] = max(found[0], status_bytes(kind))
 
 
 def status_bytes(kind: str) -> int:
