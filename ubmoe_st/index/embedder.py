@@ -15,7 +15,7 @@ import numpy as np
 from ..configuration import check_count
 from .corpus import utf8_bytes
 
-SUMMED_TOGETHER = 1 << 20
+SUMMED_TOGETHER = 1 << 16
 """Numbers of a weight that its fingerprint sums at a time."""
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
