@@ -381,9 +381,7 @@ class EmbeddingIndex:
         """
         searcher = self.searcher
         first = (filter, mode, weight, exact, parameters)
-        scores, rows = search_rows(
-            searcher, lambda: self.embedder, self.query_vectors, queries, k, rerank, candidates, *first
-        )
+        scores, rows = self._search_rows(searcher, queries, k, rerank, candidates, *first)
         names = iter(searcher.snapshot.ids_at(rows[rows >= 0]))
         return scores, [[next(names) if row >= 0 else "" for row in line] for line in rows.tolist()]
 
@@ -403,13 +401,14 @@ class EmbeddingIndex:
         """The nearest entries of each query with texts, spans and metadata, best first. Arguments as in `search`."""
         searcher = self.searcher
         first = (filter, mode, weight, exact, parameters)
-        scores, rows = search_rows(
-            searcher, lambda: self.embedder, self.query_vectors, queries, k, rerank, candidates, *first
-        )
+        scores, rows = self._search_rows(searcher, queries, k, rerank, candidates, *first)
         return [
             [searcher.hit_at(row, score) for row, score in zip(line.tolist(), values.tolist()) if row >= 0]
             for line, values in zip(rows, scores)
         ]
+
+    def _search_rows(self, searcher: Searcher, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        return search_rows(searcher, lambda: self.embedder, self.query_vectors, *arguments)
 
     @staticmethod
     def _rows(snapshot: Snapshot, ids: Identities, namespace: Namespace | None) -> list[int]:

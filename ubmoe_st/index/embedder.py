@@ -261,7 +261,9 @@ def check_probes(mine: np.ndarray, stored: np.ndarray, smallest_cosine: float = 
 
 
 def plain_texts(queries: Any) -> Any:
-    """Texts of numpy and pandas as a list; anything else as it is."""
+    """A text, and texts of numpy and pandas, as a list; anything else as it is."""
+    if isinstance(queries, str):
+        return [queries]
     kind = getattr(getattr(queries, "dtype", None), "kind", "")
     return queries.tolist() if kind in ("U", "O", "T") else queries
 
@@ -279,8 +281,6 @@ def query_vectors(queries: Any, dimension: int, embedder: Callable[[], Embedder]
         ValueError: For an empty text, another dimension, or a vector that is zero or not finite.
     """
     queries = plain_texts(queries)
-    if isinstance(queries, str):
-        queries = [queries]
     if isinstance(queries, (list, tuple)) and queries and any(isinstance(query, str) for query in queries):
         for position, query in enumerate(queries):
             if not isinstance(query, str):

@@ -53,8 +53,7 @@ class Reranking:
             TypeError: If queries are no texts, or the model cannot rank so.
             ValueError: If a query is empty.
         """
-        queries = plain_texts(queries)
-        texts = [queries] if isinstance(queries, str) else queries
+        texts = plain_texts(queries)
         if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
             raise TypeError(f"rerank needs queries as texts, got {type(queries).__name__}")
         for position, text in enumerate(texts):

@@ -224,11 +224,10 @@ class Searcher:
             raise ValueError(f"mode is dense, bm25 or hybrid, got {mode!r}")
         if weight is not None and (mode != "hybrid" or not 0 <= weight <= 1):
             raise ValueError(f"weight is the share of the vectors in mode='hybrid', 0 to 1; got {weight!r}, {mode!r}")
-        queries = plain_texts(queries)
-        texts = [queries] if isinstance(queries, str) else queries
+        texts = plain_texts(queries)
         if mode != "dense" and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise TypeError(f"mode={mode!r} needs queries as texts, got {type(queries).__name__}")
-        vectors = to_vectors(queries)
+        vectors = to_vectors(texts)
         if mode == "dense":
             return self.search(vectors, k, self.allowed(spec), exact, parameters)
         return self.search_words(texts, vectors, k, spec, mode == "hybrid", weight, exact, parameters)

@@ -189,7 +189,7 @@ class Generations:
         self.running = 0
 
     def check_room(self) -> None:
-        """Refuse when as many texts wait as may.
+        """Refuse when as many requests wait as may.
 
         Raises:
             Busy: Then.
@@ -261,8 +261,7 @@ class Generations:
         if self._slots.locked():
             self.waiting += 1
             try:
-                turn = self._slots.acquire()
-                await within(turn, self._settings.timeout_s, give_back=self._slots.release)
+                await within(self._slots.acquire(), self._settings.timeout_s, give_back=self._slots.release)
             finally:
                 self.waiting -= 1
         else:
@@ -343,10 +342,10 @@ class Searches:
         Raises:
             Busy: If too many wait already.
         """
-        most = self._settings.searches + self._settings.max_waiting
+        most = self._settings.max_waiting
         with self._lock:
-            if self._open >= most:
-                raise Busy(f"{most - self._settings.searches} searches wait, which is as many as may")
+            if self._open >= self._settings.searches + most:
+                raise Busy(f"{most} searches wait, which is as many as may")
             self._open += 1
         begun = self._threads.submit(work)
         begun.add_done_callback(self._over)  # when the thread is free, not when the client is gone
