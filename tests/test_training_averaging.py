@@ -61,6 +61,18 @@ def test_experts_are_the_mean_as_far_as_the_rank_goes(folders, tmp_path, share):
     assert json.loads((tmp_path / "out" / "recipe.json").read_text()) == {"name": "a"}
 
 
+def test_the_second_may_be_of_another_rank(folders, tmp_path):
+    experts, metadata = load_low_rank(folders[1] / DELTA_FILE)
+    save_low_rank({name: (a[:2], b[:, :2]) for name, (a, b) in experts.items()}, folders[1] / DELTA_FILE, metadata)
+    assert average(*folders, 0.0, tmp_path / "out") < 1e-6
+    average(*folders, 0.4, tmp_path / "out")
+    first, second, found = (products(folder) for folder in (*folders, tmp_path / "out"))
+    for name, product in found.items():
+        u, s, v = np.linalg.svd(0.6 * first[name] + 0.4 * second[name])
+        assert np.abs((u[:, :RANK] * s[:RANK]) @ v[:RANK] - product).max() < 1e-4
+        assert np.linalg.matrix_rank(second[name], tol=1e-3) == 2
+
+
 def test_a_turned_projection_is_turned_back(folders, tmp_path):
     average(*folders, 0.5, tmp_path / "out")
     found, first = (load_file(folder / PROJECTION_FILE) for folder in (tmp_path / "out", folders[0]))
@@ -82,11 +94,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folders, tmp_path, 
     save_low_rank(experts, tmp_path / "bare" / DELTA_FILE, {**metadata, "base_sha256": {"x": "2"}})
     with pytest.raises(ValueError, match="trained on different weights"):
         average(first, tmp_path / "bare", 0.5, tmp_path / "out")
-    narrow = {name: (a[:2], b[:, :2]) for name, (a, b) in experts.items()}
+    narrow = {name: (a[:, :5], b) for name, (a, b) in experts.items()}
     save_low_rank(narrow, second / DELTA_FILE, metadata)
     with pytest.raises(SystemExit):
         main([str(first), str(second), "--out", str(tmp_path / "out")])
-    assert "differ in layers or rank" in capsys.readouterr().err
+    assert "differ in their layers" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

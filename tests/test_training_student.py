@@ -233,13 +233,18 @@ def test_a_model_starts_from_released_experts(recipe, base, tmp_path):
     assert np.abs(model.encode(TEXTS) - released.encode(TEXTS)).max() < 2e-3
     untrained = build_model(recipe(project=True), device="cpu").eval()
     assert np.abs(untrained.encode(TEXTS) - released.encode(TEXTS)).max() > 0.01
+    rank = recipe().rank
+    wider = build_model(recipe(project=True, rank=rank + 3), device="cpu").eval()
+    start_from(wider, first.experts)
+    assert np.abs(wider.encode(TEXTS) - model.encode(TEXTS)).max() < 1e-5
+    assert any(p.shape[0] == rank + 3 and p[rank:].any() for n, p in wider.named_parameters() if "lora_A" in n)
+    with pytest.raises(ValueError, match="same rank or a higher one"):
+        start_from(build_model(recipe(rank=rank - 1), device="cpu"), folder)
     headed = build_model(recipe(head="output"), device="cpu", head_size=5)
     with pytest.raises(ValueError, match="change head or project"):
         start_from(headed, folder)
     (folder / "projection.safetensors").unlink()
     assert start_from(headed, folder) == [headed[2]]
-    with pytest.raises(ValueError, match="same rank"):
-        start_from(build_model(recipe(rank=3), device="cpu"), folder)
     # A finished run: the layers of another phase are optional, the experts are not.
     assert start_from(build_model(recipe(project=True), device="cpu"), tmp_path / "run") == []
     plain = build_model(recipe(), device="cpu")

@@ -32,7 +32,7 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
 
     Args:
         folder: From `export_experts`.
-        other: Of the same base, layers, rank and dimensions.
+        other: Of the same base, layers and dimensions; its rank may be another.
         share: Of the second, between 0 and 1.
         out: The new folder. It may be one of the two.
 
@@ -53,9 +53,9 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
     second, of_second = load_low_rank(other / DELTA_FILE)
     if metadata != of_second:
         raise ValueError(f"{folder} and {other} were trained on different weights; average experts of one base")
-    shapes = [{name: (a.shape, b.shape) for name, (a, b) in one.items()} for one in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{folder} and {other} differ in layers or rank; average experts of one shape")
+    widths = [{name: (a.shape[1], b.shape[0]) for name, (a, b) in one.items()} for one in (first, second)]
+    if widths[0] != widths[1]:
+        raise ValueError(f"{folder} and {other} differ in their layers; average experts of one base")
     mean, lost = mean_of(first, second, share)
     projections = [one / PROJECTION_FILE for one in (folder, other)]
     if projections[0].is_file() != projections[1].is_file():

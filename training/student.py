@@ -210,7 +210,13 @@ def _load_projection(layer: Dense, file: Path) -> None:
 
 
 def _load_experts(module: UBMoETransformer, file: Path) -> None:
-    """Put stored low-rank experts into the adapter, whose scaling is not part of them."""
+    """Put stored low-rank experts into the adapter, whose scaling is not part of them.
+
+    An adapter of a higher rank computes the same at first: what it has beyond starts as in a new one.
+
+    Raises:
+        ValueError: If the adapter is of other layers, of other widths or of a lower rank.
+    """
     from peft.tuners.lora import LoraLayer
 
     low_rank, _ = load_low_rank(file)
@@ -221,13 +227,16 @@ def _load_experts(module: UBMoETransformer, file: Path) -> None:
     with torch.no_grad():
         for name, (a, b) in low_rank.items():
             (adapter,) = adapted[name].lora_A
-            halves = adapted[name].lora_A[adapter].weight, adapted[name].lora_B[adapter].weight
-            if halves[0].shape != a.shape or halves[1].shape != b.shape:
+            own_a, own_b = adapted[name].lora_A[adapter].weight, adapted[name].lora_B[adapter].weight
+            rank = len(a)
+            if rank > len(own_a) or own_a[:rank].shape != a.shape or own_b[:, :rank].shape != b.shape:
                 raise ValueError(
-                    f"{file}: {name} has rank {len(a)}, the recipe {len(halves[0])}; train with the same rank"
+                    f"{file}: {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the recipe's {tuple(own_a.shape)} "
+                    f"and {tuple(own_b.shape)}; train with the same rank or a higher one"
                 )
-            halves[0].copy_(a)
-            halves[1].copy_(b.float() / adapted[name].scaling[adapter])
+            own_a[:rank] = a
+            own_b.zero_()
+            own_b[:, :rank] = b.float() / adapted[name].scaling[adapter]
 
 
 def start_layers(

@@ -408,6 +408,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.extra_headers: dict[str, str] = {}
         self.replied = False
         self.body = self.read_body()
+        if len(self.body) < int(self.headers.get("Content-Length") or 0):
+            self.close_connection = True  # the client is gone, and what it had sent is nobody's
+            return
         # Segments are quoted one by one: a `/` inside a branch name arrives as %2F.
         path = url.path
         with hub.lock:
