@@ -28,8 +28,8 @@ DELTA_FILE = "bi_delta.safetensors"
 PROJECTION_FILE = "projection.safetensors"
 _PASS_TOKENS = {"cpu": UBMoETransformer.pass_tokens}
 """What one more pass of the encoder costs, in tokens: on a CPU it reads all weights again."""
-_PASS_TOKENS_ELSEWHERE = 4096
-"""A GPU computes so many while the processor is still starting the kernels of a pass."""
+_PASS_TOKENS_ELSEWHERE = 8192
+"""A GPU computes at least so many while the processor is still starting the kernels of a pass."""
 
 HEAD = "head_embedding"
 """Key of the head's output in the features, where the head is used in training only."""
