@@ -16,6 +16,7 @@ ORDER = [
     "files",
     "forking",
     "padding",
+    "watch",
     "configuration",
     "shards",
     "multi_vector",

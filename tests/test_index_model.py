@@ -107,6 +107,40 @@ def test_the_same_weights_in_half_precision_pass_and_others_do_not(model, tmp_pa
         EmbeddingIndex.open(tmp_path / "i", model=other)
 
 
+def test_a_model_that_is_changed_afterwards_answers_no_more(model, tmp_path):
+    """By a step of an optimizer, through `.data`, by another prompt; what was as before is not embedded again."""
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(model)
+    index = EmbeddingIndex.build(model, rows(10), tmp_path / "i")
+    wanted = index.search("w1 w2", 3)
+    weight = next(p for p in model.parameters() if p.ndim == 2)
+    before, calls, encode = weight.detach().clone(), [], model.encode
+    model.encode = lambda *args, **kwargs: calls.append(args) or encode(*args, **kwargs)
+    index.search("w1 w2", 3)
+    assert len(calls) == 1, "a model that did not change was asked more than the query"
+    changes = {
+        "version": lambda: weight.detach().add_(torch.randn_like(weight)),
+        "data": lambda: weight.data.add_(torch.randn_like(weight)),
+        "prompts": lambda: model.prompts.update(query="w9 w9 w9 w9 w9 w9 "),
+    }
+    for name, change in changes.items():
+        change()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="not the model"):
+                index.search("w1 w2", 3)
+        assert index.model is model, name
+        model.prompts.update(query="query: ")
+        weight.data.copy_(before)
+        found = index.search("w1 w2", 3)
+        assert found[1] == wanted[1]
+        np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
+    weight.data.mul_(1 + 1e-6)  # hardly another model
+    np.testing.assert_allclose(index.search("w1 w2", 3)[0], wanted[0], atol=1e-4)
+
+
 def test_one_changed_weight_or_prompt_stops_a_resumed_build(model, tmp_path):
     import torch
     from sentence_transformers import SentenceTransformer

@@ -231,8 +231,8 @@ def _load_experts(module: UBMoETransformer, file: Path) -> None:
             rank = len(a)
             if rank > len(own_a) or own_a[:rank].shape != a.shape or own_b[:, :rank].shape != b.shape:
                 raise ValueError(
-                    f"{file}: {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the recipe's {tuple(own_a.shape)} "
-                    f"and {tuple(own_b.shape)}; train with the same rank or a higher one"
+                    f"{file}: {name} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the recipe's "
+                    f"{tuple(own_a.shape)} and {tuple(own_b.shape)}; train with the same rank or a higher one"
                 )
             own_a[:rank] = a
             own_b.zero_()

@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ubmoe_st.experts import LowRankLinear, merged, replace_module, share_copy
 from ubmoe_st.forking import ForkSafeLock
+from ubmoe_st.watch import Watch
 
 Compute = Literal["stored", "auto", "bf16", "int8"]
 
@@ -163,45 +163,6 @@ class Int8Linear(nn.Module):
         yield torch.empty(len(self.scale), self.packed.numel() // len(self.scale), dtype=torch.int8, device="meta")
 
 
-class _Watch:
-    """Whether a network still has the modules and parameters of before, and its copied layers the values.
-
-    Asked for at every call, so it is quick: a few numbers of each tensor tell what no version counter sees, as PEFT
-    merges through `.data`, and the counter tells what changes other numbers.
-
-    Args:
-        network: Of modules and parameters.
-        layers: Those of its modules that were copied.
-    """
-
-    def __init__(self, network: nn.Module, layers: Sequence[nn.Module]) -> None:
-        modules = list(network.modules())
-        self._network = network
-        self._places: list[tuple[Any, str, Any]] = [
-            (m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()
-        ]
-        self._places += [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        self._tensors = [tensor for layer in layers for tensor in layer.parameters()]
-        self._samples = [_few_numbers(tensor) for tensor in self._tensors]
-        self._seen = self._now()
-
-    def _now(self) -> tuple[list[tuple[int, int]], bytes]:
-        marks = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._tensors]
-        return marks, np.concatenate(self._samples).tobytes()
-
-    def unchanged(self, network: nn.Module) -> bool:
-        """Whether a network is the one of before, as it was."""
-        same = network is self._network and all(place.get(name) is thing for place, name, thing in self._places)
-        return same and self._now() == self._seen
-
-
-def _few_numbers(tensor: Tensor) -> np.ndarray:
-    """Eight numbers of a tensor, in its own memory."""
-    flat = tensor.detach().reshape(-1)
-    flat = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    return flat[:: max(1, flat.numel() // 8)][:8].numpy()
-
-
 class FastEncoder:
     """An encoder module whose linear layers compute in other numbers.
 
@@ -216,7 +177,7 @@ class FastEncoder:
     def __init__(self, report: ComputeReport = STORED, views: Any = None) -> None:
         self.report = report
         self._module: Any = None
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._lock = ForkSafeLock()
         if not self.active:
             return
@@ -290,7 +251,7 @@ class FastEncoder:
         made = copy.copy(views)
         made.__dict__["_modules"] = {**views._modules, "model": network.eval()}
         made.__dict__["fast"] = FastEncoder()
-        self._watch = _Watch(views.model, [layer for _, layer in _linears(views.model)])
+        self._watch = Watch(views.model, [layer for _, layer in _linears(views.model)])
         return made
 
     def _copy(self, layer: nn.Module) -> nn.Module:

@@ -280,7 +280,7 @@ class EmbeddingIndex:
     @property
     def model(self) -> Any:
         """The embedding model; loaded from where it was when the index was built, if none was given."""
-        return self.embedder.model
+        return self._loaded().model
 
     def use_model(self, model: Any) -> None:
         """Take `model` for text queries, after checking that it is the one the index was built with.
@@ -317,7 +317,16 @@ class EmbeddingIndex:
 
     @property
     def embedder(self) -> Embedder:
-        """The embedding model, with what the index needs of it."""
+        """The embedding model, with what the index needs of it.
+
+        Raises:
+            ValueError: If its weights or prompts have changed so much since that it is another model.
+        """
+        embedder = self._loaded()
+        check_probes(embedder.probes_of_now(), self._snapshot.probes)
+        return embedder
+
+    def _loaded(self) -> Embedder:
         with self._lock:
             if self._embedder is None:
                 self.use_model(self.find_model())
