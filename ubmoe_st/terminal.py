@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from rich.console import Console
@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 # Without markup: what is printed holds paths and texts of others, in which `[...]` is no tag.
 out = Console(markup=False, emoji=False, highlight=False)
 err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+RoutingOption = Annotated[
+    Literal["uni", "bi", "router"], typer.Option(help="Expert that generates; `uni` is the base model.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
+TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what is there.")]
 
 EXPECTED = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError)
 # Advice of the Python interface that is another command here.
@@ -232,3 +240,11 @@ def check_out_file(path: Path, suffixes: Sequence[str]) -> None:
 def megabytes(count: int) -> str:
     """Bytes in MB, for a person."""
     return f"{count / 1e6:,.1f} MB"
+
+
+def load_model(path: str, **options: Any) -> UBMoE:
+    """A checkpoint, with a status line while it is read."""
+    with status(f"loading {path}"):
+        from ubmoe_st.model import UBMoE
+
+        return UBMoE(path, **options)
