@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from ubmoe_st import UBMoE, UBMoEConfig
 from ubmoe_st import checkpoint as layout
 from ubmoe_st.checkpoint import CheckpointError
+from ubmoe_st.files import sha256_of
 
 
 @pytest.fixture
@@ -229,7 +230,7 @@ def test_checksums_of_files_elsewhere_are_refused(copy, tmp_path, name):
     (copy / "linked.txt").symlink_to(tmp_path / "outside.txt")
     name = str(tmp_path / "outside.txt") if name == "absolute" else name
     with open(copy / layout.SUMS_FILE, "a") as sums:
-        sums.write(f"{layout.sha256_of(tmp_path / 'outside.txt')}  {name}\n")
+        sums.write(f"{sha256_of(tmp_path / 'outside.txt')}  {name}\n")
     with pytest.raises(CheckpointError, match="which is not in"):
         layout.verify_sums(copy)
 

@@ -70,7 +70,9 @@ def test_reranking_on_the_command_line(made, checkpoint):
 def test_an_answer_comes_from_words_and_vectors_where_there_are_both(made, monkeypatch):
     pytest.importorskip("bm25s")
     asked = []
-    monkeypatch.setattr("ubmoe_st.index_commands.find", lambda *a, **options: asked.append(options) or find(*a, **options))
+    monkeypatch.setattr(
+        "ubmoe_st.index_commands.find", lambda *a, **options: asked.append(options) or find(*a, **options)
+    )
     for name in ("one", "whole"):
         run("ask", made / name, "the cat", "--max-new-tokens", 1)
     assert asked == [{"filter": None, "mode": "hybrid", "weight": VECTORS_SHARE}, {"filter": None}]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ubmoe_st.cards import export_card
-from ubmoe_st.checkpoint import is_checkpoint
+from ubmoe_st.checkpoint import GENERATOR_FOLDER, is_checkpoint, is_part
 from ubmoe_st.export.adapters import write_gguf_lora, write_peft
 from ubmoe_st.export.folders import (
     write_cross_encoder_files,
@@ -58,11 +57,8 @@ _QUANTIZATIONS: dict[str, tuple[str, ...]] = {
     "peft": (),
     "gguf-lora": (),
 }
-_PARTS = re.compile(
-    r"onnx|openvino|adapter_config\.json|\d+_(Pooling|Dense|Normalize|LogitScore|MultiVectorMask)|.+\.safetensors"
-    r"|model\.safetensors\.index\.json|chat_template\.jinja"
-    r"|(modules|sentence_bert_config|config_sentence_transformers|generation_config)\.json"
-)
+_GRAPHS = ("onnx", "openvino")
+"""Folders that an export has and a checkpoint has not."""
 
 
 def export(
@@ -150,7 +146,7 @@ def export(
 
 def _is_of_others(entry: Path) -> bool:
     """Whether an entry of a folder that an export replaces is not a part of an older export."""
-    return not _PARTS.fullmatch(entry.name)
+    return entry.name == GENERATOR_FOLDER or not (is_part(entry.name) or entry.name in _GRAPHS)
 
 
 def _check_arguments(target: Path, view: str, format: str, quantize: str | None, overwrite: bool) -> None:
