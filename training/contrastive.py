@@ -280,15 +280,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         check_same_recipe(recipe, out)
     last = checkpoint_to_resume(args)
     begun = keep_steps(args, last, streamed=recipe.shuffle_buffer is not None)
-    corpus = read_corpus(recipe)
-    found: list[Any] = []
-    if recipe.teachers and corpus is not None:
-        # Hours of work must not run while other processes wait at a barrier that times out.
-        found = targets(recipe, base, corpus, compute=args.world_size == 1, device=str(args.device))
-    groups = None
-    if recipe.groups is not None and corpus is not None:
-        with args.main_process_first(local=False):
-            groups = kept_groups(Path(recipe.teachers[0].folder), found[0], corpus, recipe.groups)
+    corpus, found, groups = _read(recipe, base, args)
     set_seed(args.seed)
     model = build_model(recipe, base, device=str(args.device), head_size=found[0].shape[1] if found else None)
     if recipe.components and corpus is not None:
@@ -321,27 +313,49 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer.train(resume_from_checkpoint=last)
     run = Run(model, trainer)
     if trainer.is_world_process_zero():
-        if recipe.components and corpus is not None:
-            shares = turn_to_components(model, _sample(recipe, corpus)[1], recipe.prompt)
-            logger.info("the first 128 dimensions hold %.1f %% of the vectors", 100 * shares[:128].sum())
-        save_trained(model, out)
-        _write_summary(recipe, trainer, out / SUMMARY_FILE)
-        if export and recipe.train == "ffn":
-            run.experts = export_run(recipe, model, base)
-            shutil.copyfile(out / SUMMARY_FILE, run.experts / SUMMARY_FILE)
-            run.checkpoint = upcycle(
-                recipe.base,
-                run.experts,
-                out=out / MODEL_FOLDER,
-                modules=None if recipe.rank else modules_behind(model),
-                max_seq_length=recipe.encode_max_seq_length,
-                prompts=recipe.released_prompts or None,
-                default_prompt_name="default" if recipe.prompt else None,
-                overwrite=True,
-            )
-        elif export:
-            logger.info("train=%s changes what the generator shares: no checkpoint is assembled", recipe.train)
+        _finish(recipe, run, base, corpus, export=export)
     return run
+
+
+def _read(
+    recipe: ContrastiveRecipe, base: Base, args: SentenceTransformerTrainingArguments
+) -> tuple[Corpus | None, list[Any], list[list[int]] | None]:
+    """The texts, the teachers' vectors of them and the groups of neighbours, as far as the recipe has them."""
+    corpus = read_corpus(recipe)
+    found: list[Any] = []
+    groups = None
+    if recipe.teachers and corpus is not None:
+        # Hours of work must not run while other processes wait at a barrier that times out.
+        found = targets(recipe, base, corpus, compute=args.world_size == 1, device=str(args.device))
+    if recipe.groups is not None and corpus is not None:
+        with args.main_process_first(local=False):
+            groups = kept_groups(Path(recipe.teachers[0].folder), found[0], corpus, recipe.groups)
+    return corpus, found, groups
+
+
+def _finish(recipe: ContrastiveRecipe, run: Run, base: Base, corpus: Corpus | None, *, export: bool) -> None:
+    """What a finished training leaves behind: its parameters and summary, and the experts and checkpoint of FFNs."""
+    out = Path(recipe.out)
+    if recipe.components and corpus is not None:
+        shares = turn_to_components(run.model, _sample(recipe, corpus)[1], recipe.prompt)
+        logger.info("the first 128 dimensions hold %.1f %% of the vectors", 100 * shares[:128].sum())
+    save_trained(run.model, out)
+    _write_summary(recipe, run.trainer, out / SUMMARY_FILE)
+    if export and recipe.train != "ffn":
+        logger.info("train=%s changes what the generator shares: no checkpoint is assembled", recipe.train)
+    elif export:
+        run.experts = export_run(recipe, run.model, base)
+        shutil.copyfile(out / SUMMARY_FILE, run.experts / SUMMARY_FILE)
+        run.checkpoint = upcycle(
+            recipe.base,
+            run.experts,
+            out=out / MODEL_FOLDER,
+            modules=None if recipe.rank else modules_behind(run.model),
+            max_seq_length=recipe.encode_max_seq_length,
+            prompts=recipe.released_prompts or None,
+            default_prompt_name="default" if recipe.prompt else None,
+            overwrite=True,
+        )
 
 
 def start(recipe: ContrastiveRecipe, model: SentenceTransformer, corpus: Corpus | None, found: Sequence[Any]) -> None:

@@ -303,13 +303,14 @@ def forward_in_parts(model: Any, features: dict[str, Any]) -> dict[str, Tensor]:
     Returns:
         `sentence_embedding` and, where the model has it, the head's output, in the order of the batch.
     """
-    mask = features["attention_mask"]
-    parts = group_by_length(mask.sum(1).tolist(), _PASS_TOKENS.get(mask.device.type, _PASS_TOKENS_ELSEWHERE))
+    device = features["attention_mask"].device
+    mask = features["attention_mask"].cpu()  # once: else the processor waits for a GPU before each part
+    parts = group_by_length(mask.sum(1).tolist(), _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE))
     outputs = []
     for part in parts:
-        used = mask[part].any(0)
+        rows, columns = torch.tensor(part, device=device), mask[part].any(0).nonzero()[:, 0].to(device)
         cut = {
-            key: value[part][:, used] if isinstance(value, Tensor) and value.shape == mask.shape else value
+            key: value[rows][:, columns] if isinstance(value, Tensor) and value.shape == mask.shape else value
             for key, value in features.items()
         }
         outputs.append(model(cut))
