@@ -128,8 +128,7 @@ class Embedder:
         self.truncate_dim = truncate_dim
         limit = getattr(model, "max_seq_length", None)
         self.max_tokens = limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
-        self._probes: np.ndarray | None = None
-        self._seen: Any = None
+        self._probed: tuple[np.ndarray, Any] | None = None
         self._counter: TokenCounter | None = None
         self._token_encoder: Any = None
         self._unpooled_encoder: Any = None
@@ -177,13 +176,16 @@ class Embedder:
 
     def probes(self) -> np.ndarray:
         """Vectors of the probe texts as documents and as queries, (2, P, D), computed once."""
-        return self._probes if self._probes is not None else self.probes_now()
+        known = self._probed
+        return known[0] if known is not None else self.probes_now()
 
     def probes_now(self) -> np.ndarray:
         """The same, computed again: the model may have been changed since."""
-        self._seen = self._look()  # before: what another thread changes meanwhile is found the next time
-        self._probes = np.stack([self.documents(PROBES), self.queries(PROBES)])
-        return self._probes
+        seen = self._look()  # before: what another thread changes meanwhile is found the next time
+        probes = np.stack([self.documents(PROBES), self.queries(PROBES)])
+        # Together: to another thread the old vectors must not look like those of the model as it is now.
+        self._probed = probes, seen
+        return probes
 
     def probes_of_now(self) -> np.ndarray:
         """The same, computed again only where the model is no longer what it was then.
@@ -191,9 +193,11 @@ class Embedder:
         That is found out in less than a millisecond, from its prompts and from addresses, counters and a few numbers
         of its weights.
         """
-        watch, told = self._seen or (None, None)
+        if self._probed is None:
+            return self.probes_now()
+        probes, (watch, told) = self._probed
         same = told == self._told() and (watch is None or watch.unchanged(self.model))
-        return self.probes() if same else self.probes_now()
+        return probes if same else self.probes_now()
 
     def _look(self) -> tuple[Any, Any]:
         if not hasattr(self.model, "named_parameters"):
