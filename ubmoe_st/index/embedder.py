@@ -62,9 +62,8 @@ def weights_fingerprint(model: Any) -> str | None:
 
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    plain = ((name, part) for name, tensor in sorted(model.state_dict().items()) for part in _parts(tensor))
+    for name, tensor in plain:
         flat = tensor.detach().reshape(-1)
         if flat.is_complex() or flat.element_size() not in bits or flat.is_quantized:
             flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.int_repr().reshape(-1)
@@ -75,6 +74,16 @@ def weights_fingerprint(model: Any) -> str | None:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}".encode())
         digest.update(sample.to(torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(value: Any) -> list[Any]:
+    """The plain tensors of which a value of a state is made: itself, the numbers and scales of a packed one, or none."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return []
+    flatten = getattr(value, "__tensor_flatten__", None)
+    return [value] if flatten is None else [part for name in flatten()[0] for part in _parts(getattr(value, name))]
 
 
 def identity_of(model: Any) -> str | None:
