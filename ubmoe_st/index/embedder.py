@@ -77,7 +77,7 @@ def weights_fingerprint(model: Any) -> str | None:
 
 
 def _parts(value: Any) -> list[Any]:
-    """The plain tensors of which a value of a state is made: itself, the numbers and scales of a packed one, or none."""
+    """The plain tensors of which a value of a state is made: itself, or numbers and scales of a packed one, or none."""
     import torch
 
     if not isinstance(value, torch.Tensor):
@@ -199,8 +199,8 @@ class Embedder:
     def probes_of_now(self) -> np.ndarray:
         """The same, computed again only where the model is no longer what it was then.
 
-        That is found out in less than a millisecond, from its prompts and from addresses, counters and a few numbers
-        of its weights.
+        That is found out in about a millisecond, from its prompts, the settings of its modules, and addresses,
+        counters and a few numbers of its weights.
         """
         if self._probed is None:
             return self.probes_now()
