@@ -113,6 +113,23 @@ def test_large_onnx_weights_go_under_the_name_that_optimum_looks_for(checkpoint,
 
 
 @needs_onnx
+def test_large_int8_weights_do_so_too(checkpoint, tmp_path):
+    """Embeddings are not quantised: the model is larger than a quarter of what it was."""
+    import onnx
+
+    graph = tmp_path / "model.onnx"
+    encoder = EncoderGraph(UBMoE(str(checkpoint)))
+    numbers = sum(p.numel() for p in encoder.parameters())
+    limit = int(1.1 * numbers)
+    write_onnx(encoder, graph, [], file_limit_bytes=limit)
+    assert tree(tmp_path) == {"model.onnx", "model.onnx_data"}
+    assert graph.with_name("model.onnx_data").stat().st_size > numbers
+    model = onnx.load(str(graph))  # and what is beside it
+    assert len(model.SerializeToString()) > limit
+    assert onnx.TensorProto.INT8 in {tensor.data_type for tensor in model.graph.initializer}
+
+
+@needs_onnx
 def test_exports_name_no_folder_of_this_machine(checkpoint, tmp_path):
     export(checkpoint, tmp_path / "out", format="onnx")
     here = str(Path(ubmoe_st.__file__).parents[1]).encode()
@@ -124,6 +141,8 @@ def test_exports_name_no_folder_of_this_machine(checkpoint, tmp_path):
 def test_int8_without_texts_is_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="needs texts"):
         export(checkpoint, tmp_path / "out", format="onnx", quantize="int8", calibration=[])
+    with pytest.raises(TypeError, match="list of texts"):
+        export(checkpoint, tmp_path / "out", format="onnx", quantize="int8", calibration="the cat sits")
     assert list(tmp_path.iterdir()) == []
 
 

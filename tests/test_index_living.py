@@ -11,7 +11,8 @@ import pytest
 from helpers.encoders import HashEncoder, Stops
 from helpers.index_driver import CUT, drive
 
-from ubmoe_st.index import CorpusError, EmbeddingIndex
+from ubmoe_st.index import CorpusError, EmbeddingIndex, core
+from ubmoe_st.index.search import Searcher
 from ubmoe_st.index.workplace import Workplace
 
 
@@ -384,3 +385,27 @@ def test_an_open_reader_keeps_its_words_and_its_model(tmp_path, change):
         found = reader.search("word3 text", 5, mode=mode)
         assert found[1] == ids
         np.testing.assert_array_equal(found[0], scores)
+
+
+@pytest.mark.parametrize("opened_with_model", [True, False])
+def test_a_text_query_during_a_refresh_brings_no_model_of_the_old_version(tmp_path, monkeypatch, opened_with_model):
+    old, new = HashEncoder(12), HashEncoder(12, salt="other")
+    rows = [{"id": f"d{n}", "text": f"word{n} and text"} for n in range(9)]
+    EmbeddingIndex.build(old, rows, tmp_path / "i")
+    reader = EmbeddingIndex.open(tmp_path / "i", model=old if opened_with_model else None)
+    probes = reader._snapshot.probes.copy()
+    monkeypatch.setattr(reader, "find_model", lambda: old if np.array_equal(reader._snapshot.probes, probes) else new)
+    EmbeddingIndex.build(new, rows, tmp_path / "i", overwrite=True)
+    asked = []
+
+    def searcher(*args):
+        thread = threading.Thread(target=lambda: asked.append(reader.search("word3 and text", 1)[1]))
+        thread.start()
+        thread.join()
+        return Searcher(*args)
+
+    monkeypatch.setattr(core, "Searcher", searcher)
+    assert reader.refresh()
+    assert asked == [[["d3"]]]
+    assert reader.search("word5 and text", 1)[1] == [["d5"]]
+    assert reader.model is new

@@ -141,6 +141,62 @@ def test_a_model_that_is_changed_afterwards_answers_no_more(model, tmp_path):
     np.testing.assert_allclose(index.search("w1 w2", 3)[0], wanted[0], atol=1e-4)
 
 
+def test_a_model_that_is_set_otherwise_answers_no_more(model, tmp_path):
+    """Its adapters are switched off, it pools otherwise or gives fewer dimensions: no number of it has changed."""
+    import copy
+
+    peft = pytest.importorskip("peft")
+    model = copy.deepcopy(model)
+    network, pooling = model[0].model, model[1]
+    network.add_adapter(peft.LoraConfig(r=2, target_modules=["query", "value", "dense"], init_lora_weights=False))
+    index = EmbeddingIndex.build(model, rows(10), tmp_path / "i")
+    wanted = index.search("w1 w2", 3)[1]
+    changes = {
+        "adapters": (network.disable_adapters, network.enable_adapters),
+        "pooling": (lambda: setattr(pooling, "pooling_mode", "max"), lambda: setattr(pooling, "pooling_mode", "mean")),
+        "dimensions": (lambda: setattr(model, "truncate_dim", 8), lambda: setattr(model, "truncate_dim", None)),
+    }
+    for name, (change, undo) in changes.items():
+        change()
+        with pytest.raises(ValueError, match=r"not the model|dimensions, the model gives 8"):
+            index.search("w1 w2", 3)
+        undo()
+        assert index.search("w1 w2", 3)[1] == wanted, name
+
+
+def test_a_changed_model_answers_nobody_while_it_is_looked_at(model, tmp_path):
+    """A second thread asks while the first embeds the probe texts again."""
+    import copy
+
+    import torch
+
+    model = copy.deepcopy(model)
+    index = EmbeddingIndex.build(model, rows(10), tmp_path / "i")
+    index.search("w1 w2", 3)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    looked_at, encode, second = [], index._embedder.documents, []
+
+    def ask() -> None:
+        with pytest.raises(ValueError, match="not the model"):
+            index.search("w1 w2", 3)
+        second.append("refused")
+
+    def documents(texts):
+        if not looked_at:
+            looked_at.append(True)
+            other = threading.Thread(target=ask)
+            other.start()
+            other.join()
+        return encode(texts)
+
+    index._embedder.documents = documents
+    with pytest.raises(ValueError, match="not the model"):
+        index.search("w1 w2", 3)
+    assert looked_at
+    assert second == ["refused"]
+
+
 def test_one_changed_weight_or_prompt_stops_a_resumed_build(model, tmp_path):
     import torch
     from sentence_transformers import SentenceTransformer

@@ -8,7 +8,8 @@ import torch
 from helpers.models import TEXTS
 from transformers import AutoModelForCausalLM
 
-from ubmoe_st import UBMoE
+from ubmoe_st import EmbeddingIndex, UBMoE
+from ubmoe_st.index.embedder import weights_fingerprint
 
 quantization = pytest.importorskip("torchao.quantization", reason="needs the extra quantize")
 IDS = torch.arange(4, 14)[None]
@@ -46,6 +47,23 @@ def test_generation_is_that_of_the_equally_quantised_base(base_of, checkpoint_of
     assert quantised["base"] == real
     assert quantised["bi"] == report["bi"]
     assert quantised["uni"] < report["uni"]
+
+
+def test_an_index_is_built_with_a_quantised_base(checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint), low_memory=True)
+    model.quantize_base()
+    rows = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
+    index = EmbeddingIndex.build(model, rows, tmp_path / "index")
+    assert index.search(TEXTS[1], 1)[1] == [["1"]]
+    before = weights_fingerprint(model)
+    assert before == weights_fingerprint(model)
+    layer = next(m for m in model.modules() if hasattr(getattr(m, "weight", None), "__tensor_flatten__"))
+    part = getattr(layer.weight, layer.weight.__tensor_flatten__()[0][0])
+    part.view(-1)[0] += 1
+    assert weights_fingerprint(model) != before
+    layer.weight = torch.nn.Parameter(-layer.weight.dequantize(), requires_grad=False)
+    with pytest.raises(ValueError, match="not the model"):
+        index.search(TEXTS[1], 1)
 
 
 def test_merged_experts_and_saving_are_refused(checkpoint, tmp_path):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers.models import SIZES, TEXTS, make_base, make_tokenizer, random_experts
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,6 +22,7 @@ from ubmoe_st.checkpoint import facts
 from ubmoe_st.upcycling import export_experts
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
+IDS = torch.arange(4, 14)[None]
 
 
 def bidirectional(lm):
@@ -129,6 +131,35 @@ def test_saved_experts_with_a_projection_and_a_recipe(base, tmp_path):
         "active_encoding": 32 * 8 + 8,
         "base": 0,
     }
+
+
+def test_a_base_with_a_head_beside_its_tied_embeddings(base, tmp_path):
+    """The same numbers twice are one tensor, also where a tuned copy has them once; others are a head of its own."""
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    state = load_file(file)
+    embeddings = state["model.embed_tokens.weight"]
+    save_file({**state, "lm_head.weight": embeddings.clone()}, file, {"format": "pt"})
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    upcycle(tmp_path / "base", tmp_path / "tuned", out=tmp_path / "out")
+    found = UBMoE(str(tmp_path / "out"))[0].encoder_state()["layers.1.mlp.up_proj.weight"]
+    assert torch.equal(found, tuned.model.layers[1].mlp.up_proj.weight)
+
+    save_file({**state, "lm_head.weight": embeddings.flip(0).contiguous()}, file, {"format": "pt"})
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not torch.equal(stock.get_output_embeddings().weight, stock.get_input_embeddings().weight)
+    for arguments in ((tmp_path / "base",), (base, tmp_path / "base")):
+        with pytest.raises(ValueError, match="tie_word_embeddings to false"):
+            upcycle(*arguments, out=tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+    upcycle(tmp_path / "base", out=tmp_path / "own")
+    with torch.inference_mode():
+        assert torch.equal(UBMoE(str(tmp_path / "own")).generator(IDS).logits, stock.eval()(IDS).logits)
 
 
 def test_experts_of_another_base_are_refused(base, tmp_path):

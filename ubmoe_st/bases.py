@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ubmoe_st.checkpoint import is_checkpoint, read_config
 from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
+from ubmoe_st.shards import TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -284,6 +285,33 @@ def check_decoder(base: Base) -> None:
         raise ValueError(
             f"{what} is a mixture of experts already ({experts}={getattr(config, experts)}); expected a dense decoder"
         )
+
+
+def refuse_own_head(folder: Path, lm: PreTrainedModel) -> None:
+    """Refuse a model whose files have another head than the embeddings that its config takes for the head.
+
+    transformers opens it with that head, whatever the config says.
+
+    Args:
+        folder: Of the model.
+        lm: Its stock causal LM; no weights are needed.
+
+    Raises:
+        ValueError: Saying which tensor it is, and what to change.
+    """
+    import torch
+
+    tied = getattr(lm, "_tied_weights_keys", None) if getattr(lm.config, "tie_word_embeddings", False) else None
+    if not isinstance(tied, dict):
+        return
+    files = [TensorFiles([file]) for file in sorted(folder.glob("*.safetensors"))]
+    for own, shared in tied.items():
+        found = [next((tensors for tensors in files if name in tensors), None) for name in (own, shared)]
+        if found[0] is not None and found[1] is not None and not torch.equal(found[0][own], found[1][shared]):
+            raise ValueError(
+                f"{folder}: its config.json takes {shared} for the head (tie_word_embeddings), and its files have "
+                f"another {own}, with which transformers generates; set tie_word_embeddings to false there"
+            )
 
 
 def check_bidirectional(encoder: PreTrainedModel) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint, shards
-from ubmoe_st.bases import Base, stock_config
+from ubmoe_st.bases import Base, refuse_own_head, stock_config
 from ubmoe_st.configuration import RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merged
 from ubmoe_st.generator import causal_config, meta_causal_lm, tied_keys, uni_keys
@@ -78,10 +78,13 @@ def dense_experts(base: Base, tuned: Path, encoder: PreTrainedModel) -> Mapping[
     dtype = encoder.dtype
     original, changed = (shards.TensorFiles(weight_files(folder)) for folder in (base.path, tuned))
     lm = meta_causal_lm(causal_config(encoder.config))
-    if set(original) != set(changed):
-        raise ValueError(f"{tuned} is not the same model as {base.name}: {sorted(set(original) ^ set(changed))[0]}")
+    tied = tied_keys(lm)  # some files have them a second time
+    refuse_own_head(tuned, lm)
+    names = set(original) - tied
+    if names != set(changed) - tied:
+        raise ValueError(f"{tuned} is not the same model as {base.name}: {sorted(names ^ (set(changed) - tied))[0]}")
     ffn = {key: name for key, name in uni_keys(lm).items() if is_ffn_key(key)}
-    for name in sorted(set(original) - set(ffn.values())):
+    for name in sorted(names - set(ffn.values())):
         if not torch.equal(original[name].to(dtype), changed[name].to(dtype)):
             raise ValueError(
                 f"{tuned}: {name} differs from the base {base.name}; only FFN weights may be trained, since all "

@@ -17,7 +17,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint
-from ubmoe_st.bases import Base, check_bidirectional, check_decoder, resolve_base, save_tokenizer
+from ubmoe_st.bases import (
+    Base,
+    check_bidirectional,
+    check_decoder,
+    refuse_own_head,
+    resolve_base,
+    save_tokenizer,
+)
 from ubmoe_st.compute import FastEncoder, choose
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -137,8 +144,11 @@ class UBMoETransformer(Transformer):
         check_bidirectional(module.probe())
         module.base = found
         module.source = cls.source_class(base=found.path, dtype=module.model.dtype)
-        kind = type(meta_causal_lm(causal_config(module.model.config))).__name__
-        module.ubmoe_config = UBMoEConfig(base_model=found.name, base_architecture=kind, base_origin=found.origin)
+        lm = meta_causal_lm(causal_config(module.model.config))
+        refuse_own_head(found.path, lm)
+        module.ubmoe_config = UBMoEConfig(
+            base_model=found.name, base_architecture=type(lm).__name__, base_origin=found.origin
+        )
         return module
 
     def probe(self) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 
 class Watch:
-    """Whether a network still has the modules and parameters of before, and layers of it the values.
+    """Whether a network still has the modules, their settings and parameters of before, and layers of it the values.
 
     A few numbers of each tensor tell what no version counter sees, as PEFT merges through `.data`, and the counter
     tells what changes other numbers. Weights that are not in main memory, or are packed, are known by address and
-    counter alone.
+    counter alone. A setting is an attribute that is a plain value, or some of them: how a module pools, which adapter
+    is active.
 
     Args:
         network: Of modules and parameters.
@@ -29,6 +31,12 @@ class Watch:
             (m._parameters, name, tensor) for m in modules for name, tensor in m._parameters.items()
         ]
         self._places += [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._settings = [
+            (vars(m), name, copy.copy(value))
+            for m in modules
+            for name, value in list(vars(m).items())
+            if name != "training" and _is_setting(value)
+        ]
         self._sizes = [(held, len(held)) for m in modules for held in (m._parameters, m._modules)]
         self._tensors = [t for layer in ([network] if layers is None else layers) for t in layer.parameters()]
         self._samples = [_few_numbers(tensor) for tensor in self._tensors]
@@ -42,7 +50,13 @@ class Watch:
         """Whether a network is the one of before, as it was."""
         same = network is self._network and all(place.get(name) is thing for place, name, thing in self._places)
         same = same and all(len(held) == size for held, size in self._sizes)
+        same = same and all(place.get(name) == value for place, name, value in self._settings)
         return same and self._now() == self._seen
+
+
+def _is_setting(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    return len(parts) > 0 and all(isinstance(part, bool | int | float | str | None) for part in parts)
 
 
 def _few_numbers(tensor: Tensor) -> np.ndarray:

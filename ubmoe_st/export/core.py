@@ -99,9 +99,12 @@ def export(
     Raises:
         FileExistsError: If `out` is there and `overwrite` is False.
         ImportError: If a library is missing; names the extra.
+        TypeError: If `calibration` is one text.
         ValueError: If an argument is unknown, or the format cannot hold this model.
     """
     target = Path(out)
+    if isinstance(calibration, str):
+        raise TypeError("calibration must be a list of texts, got one text")
     _check_arguments(target, view, format, quantize, overwrite)
     if format == "cross-encoder":
         view = "generator"

@@ -138,6 +138,9 @@ def write_onnx(graph: Any, file: Path, peaks: list[str] | None, file_limit_bytes
         return
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    # A byte each; everything else, as the embeddings, stays in four.
+    linears = {name: module for name, module in graph.named_modules() if isinstance(module, nn.Linear)}
+    quantised = sum(m.weight.numel() for name, m in linears.items() if name.removeprefix("network.") not in peaks)
     with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
         plain = Path(temporary) / "plain.onnx"
         _save_onnx(program, plain, external=size > file_limit_bytes)
@@ -150,18 +153,23 @@ def write_onnx(graph: Any, file: Path, peaks: list[str] | None, file_limit_bytes
             reduce_range=True,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=nodes,
-            use_external_data_format=size > 4 * file_limit_bytes,
+            use_external_data_format=size - 3 * quantised > file_limit_bytes,
         )
+    _name_weights(file)
 
 
 def _save_onnx(program: Any, file: Path, *, external: bool) -> None:
     program.save(str(file), external_data=external)
+    _name_weights(file)
+
+
+def _name_weights(file: Path) -> None:
+    """Give the file of weights beside a graph, where there is one, the one name under which optimum finds it."""
     sidecar = file.with_name(f"{file.name}.data")
     if not sidecar.is_file():
         return
     import onnx
 
-    # The one name under which optimum finds it.
     model = onnx.load(str(file), load_external_data=False)
     wanted = f"{file.name}_data"
     for tensor in model.graph.initializer:

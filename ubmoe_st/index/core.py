@@ -61,18 +61,22 @@ class EmbeddingIndex:
         return self._searcher
 
     def _move_to(self, snapshot: Snapshot) -> None:
-        embedder = self._embedder
-        if embedder is not None and not np.array_equal(snapshot.probes, self._snapshot.probes):
+        embedder, searcher = self._embedder, Searcher(snapshot, self._searcher.settings)
+        other_probes = not np.array_equal(snapshot.probes, self._snapshot.probes)
+        if embedder is not None and other_probes:
             try:
                 check_probes(embedder.probes(), snapshot.probes)
             except ValueError:
                 logger.warning(
-                    "%s was built anew with another model: the one it remembers is loaded for the next text query, "
-                    "unless use_model() gives it before",
+                    "%s was built anew with another model: that is loaded for a text, if use_model() is not given it",
                     snapshot.folder,
                 )
+                embedder = None
+        with self._lock:
+            self._searcher = searcher
+            # What another thread has loaded meanwhile is the model of the version before.
+            if other_probes and (embedder is None or self._embedder is not embedder):
                 self._embedder = None
-        self._searcher = Searcher(snapshot, self._searcher.settings)
 
     @classmethod
     def build(

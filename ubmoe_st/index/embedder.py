@@ -62,9 +62,8 @@ def weights_fingerprint(model: Any) -> str | None:
 
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
+    plain = ((name, part) for name, tensor in sorted(model.state_dict().items()) for part in _parts(tensor))
+    for name, tensor in plain:
         flat = tensor.detach().reshape(-1)
         if flat.is_complex() or flat.element_size() not in bits or flat.is_quantized:
             flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.int_repr().reshape(-1)
@@ -75,6 +74,16 @@ def weights_fingerprint(model: Any) -> str | None:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|{total}".encode())
         digest.update(sample.to(torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(value: Any) -> list[Any]:
+    """The plain tensors of which a value of a state is made: itself, or numbers and scales of a packed one, or none."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return []
+    flatten = getattr(value, "__tensor_flatten__", None)
+    return [value] if flatten is None else [part for name in flatten()[0] for part in _parts(getattr(value, name))]
 
 
 def identity_of(model: Any) -> str | None:
@@ -128,8 +137,7 @@ class Embedder:
         self.truncate_dim = truncate_dim
         limit = getattr(model, "max_seq_length", None)
         self.max_tokens = limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
-        self._probes: np.ndarray | None = None
-        self._seen: Any = None
+        self._probed: tuple[np.ndarray, Any] | None = None
         self._counter: TokenCounter | None = None
         self._token_encoder: Any = None
         self._unpooled_encoder: Any = None
@@ -177,23 +185,28 @@ class Embedder:
 
     def probes(self) -> np.ndarray:
         """Vectors of the probe texts as documents and as queries, (2, P, D), computed once."""
-        return self._probes if self._probes is not None else self.probes_now()
+        known = self._probed
+        return known[0] if known is not None else self.probes_now()
 
     def probes_now(self) -> np.ndarray:
         """The same, computed again: the model may have been changed since."""
-        self._seen = self._look()  # before: what another thread changes meanwhile is found the next time
-        self._probes = np.stack([self.documents(PROBES), self.queries(PROBES)])
-        return self._probes
+        seen = self._look()  # before: what another thread changes meanwhile is found the next time
+        probes = np.stack([self.documents(PROBES), self.queries(PROBES)])
+        # Together: to another thread the old vectors must not look like those of the model as it is now.
+        self._probed = probes, seen
+        return probes
 
     def probes_of_now(self) -> np.ndarray:
         """The same, computed again only where the model is no longer what it was then.
 
-        That is found out in less than a millisecond, from its prompts and from addresses, counters and a few numbers
-        of its weights.
+        That is found out in about a millisecond, from its prompts, the settings of its modules, and addresses,
+        counters and a few numbers of its weights.
         """
-        watch, told = self._seen or (None, None)
+        if self._probed is None:
+            return self.probes_now()
+        probes, (watch, told) = self._probed
         same = told == self._told() and (watch is None or watch.unchanged(self.model))
-        return self.probes() if same else self.probes_now()
+        return probes if same else self.probes_now()
 
     def _look(self) -> tuple[Any, Any]:
         if not hasattr(self.model, "named_parameters"):
