@@ -70,8 +70,10 @@ def compare(model: UBMoE, base: str | None, text: str) -> dict[str, Any]:
         source, name = found.path, f"{found.name} ({', '.join(found.sha256)})"
         if model.ubmoe_config is None or found.sha256 != model.ubmoe_config.base_sha256:
             name += ", **not the file this checkpoint was made from**"
-    untouched = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype).eval()
-    tokens = model.tokenizer(text, return_tensors="pt", truncation=True, max_length=MAX_CHECKED_TOKENS)
+    untouched: Any = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype)
+    untouched = untouched.to(model.device).eval()
+    ids = torch.tensor([model.token_ids(text)[:MAX_CHECKED_TOKENS]], device=model.device)  # (1, T)
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.inference_mode():
         expected = untouched(**tokens).logits
         ours = model.generator(**tokens).logits

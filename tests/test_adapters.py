@@ -108,11 +108,14 @@ def edit(folder, **changes):
 
 
 def test_what_cannot_be_taken_is_refused_in_one_line(base, tmp_path):
-    adapters = {name: save_adapter(base, tmp_path / name) for name in ("bin", "dora", "niter", "gone", "less", "more")}
+    adapters = {
+        name: save_adapter(base, tmp_path / name) for name in ("bin", "dora", "niter", "gone", "less", "more", "five")
+    }
     (adapters["bin"] / "adapter_model.safetensors").rename(adapters["bin"] / "adapter_model.bin")
     (adapters["gone"] / "adapter_model.safetensors").unlink()
     edit(adapters["dora"], use_dora=True)
     edit(adapters["niter"], init_lora_weights="pissa_niter_4")
+    edit(adapters["five"], base_model_name_or_path=5)
     tensors = load_file(adapters["less"] / "adapter_model.safetensors")
     first = sorted(tensors)[0]
     save_file({k: t for k, t in tensors.items() if k != first}, adapters["less"] / "adapter_model.safetensors")
@@ -134,6 +137,7 @@ def test_what_cannot_be_taken_is_refused_in_one_line(base, tmp_path):
         "dora": "DoRA adapter, expected plain LoRA",
         "niter": "pissa_niter_4, which changes the base",
         "less": "is missing, though adapter_config.json asks for it",
+        "five": "expected a name as base_model_name_or_path, got 5",
         "more": "layers.9.mlp.up_proj.lora_A.weight is no part",
         "ia3": "IA3 adapter, expected LoRA",
         "norm": "changes norm",

@@ -55,6 +55,15 @@ def test_the_card_of_an_export_names_prompts_where_there_are_some(view):
     assert "Prompts" not in export_card(CONFIG, {"document": ""}, view, "onnx", None)
 
 
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_the_card_of_a_graph_asks_for_what_the_graph_has(format):
+    assert '"sentence_embedding"' in export_card(CONFIG, {}, "encoder", format, None)
+    card = export_card(CONFIG, {"query": "find: "}, "encoder", format, None, "last_hidden_state")
+    assert '"last_hidden_state"' in card
+    assert "sentence_embedding" not in card
+    assert "yours to pool" in card
+
+
 def test_a_card_on_the_hub_names_the_repository():
     card = model_card(CONFIG, "models/mine")
     published = card_on_the_hub(f'{card}"mine-2"', "mine", "org/mine")

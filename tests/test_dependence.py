@@ -113,7 +113,8 @@ def test_buckets_count_documents_and_stop_early(checkpoint):
     assert {name: bucket.documents for name, bucket in found.items()} == {"0-8": 4, "8-32": 2, "32-128": 2}
     total = len(read)
     read.clear()
-    dependence(model, texts(), buckets=SMALL, per_bucket=1)
+    as_json = dependence(model, texts(), buckets=[list(bucket) for bucket in SMALL], per_bucket=1)
+    assert list(as_json) == list(found)
     assert len(read) < total
     assert BUCKETS[-1] == (1024, 2048)
 

@@ -67,7 +67,10 @@ def read_adapter(module: UBMoETransformer, base: Base, path: Path, *, allow_mism
     config = read_json(path / _CONFIG)
     _check_kind(config, path)
     keys = _keys(path)
-    trained_on = _check_base(base, config.get("base_model_name_or_path"), path, allow_mismatch)
+    said = config.get("base_model_name_or_path")
+    if said is not None and not isinstance(said, str):
+        raise ValueError(f"{path / _CONFIG}: expected a name as base_model_name_or_path, got {said!r}")
+    trained_on = _check_base(base, said, path, allow_mismatch)
     prefix = f"{module.model.base_model_prefix}."
     # An adapter of a causal LM names its layers `model.layers...`, one of an encoder `layers...`.
     whole = any(key.startswith(f"base_model.model.{prefix}") for key in keys)

@@ -70,12 +70,12 @@ def answer(
     if not hits:
         raise ValueError("no entry was found, so there is nothing to answer from")
     prompt = answer_prompt(question, hits)
-    _check_room(model, prompt, len(hits))
+    _check_room(model, prompt, len(hits), options.get("max_new_tokens") or 0)
     text: Any = model.generate(prompt, stream=stream, **options)
     return text
 
 
-def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> None:
+def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int, new_tokens: int) -> None:
     tokenizer: Any = getattr(model, "tokenizer", None)
     if getattr(tokenizer, "chat_template", None) is None:
         return
@@ -83,10 +83,11 @@ def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> Non
 
     text = chat_text(tokenizer, prompt, ChatOptions())
     size, room = len(model.token_ids(text)), model.generator.config.max_position_embeddings
-    if size >= room:
+    if size + max(1, new_tokens) > room:
+        answer = f" of {new_tokens}" if new_tokens else ""
         raise ValueError(
-            f"the question and {entries} entries have {size} tokens, and the model holds {room} with its answer: ask "
-            "shorter, or of fewer entries with a smaller k"
+            f"the question and {entries} entries have {size} tokens, and the model holds {room} with its answer"
+            f"{answer}: ask shorter, or of fewer entries with a smaller k"
         )
 
 

@@ -67,7 +67,12 @@ def model_card(config: UBMoEConfig | None, name: str) -> str:
 
 
 def export_card(
-    config: UBMoEConfig | None, prompts: Mapping[str, str | None], view: str, format: str, quantize: str | None
+    config: UBMoEConfig | None,
+    prompts: Mapping[str, str | None],
+    view: str,
+    format: str,
+    quantize: str | None,
+    output: str | None = None,
 ) -> str:
     """The card of an export, with Python that runs it from within its folder.
 
@@ -77,7 +82,9 @@ def export_card(
         view: `encoder` or `generator`.
         format: `hf`, `multivector`, `cross-encoder`, `onnx` or `openvino`.
         quantize: None or `int8`.
+        output: Of a graph: what to ask it for. None: `sentence_embedding` of an encoder, `logits` of a generator.
     """
+    output = output or ("sentence_embedding" if view == "encoder" else "logits")
     base = (config.base_model if config else "unknown") or "a changed base"
     encoder = view == "encoder"
     what = "encoder view (full attention, `bi` experts)" if encoder else "generator view (the base model)"
@@ -88,10 +95,16 @@ def export_card(
         f"---\nlibrary_name: {'sentence-transformers' if encoder else 'transformers'}\n"
         f"pipeline_tag: {'sentence-similarity' if encoder else 'text-generation'}\n{_base_line(base)}---\n\n"
         f"The {what} of a UBMoE checkpoint on {base}, exported as {kind}.\n\n"
-        f"```python\n{_snippet(view, format)}\n```\n"
+        f"```python\n{_snippet(view, format, output)}\n```\n"
         + (
             f"\nPrompts ({shown}) are put before a text by sentence-transformers, not by the tokenizer.\n"
             if used
+            else ""
+        )
+        + (
+            "\nThe pooling leaves prompts out, and how many tokens they have is not known to a graph: its hidden "
+            "states are yours to pool, without those of the prompt.\n"
+            if output == "last_hidden_state"
             else ""
         )
     )
@@ -155,7 +168,7 @@ ids = np.array([[1, 2, 3]])  # a whole text: there is no KV cache
 inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}"""
 
 
-def _snippet(view: str, format: str) -> str:
+def _snippet(view: str, format: str, output: str) -> str:
     """Python that runs an export from within its folder, with as few libraries as possible."""
     if format == "hf" and view == "encoder":
         return """from sentence_transformers import SentenceTransformer
@@ -178,7 +191,6 @@ print(model.rank("Where is the cat?", ["It sleeps in the house.", "Trains run on
 model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
 print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"), max_new_tokens=20)[0]))"""
     inputs = _ENCODER_INPUTS if view == "encoder" else _GENERATOR_INPUTS
-    output = "sentence_embedding" if view == "encoder" else "logits"
     if format == "onnx":
         return f"""import numpy as np
 import onnxruntime

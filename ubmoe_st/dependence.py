@@ -101,6 +101,7 @@ def dependence(
         raise ValueError("dependence of a plain causal language model needs tokenizer=...")
     else:
         lm, ids_of = model, partial(_plain_ids, tokenizer)
+    buckets = [(low, high) for low, high in buckets]
     flat = [end for bucket in buckets for end in bucket]
     if not flat or flat != sorted(flat) or any(low >= high for low, high in buckets):
         raise ValueError(f"buckets must be (more than, at most) in ascending order, got {list(buckets)}")

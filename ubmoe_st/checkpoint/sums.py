@@ -36,7 +36,7 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
         raise CheckpointError(f"{SUMS_FILE} is missing from {root}: nothing to verify against") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{SUMS_FILE} of {root} is not a list of checksums: {error}") from error
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines if line.strip())}
     for name in sums:
         if not is_plain(name) or not is_inside(root / name, root):
             raise CheckpointError(f"{SUMS_FILE} names {name}, which is not in {root}")

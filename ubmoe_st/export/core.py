@@ -115,6 +115,7 @@ def export(
     else:
         model = StreamedUBMoE(checkpoint)
     kept: list[str] = []
+    output: str | None = None
     if format in _FILES:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing_by_name(target, unique=True) as temporary:
@@ -140,8 +141,8 @@ def export(
             if format in ("hf", "multivector", "cross-encoder"):
                 write_safetensors(model, folder, view)
             else:
-                kept = write_graph(model, folder, view, format, quantize, calibration, peak_limit)
-            card = export_card(model.ubmoe_config, model.prompts, view, format, quantize)
+                kept, output = write_graph(model, folder, view, format, quantize, calibration, peak_limit)
+            card = export_card(model.ubmoe_config, model.prompts, view, format, quantize, output)
             (folder / "README.md").write_text(card, encoding="utf-8")
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {"out": str(target), "view": view, "format": format, "quantize": quantize, "bytes": size, "kept_fp32": kept}

@@ -31,7 +31,7 @@ def write_graph(
     quantize: str | None,
     calibration: Sequence[str] | None,
     peak_limit: float,
-) -> list[str]:
+) -> tuple[list[str], str]:
     """Write a view as `onnx/model.onnx` or `openvino/openvino_model.xml`.
 
     Args:
@@ -44,7 +44,7 @@ def write_graph(
         peak_limit: See `PEAK_LIMIT`.
 
     Returns:
-        The linear layers that int8 left in fp32.
+        The linear layers that int8 left in fp32, and the last output: vectors or logits, if the graph has them.
     """
     graph = EncoderGraph(model) if view == "encoder" else GeneratorGraph(model)
     texts = calibration_texts() if calibration is None else list(calibration)
@@ -55,7 +55,7 @@ def write_graph(
     else:
         inputs = _feeds(model, texts) if quantize else None
         _write_openvino(graph, folder / "openvino" / "openvino_model.xml", kept, inputs)
-    return kept
+    return kept, graph.outputs[-1]
 
 
 class EncoderGraph(nn.Module):
