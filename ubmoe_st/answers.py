@@ -70,25 +70,32 @@ def answer(
     if not hits:
         raise ValueError("no entry was found, so there is nothing to answer from")
     prompt = answer_prompt(question, hits)
-    _check_room(model, prompt, len(hits), options.get("max_new_tokens") or 0)
+    room = _room_for_answer(model, prompt, len(hits))
+    if room is not None and options.get("max_new_tokens") is not None:
+        options["max_new_tokens"] = min(options["max_new_tokens"], room)
     text: Any = model.generate(prompt, stream=stream, **options)
     return text
 
 
-def _check_room(model: UBMoE, prompt: list[dict[str, str]], entries: int, new_tokens: int) -> None:
+def _room_for_answer(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> int | None:
+    """Tokens that the model holds behind the prompt; None where it has no chat template to count with.
+
+    Raises:
+        ValueError: If there are none.
+    """
     tokenizer: Any = getattr(model, "tokenizer", None)
     if getattr(tokenizer, "chat_template", None) is None:
-        return
+        return None
     from ubmoe_st.generation import ChatOptions, chat_text
 
     text = chat_text(tokenizer, prompt, ChatOptions())
     size, room = len(model.token_ids(text)), model.generator.config.max_position_embeddings
-    if size + max(1, new_tokens) > room:
-        answer = f" of {new_tokens}" if new_tokens else ""
+    if size >= room:
         raise ValueError(
-            f"the question and {entries} entries have {size} tokens, and the model holds {room} with its answer"
-            f"{answer}: ask shorter, or of fewer entries with a smaller k"
+            f"the question and {entries} entries have {size} tokens, and the model holds {room} with its answer: ask "
+            "shorter, or of fewer entries with a smaller k"
         )
+    return room - size
 
 
 def answer_prompt(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:
