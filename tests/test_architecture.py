@@ -77,9 +77,7 @@ def test_imports_go_one_way():
     checked = 0
     for position, name in enumerate(ORDER):
         found = own_modules(set().union(*(imports(file, top_level_only=name == "cli") for file in sources(name))))
-        allowed = {name, *ORDER[:position]} | (
-            set(BESIDE) if name in ("answers", "index_commands", "serving", "cli") else set()
-        )
+        allowed = {name, *ORDER[:position]} | (set(BESIDE) if name in ABOVE else set())
         assert found <= allowed | {"UBMoE", "upcycle"}, f"{name} imports {found - allowed}"
         checked += len(found)
     assert checked > 5

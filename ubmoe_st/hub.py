@@ -290,8 +290,7 @@ def plan(folder: str | os.PathLike[str], repo_id: str, *, card: str | os.PathLik
 
 def _listed(root: Path) -> dict[str, Upload]:
     uploads = {}
-    for line in (root / checkpoint.SUMS_FILE).read_text(encoding="utf-8").splitlines():
-        digest, _, path = line.partition("  ")
+    for path, digest in checkpoint.read_sums(root).items():
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise checkpoint.CheckpointError(f"{checkpoint.SUMS_FILE} names {path}, which is not in {root}")
         uploads[path] = Upload(path, root / path, (root / path).stat().st_size, digest)

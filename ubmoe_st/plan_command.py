@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ubmoe_st.terminal import errors_in_one_line, megabytes, out, say_json, status
+from ubmoe_st.terminal import JsonFlag, errors_in_one_line, megabytes, out, say_json, status
 
 
 @errors_in_one_line
@@ -41,7 +41,7 @@ def plan(
     utilization: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of that peak that is reached.")] = 0.35,
     dollars_per_gpu_hour: Annotated[float | None, typer.Option(min=0.0, help="Price of a GPU for an hour.")] = None,
     context_tokens: Annotated[int, typer.Option(min=1, help="Longest sequence when generating, in tokens.")] = 4096,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Show what a checkpoint of a base will take: parameters, bytes, memory and hours, from its config alone."""
     with status(f"planning {base}"):

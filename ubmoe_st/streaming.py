@@ -80,9 +80,9 @@ def dense_experts(base: Base, tuned: Path, encoder: PreTrainedModel) -> Mapping[
     lm = meta_causal_lm(causal_config(encoder.config))
     tied = tied_keys(lm)  # some files have them a second time
     refuse_own_head(tuned, lm)
-    names = set(original) - tied
-    if names != set(changed) - tied:
-        raise ValueError(f"{tuned} is not the same model as {base.name}: {sorted(names ^ (set(changed) - tied))[0]}")
+    names, others = (set(files) - tied for files in (original, changed))
+    if names != others:
+        raise ValueError(f"{tuned} is not the same model as {base.name}: {sorted(names ^ others)[0]}")
     ffn = {key: name for key, name in uni_keys(lm).items() if is_ffn_key(key)}
     for name in sorted(names - set(ffn.values())):
         if not torch.equal(original[name].to(dtype), changed[name].to(dtype)):

@@ -18,6 +18,7 @@ from .names import (
     is_of_others,
     is_part,
     notices_in,
+    read_sums,
     refuse_foreign_weights,
 )
 from .structure import check_checkpoint, read_config, read_shapes
@@ -51,6 +52,7 @@ __all__ = [
     "plain_dtypes",
     "read_config",
     "read_shapes",
+    "read_sums",
     "refuse_foreign_weights",
     "save_tensors",
     "verify_sums",

@@ -93,10 +93,20 @@ def is_part(name: str) -> bool:
 def _listed_in(folder: Path) -> set[str]:
     """First parts of the names in `SHA256SUMS`, where there is one."""
     try:
-        lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        return {name.partition("/")[0] for name in read_sums(folder)}
     except (FileNotFoundError, UnicodeDecodeError):
         return set()
-    return {line.partition("  ")[2].partition("/")[0] for line in lines}
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Digests of `SHA256SUMS` by the names of the files, as they stand there; blank lines say nothing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UnicodeDecodeError: If it is no text.
+    """
+    lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines if line.strip())}
 
 
 def notices_in(folder: Path) -> dict[str, bytes]:

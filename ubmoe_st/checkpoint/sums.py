@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import is_plain, sha256_of
-from .names import LISTED, SUMS_FILE, CheckpointError
+from .names import LISTED, SUMS_FILE, CheckpointError, read_sums
 from .structure import is_inside
 
 
@@ -31,12 +31,11 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
     """
     root = Path(path)
     try:
-        lines = (root / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        sums = read_sums(root)
     except FileNotFoundError as error:
         raise CheckpointError(f"{SUMS_FILE} is missing from {root}: nothing to verify against") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{SUMS_FILE} of {root} is not a list of checksums: {error}") from error
-    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines if line.strip())}
     for name in sums:
         if not is_plain(name) or not is_inside(root / name, root):
             raise CheckpointError(f"{SUMS_FILE} names {name}, which is not in {root}")
