@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,45 @@ def test_a_batch_read_in_parts_gives_the_vectors_and_gradients_of_one_pass(recip
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     for a, b in zip(results[0][1], results[1][1]):
         assert torch.allclose(a, b, atol=1e-3 * a.abs().max().item() + 1e-6)
+
+
+def test_a_cpu_under_autocast_takes_fewer_passes():
+    mask, shapes = (torch.arange(40) < torch.arange(1, 41)[:, None]).long(), []
+
+    def model(features):
+        shapes.append(features["attention_mask"].shape)
+        return {"sentence_embedding": features["attention_mask"].sum(1, keepdim=True)}
+
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = forward_in_parts(model, {"attention_mask": mask})["sentence_embedding"]
+        assert found[:, 0].tolist() == list(range(1, 41))
+    shared = [i for i, shape in enumerate(shapes) if shape[1] == 40]
+    assert shared[0] == 0 < len(shapes) - shared[1] < shared[1]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_have_the_loss_and_gradients_of_eager_ones(recipe, base_of):
+    results = []
+    for compiled in (False, True):
+        wanted = recipe(base=str(base_of("gemma3")), compile=compiled, attention="eager")
+        torch.manual_seed(0)
+        model = build_model(wanted, device="cpu")
+        assert model[0].model.config._attn_implementation == "eager"
+        layers = [layer._compiled_call_impl for layer in model[0].model.layers]
+        assert all((layer is not None) is compiled for layer in layers)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for number, parameter in enumerate(trained.values()):
+                parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).roll(number).view_as(parameter))
+        vectors = view(model.eval(), TEXTS)  # without dropout
+        gradients = torch.autograd.grad((vectors * torch.arange(vectors.shape[1])).sum(), list(trained.values()))
+        results.append((list(trained), vectors, gradients))
+    assert results[0][0] == results[1][0]  # the names of a checkpoint
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
+    for a, b in zip(results[0][2], results[1][2]):
+        assert a.abs().max() > 0
+        assert torch.allclose(a, b, atol=1e-3 * a.abs().max().item())
 
 
 @pytest.mark.parametrize(("costs", "most_passes", "most_padded"), [({"cpu": 64}, 40, 1.1), ({}, 6, 2.0)])

@@ -204,6 +204,19 @@ def test_an_embedder_gives_its_own_unit_vectors_with_the_prompt_of_each_kind(bas
         teacher_vectors(base, embedder, SENTENCES, kinds)
 
 
+def test_an_embedder_computes_in_bf16_where_it_is_told_to_or_the_processor_can(base, checkpoint, embedder, monkeypatch):
+    from sentence_transformers import SentenceTransformer
+
+    expected, errors, folder = SentenceTransformer(str(checkpoint), device="cpu").encode(SENTENCES), {}, embedder.folder
+    for bf16, can in ((False, True), ("auto", False), ("auto", True), (True, False)):
+        monkeypatch.setattr("torch.cpu.get_capabilities", lambda can=can: {"avx512_bf16": can}, raising=False)
+        embedder.folder, embedder.bf16 = f"{folder}-{bf16}-{can}", bf16
+        found = teacher_vectors(base, embedder, SENTENCES)
+        errors[bf16, can] = np.abs(found.astype(np.float32) - expected).max()
+        assert (found.astype(np.float32) * expected).sum(1).min() > 0.999
+    assert errors[False, True] == errors["auto", False] < 1e-3 < errors["auto", True] == errors[True, False]
+
+
 def test_an_embedder_goes_on_where_it_was_stopped(base, embedder, monkeypatch):
     monkeypatch.setattr(stage, "CHUNK", 4)
     original, computed = stage.Embedder.vectors, []

@@ -79,6 +79,9 @@ class EmbedderTeacher:
         center: Whether the mean of its vectors is subtracted.
         cut: Whether texts longer than its `max_seq_length` may be cut. False: they are refused.
         batch_size: Texts per forward pass.
+        bf16: Whether it computes under autocast to bf16: several times as fast where the processor multiplies in it,
+            and the vectors, which are kept in fp16, stay at cosine 0.9999. `auto`: there alone. Vectors of both kinds
+            may stand in one folder.
     """
 
     model: str
@@ -91,6 +94,7 @@ class EmbedderTeacher:
     center: bool = False
     cut: bool = False
     batch_size: int = 64
+    bf16: bool | Literal["auto"] = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
@@ -266,6 +270,14 @@ class ContrastiveRecipe:
 
     save_minutes: float | None = 8.0
     """A checkpoint at least so often, whatever the trainer's `save_strategy`. None: by `save_strategy` alone."""
+
+    attention: str | None = None
+    """`attn_implementation` of the student while it trains. None: the default of transformers. On a CPU `eager` is faster
+    for short texts."""
+
+    compile: bool = False
+    """Whether each decoder layer is compiled by `torch.compile`, once for all of them. Takes a C++ compiler on a CPU, and
+    a minute for each new kind of pass."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
     """`SentenceTransformerTrainingArguments`. `bf16: auto`: where the processor computes in it."""

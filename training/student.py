@@ -28,6 +28,8 @@ DELTA_FILE = "bi_delta.safetensors"
 PROJECTION_FILE = "projection.safetensors"
 _PASS_TOKENS = {"cpu": UBMoETransformer.pass_tokens}
 """What one more pass of the encoder costs, in tokens: on a CPU it reads all weights again."""
+_PASS_TOKENS_BF16 = 256
+"""The same of a CPU under autocast, which converts all weights as well, and computes a token in less time."""
 _PASS_TOKENS_ELSEWHERE = 8192
 """A GPU computes at least so many while the processor is still starting the kernels of a pass."""
 
@@ -47,11 +49,16 @@ def build_model(
         head_size: Dimension of the first teacher's vectors. None: that of a prompted teacher, else the base's.
     """
     module = UBMoETransformer.from_base(
-        base or resolve_base(recipe.base), dtype=torch.float32, max_seq_length=recipe.max_seq_length
+        base or resolve_base(recipe.base),
+        dtype=torch.float32,
+        attn_implementation=recipe.attention,
+        max_seq_length=recipe.max_seq_length,
     )
     module.model.config.use_cache = False
     set_noise(module.model, attention_dropout=recipe.attention_dropout, ffn_dropout=recipe.ffn_dropout)
     set_trained(module, recipe)
+    if recipe.compile:
+        compile_layers(module.model)
     width = module.get_embedding_dimension()
     if head_size is None and recipe.teachers and isinstance(recipe.teachers[0], PromptedTeacher):
         head_size = recipe.teachers[0].dimension
@@ -68,6 +75,16 @@ def build_model(
         default_prompt_name="default" if recipe.prompt else None,
         device=device,
     )
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer in place: they share their code, so one of them is compiled and serves all.
+
+    Args:
+        model: The backbone. Names of parameters and results stay, but for the rounding of fused operations.
+    """
+    for name in find_ffns(model):
+        model.get_submodule(name.rpartition(".")[0]).compile(dynamic=True)
 
 
 def encoder_of(model: SentenceTransformer) -> UBMoETransformer:
@@ -305,7 +322,10 @@ def forward_in_parts(model: Any, features: dict[str, Any]) -> dict[str, Tensor]:
     """
     device = features["attention_mask"].device
     mask = features["attention_mask"].cpu()  # once: else the processor waits for a GPU before each part
-    parts = group_by_length(mask.sum(1).tolist(), _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE))
+    pass_tokens = _PASS_TOKENS.get(device.type, _PASS_TOKENS_ELSEWHERE)
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        pass_tokens = _PASS_TOKENS_BF16
+    parts = group_by_length(mask.sum(1).tolist(), pass_tokens)
     outputs = []
     for part in parts:
         rows, columns = torch.tensor(part, device=device), mask[part].any(0).nonzero()[:, 0].to(device)

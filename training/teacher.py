@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.command import one_line_errors, read_recipe, recipe_parser
+from training.command import has_bf16, one_line_errors, read_recipe, recipe_parser
 from training.data import texts_sha256
 from training.embedders import embedder_path
 from training.prompted import PromptedReader, special_start
@@ -150,6 +150,13 @@ class Embedder:
             texts: N texts.
             kinds: Of each of them; choose the prompts. None: all have the prompt `default`.
         """
+        device, bf16 = self.model.device.type, self.teacher.bf16
+        with torch.autocast(
+            device, torch.bfloat16, enabled=has_bf16(on_cpu=device == "cpu") if bf16 == "auto" else bf16
+        ):
+            return self._vectors(texts, kinds)
+
+    def _vectors(self, texts: Sequence[str], kinds: Sequence[str] | None) -> np.ndarray:
         prompts = [self.prompt(kind) for kind in kinds or ["default"] * len(texts)]
         out: np.ndarray | None = None
         for prompt in dict.fromkeys(prompts):
