@@ -272,12 +272,12 @@ class ContrastiveRecipe:
     """A checkpoint at least so often, whatever the trainer's `save_strategy`. None: by `save_strategy` alone."""
 
     attention: str | None = None
-    """`attn_implementation` of the student while it trains. None: the default of transformers. On a CPU `eager` is faster
-    for short texts."""
+    """`attn_implementation` of the student while it trains. None: the default of transformers. On a CPU `eager` is
+    faster for short texts."""
 
     compile: bool = False
-    """Whether each decoder layer is compiled by `torch.compile`, once for all of them. Takes a C++ compiler on a CPU, and
-    a minute for each new kind of pass."""
+    """Whether each decoder layer is compiled by `torch.compile`, once for all of them. Takes a C++ compiler on a CPU,
+    and a minute for each new kind of pass."""
 
     trainer: dict[str, Any] = field(default_factory=dict)
     """`SentenceTransformerTrainingArguments`. `bf16: auto`: where the processor computes in it."""
