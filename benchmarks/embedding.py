@@ -20,7 +20,7 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
-from benchmarks.options import DataDir, ResultsFolder
+from benchmarks.options import ComputeIn, DataDir, ResultsFolder
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -455,6 +455,7 @@ def main(
     batch_size: int = 32,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,
     device: str = "cpu",
+    compute: ComputeIn = "stored",
 ) -> None:
     """Measure embeddings with mteb; finished tasks are kept, so an interrupted command can be run again."""
     import torch
@@ -470,7 +471,7 @@ def main(
         if missing:
             typer.echo(f"no local data, left out: {', '.join(missing)}", err=True)
         for name in model or ["models/ubmoe-135m"]:
-            encoder = open_encoder(name, base=base, device=device)
+            encoder = open_encoder(name, base=base, device=device, compute=compute)
             typer.echo(f"{encoder.row}: {len(names)} tasks, prompt {encoder.prompt}, pooling {encoder.pooling}")
             path = run(
                 encoder,

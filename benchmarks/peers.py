@@ -29,6 +29,7 @@ from training.embedders import NAMED, embedder_path
 from training.prompted import PromptedReader
 from ubmoe_st.bases import SHORT_NAMES, resolve_base
 from ubmoe_st.checkpoint import is_checkpoint, read_config
+from ubmoe_st.compute import Compute
 from ubmoe_st.lossless import recorded_base
 
 if TYPE_CHECKING:
@@ -115,8 +116,10 @@ class Encoder:
 
     @property
     def dtype(self) -> str:
-        """Type of the weights, such as `float32`."""
-        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        """Type of the weights, such as `float32`, and that of the matrix products where it is another."""
+        stored = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        used = getattr(getattr(self.model, "compute", None), "used", "stored")
+        return stored if used == "stored" else f"{stored}, products in {used}"
 
 
 def base_folder(given: str | None = None, model: str | Path | None = None) -> str:
@@ -160,7 +163,9 @@ def _describe_pooling(model: SentenceTransformer) -> str:
     return ", ".join([mode, *parts])
 
 
-def open_encoder(name: str, *, base: str | None = None, row: str | None = None, device: str = "cpu") -> Encoder:
+def open_encoder(
+    name: str, *, base: str | None = None, row: str | None = None, device: str = "cpu", compute: Compute = "stored"
+) -> Encoder:
     """Open one of `PEERS` or a model folder.
 
     Args:
@@ -168,10 +173,11 @@ def open_encoder(name: str, *, base: str | None = None, row: str | None = None, 
         base: Base model of the `base-*` peers, see `base_folder`.
         row: Name of the row in the tables; None: the name, or the last part of the path.
         device: Where to run.
+        compute: Of a checkpoint, see `UBMoE`; peers compute as they are.
 
     Raises:
         FileNotFoundError: If `name` looks like a folder and is not there.
-        ValueError: If `name` is no peer and no model.
+        ValueError: If `name` is no peer and no model, or this machine cannot compute so.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -188,7 +194,12 @@ def open_encoder(name: str, *, base: str | None = None, row: str | None = None, 
             f"Expected a peer or a model folder, got {relative(name)!r} ({nearest(name, PEERS)}). "
             "`make model` builds models/ubmoe-135m."
         )
-    model = SentenceTransformer(name, device=device)
+    if compute == "stored":
+        model = SentenceTransformer(name, device=device)
+    else:
+        from ubmoe_st import UBMoE
+
+        model = UBMoE(name, device=device, compute=compute)
     row = row or Path(name).name
     return Encoder(
         row, row, _training(name), model, _fingerprint(name), _describe_prompts(model), _describe_pooling(model)

@@ -18,7 +18,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
-from benchmarks.options import DataDir, ResultsFolder
+from benchmarks.options import ComputeIn, DataDir, ResultsFolder
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -389,6 +389,7 @@ def main(
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,
     device: str = "cpu",
+    compute: ComputeIn = "stored",
 ) -> None:
     """Measure retrieval against peers in one run; finished collections are kept."""
     import torch
@@ -418,7 +419,7 @@ def main(
             "say": typer.echo,
         }
         for name in [*filter(None, peers.split(",")), *(model or [])]:
-            system = BM25 if name == BM25 else open_encoder(name, base=base, device=device)
+            system = BM25 if name == BM25 else open_encoder(name, base=base, device=device, compute=compute)
             run(system, loaded, **options)
             if hybrid and not isinstance(system, str) and name in (*NAMED, *(model or [])):
                 run_hybrid(system, loaded, dev=dev, weight=weight, **options)

@@ -147,6 +147,21 @@ def test_only_the_bidirectional_peer_sees_later_tokens(base, name, sees_the_futu
     assert difference > 1e-3 if sees_the_future else difference < 1e-6
 
 
+def test_a_result_says_in_what_a_checkpoint_computed(checkpoint, monkeypatch):
+    texts, found = ["a cat", "the dog ran over the road"], {}
+    for can in (True, False):
+        flags = {"avx2": can, "avx512_vnni": can, "avx512_bf16": can, "amx": can}
+        monkeypatch.setattr("ubmoe_st.compute.processor_flags", lambda flags=flags: flags)
+        for compute in ("stored", "auto"):
+            encoder = open_encoder(str(checkpoint), compute=compute)
+            found[can, compute] = encoder.dtype, encoder.model.encode(texts)
+    assert found[True, "auto"][0] == "float32, products in bf16"
+    assert {found[key][0] for key in found if key != (True, "auto")} == {"float32"}
+    assert 1e-5 < np.abs(found[True, "auto"][1] - found[True, "stored"][1]).max() < 0.05
+    with pytest.raises(ValueError, match="bf16"):
+        open_encoder(str(checkpoint), compute="bf16")
+
+
 def test_unknown_peers_and_models_are_refused(base):
     with pytest.raises(ValueError, match="base-prompted"):
         open_encoder("base-promted", base=str(base))
