@@ -62,6 +62,14 @@ def test_a_truncated_shard_is_named(copy, name, cut):
         UBMoE(str(copy))
 
 
+@pytest.mark.parametrize("name", [layout.SHARED_FILE, layout.BI_FILE, layout.UNI_FILE, layout.DELTA_FILE])
+def test_facts_name_a_missing_shard(copy, name):
+    layout.facts(copy)
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        layout.facts(copy)
+
+
 def test_every_changed_byte_is_found_by_verify(copy):
     for file in [p for p in sorted(copy.rglob("*")) if p.is_file() and p.name != layout.SUMS_FILE]:
         data = bytearray(file.read_bytes())

@@ -45,8 +45,8 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     unset = [key for key in ("num_hidden_layers", "hidden_size") if type(stock.get(key)) is not int]
     if unset:
         raise CheckpointError(f"config.json: expected a whole number {unset[0]}, got {stock.get(unset[0])!r}")
-    parts = {"delta": DELTA_FILE, "router": ROUTER_FILE}
-    parts = {name: file for name, file in parts.items() if (root / file).is_file()}
+    parts = {"delta": DELTA_FILE} if config.expert_rank is not None else {}
+    parts |= {"router": ROUTER_FILE} if config.router is not None else {}
     parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, **parts}
     count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
     files = [file for file in root.rglob("*") if file.is_file()]
