@@ -31,6 +31,7 @@ from training.student import (
     start_layers,
     trained_state,
     turn_to_components,
+    uncompiled,
 )
 from ubmoe_st import UBMoE
 from ubmoe_st.bases import resolve_base
@@ -185,6 +186,11 @@ def test_compiled_layers_have_the_loss_and_gradients_of_eager_ones(recipe, base_
         vectors = view(model.eval(), TEXTS)  # without dropout
         gradients = torch.autograd.grad((vectors * torch.arange(vectors.shape[1])).sum(), list(trained.values()))
         results.append((list(trained), vectors, gradients))
+        if compiled:
+            count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            with torch.no_grad(), uncompiled():
+                assert torch.allclose(view(model, TEXTS), vectors, atol=1e-5)
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == count > 0
     assert results[0][0] == results[1][0]  # the names of a checkpoint
     assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
     for a, b in zip(results[0][2], results[1][2]):

@@ -68,6 +68,7 @@ from training.student import (
     start_from,
     start_layers,
     turn_to_components,
+    uncompiled,
 )
 from training.teacher import targets
 from training.texts import Corpus, read_corpus
@@ -146,6 +147,11 @@ class ContrastiveTrainer(TrainedOnly, SentenceTransformerTrainer):
             ids = module.tokenizer(block, truncation=True, max_length=module.max_seq_length)["input_ids"]
             lengths += map(len, ids)
         return lengths
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock one, without compiling the layers once more for passes without gradients."""
+        with uncompiled():
+            return super().evaluate(*args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The stock loss; tokens are counted by the way."""
@@ -313,7 +319,8 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer.train(resume_from_checkpoint=last)
     run = Run(model, trainer)
     if trainer.is_world_process_zero():
-        _finish(recipe, run, base, corpus, export=export)
+        with uncompiled():
+            _finish(recipe, run, base, corpus, export=export)
     return run
 
 

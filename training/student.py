@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def compile_layers(model: PreTrainedModel) -> None:
     """
     for name in find_ffns(model):
         model.get_submodule(name.rpartition(".")[0]).compile(dynamic=True)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Within it compiled layers run as they are written (from torch 2.6 on; earlier ones compile once more)."""
+    stance: Any = getattr(torch.compiler, "set_stance", None)
+    return stance("force_eager") if stance is not None else nullcontext()
 
 
 def encoder_of(model: SentenceTransformer) -> UBMoETransformer:
