@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +216,19 @@ def test_an_embedder_computes_in_bf16_where_it_is_told_to_or_the_processor_can(b
         errors[bf16, can] = np.abs(found.astype(np.float32) - expected).max()
         assert (found.astype(np.float32) * expected).sum(1).min() > 0.999
     assert errors[False, True] == errors["auto", False] < 1e-3 < errors["auto", True] == errors[True, False]
+
+
+@pytest.mark.parametrize(("given", "read"), [("true", True), ("false", False), ("auto", "auto"), ("half", None)])
+def test_a_recipe_says_in_what_an_embedder_computes(given, read):
+    from training.command import read_recipe
+
+    file = Path(__file__).parent.parent / "training" / "recipes" / "smoke-distilled.yaml"
+    if read is None:
+        with pytest.raises(ValueError, match="bf16 must be one of auto, True, False, got 'half'"):
+            read_recipe(ContrastiveRecipe, file, [f"teacher.0.bf16={given}"])
+    else:
+        found = read_recipe(ContrastiveRecipe, file, [f"teacher.0.bf16={given}"]).teachers[0].bf16
+        assert (found, type(found)) == (read, type(read))
 
 
 def test_an_embedder_goes_on_where_it_was_stopped(base, embedder, monkeypatch):

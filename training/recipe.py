@@ -94,7 +94,7 @@ class EmbedderTeacher:
     center: bool = False
     cut: bool = False
     batch_size: int = 64
-    bf16: bool | Literal["auto"] = False
+    bf16: Literal["auto", True, False] = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
