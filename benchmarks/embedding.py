@@ -20,7 +20,7 @@ import numpy as np
 import typer
 
 from benchmarks import data as local
-from benchmarks.options import ComputeIn, DataDir, ResultsFolder
+from benchmarks.options import DataDir, ResultsFolder
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -34,6 +34,7 @@ from benchmarks.results import (
     spearman,
 )
 from training.data import data_folder
+from ubmoe_st.serving.command import ComputeOption
 
 if TYPE_CHECKING:
     from mteb import AbsTask
@@ -455,7 +456,7 @@ def main(
     batch_size: int = 32,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,
     device: str = "cpu",
-    compute: ComputeIn = "stored",
+    compute: ComputeOption = "stored",
 ) -> None:
     """Measure embeddings with mteb; finished tasks are kept, so an interrupted command can be run again."""
     import torch

@@ -18,7 +18,7 @@ import typer
 
 from benchmarks import data as local
 from benchmarks.data import DOLLY_DEV
-from benchmarks.options import ComputeIn, DataDir, ResultsFolder
+from benchmarks.options import DataDir, ResultsFolder
 from benchmarks.results import (
     RESULTS,
     ResultFile,
@@ -31,6 +31,7 @@ from benchmarks.results import (
 )
 from training.data import data_folder
 from training.embedders import NAMED
+from ubmoe_st.serving.command import ComputeOption
 
 if TYPE_CHECKING:
     from benchmarks.data import Collection
@@ -389,7 +390,7 @@ def main(
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,
     device: str = "cpu",
-    compute: ComputeIn = "stored",
+    compute: ComputeOption = "stored",
 ) -> None:
     """Measure retrieval against peers in one run; finished collections are kept."""
     import torch
