@@ -147,13 +147,13 @@ def main(
     from benchmarks.peers import base_folder
 
     with one_line_errors():
+        texts = documents(data_folder(data_dir))  # A missing file is said before a base is unpacked.
         models = {"base": ("base", base_folder(base, model))}
         if model is not None:
             models[model.name] = ("model", str(model))
         for folder in runs or []:
             row = folder.name if folder.name in ROWS else folder.name.replace("-", "+")
             models[ROWS.get(row, folder.name)] = ("run", str(folder))
-        texts = documents(data_folder(data_dir))
         path = run(
             models, texts, out=out, plot=plot, per_bucket=per_bucket,
             command=command_line("benchmarks.dependence"), say=typer.echo,
