@@ -16,7 +16,7 @@ from sentence_transformers.base.sampler import DefaultBatchSampler
 pytest.importorskip("peft")
 
 from training.batches import PROMPT_CHARACTERS, GroupBudget, LengthBuckets, RoughCollator, TokenBudget, as_begun
-from training.texts import roughen
+from training.variants import roughen
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 

@@ -10,7 +10,8 @@ import pytest
 from helpers.models import WORDS
 
 from training.mixtures import Texts, TextSource
-from training.texts import corrupt, draw, roughen
+from training.texts import draw
+from training.variants import _JUDGEMENTS, contrasts, corrupt, has_contrast, roughen
 
 LINES = [f"{a} {b} cat {c} on the mat" for a, b, c in zip(WORDS * 3, WORDS[::-1] * 3, sorted(WORDS) * 3)]
 PASSAGE = "The cat sits on the old red mat. A blue bird sleeps in the tree under the house. The dog runs in the train."
@@ -168,6 +169,39 @@ def test_a_corruption_group_of_one_is_refused(folder):
         draw(Texts([TextSource(str(folder / "short.txt"), "corruptions", 5, words=(1, 9))]))
     with pytest.raises(ValueError, match="corruptions must be >= 1"):
         TextSource("x", "corruptions", 5, corruptions=0)
+
+
+def test_contrasts_keep_the_topic_and_change_the_question_or_the_judgement(folder):
+    rng = random.Random(0)
+    for question, rest in (
+        ("Who wrote the old book?", " wrote the old book?"),
+        ("what kind of cat is on the mat", " is on the mat"),
+        ("How many people live in the red house", " people live in the red house"),
+    ):
+        found = contrasts(question, rng, 5)
+        assert len({*found, question}) == 6
+        assert all(other.endswith(rest) and other[0].isupper() == question[0].isupper() for other in found)
+    opposite, same, *_ = contrasts("The food was good, and I loved it.", rng, 4)
+    words = {number: {word for word in side.split()} for number, side in enumerate(_JUDGEMENTS[0])}
+    for judged, side in ((opposite, 1), (same, 0)):
+        assert judged.split()[3].strip(",") in words[side] - {"good"}
+        assert judged.split()[:3] + judged.split()[4:6] == ["The", "food", "was", "and", "I"]
+    assert opposite.split()[6] in "hated disliked regretted despised avoided"
+    assert contrasts("Better late than never", rng) == ["Worse late than never"]
+    assert not has_contrast("The cat sits on the mat.")
+    assert contrasts("The cat sits on the mat.", rng) == []
+    lines = ["The cat sits on the mat.", "what is on the old mat", "A good cat sits on it."]
+    (folder / "some.txt").write_text("\n".join(lines))
+    source = TextSource(str(folder / "some.txt"), "contrasts", 9, words=(3, 9), corruptions=2)
+    corpus = draw(Texts([source]), folder)
+    assert sorted(corpus.texts[bundle[0]] for bundle in corpus.bundles) == [
+        "A good cat sits on it.",
+        "what is on the old mat",
+    ]
+    assert [len(bundle) for bundle in corpus.bundles] == [3, 3]
+    (folder / "none.txt").write_text(lines[0])
+    with pytest.raises(ValueError, match="no text"):
+        draw(Texts([TextSource(str(folder / "none.txt"), "contrasts", 9, words=(3, 9))]), folder)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch.utils.data import BatchSampler
 from transformers import TrainerCallback
 
-from training.texts import roughen
+from training.variants import roughen
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -30,7 +30,7 @@ class Mixture:
         at_least(self, 1, "count", "use")
 
 
-Kind = Literal["sentences", "fragments", "queries", "titles", "passages", "corruptions"]
+Kind = Literal["sentences", "fragments", "queries", "titles", "passages", "corruptions", "contrasts"]
 
 
 @dataclass
@@ -47,7 +47,9 @@ class TextSource:
 
     kind: Kind = "sentences"
     """`fragments`: without final punctuation, in small letters or with a small first letter. `corruptions`: each
-    sentence comes in one group with graded corruptions of it. A teacher may have a prompt for each kind."""
+    sentence comes in one group with graded corruptions of it. `contrasts`: each question comes with other questions
+    about the same, each judgement with its opposite; texts that are neither are passed over. A teacher may have a
+    prompt for each kind."""
 
     count: int | None = None
     """Texts to draw; a source that holds fewer gives what it has."""
@@ -83,7 +85,7 @@ class TextSource:
     """Share of the passages that begin at any of their words."""
 
     corruptions: int = 3
-    """Most corruptions of a sentence."""
+    """Most corruptions, or contrasts, of a sentence."""
 
     join: bool = False
     """Whether each text joins the group of the passage that the teacher finds nearest, see `Groups.join_above`; texts

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-import string
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from training.data import data_folder, read_jsonl, read_lines, read_sentences
 from training.mixtures import Texts, TextSource
 from training.recipe import ContrastiveRecipe
+from training.variants import content_words, contrasts, corrupt, has_contrast, roughen
 
 HUB = "hf:"
 
@@ -90,7 +90,7 @@ def draw(mixture: Texts, folder: Path | None = None) -> Corpus:
                 f"{mixture.part}; change words, count, skip or texts.part"
             )
         rng = random.Random(f"{mixture.seed}-{number}-{mixture.part}")
-        pool = _content_words(row[source.column] for row in rows)
+        pool = content_words(row[source.column] for row in rows)
         for row in rows:
             corpus.add(*_bundle(row, source, rng, pool), joins=source.join)
     return corpus
@@ -170,6 +170,8 @@ def _hub_rows(source: TextSource) -> Iterable[Mapping[str, Any]]:
 def _fits(text: Any, source: TextSource) -> bool:
     if not isinstance(text, str):
         return False
+    if source.kind == "contrasts" and not has_contrast(text):
+        return False
     words = len(text.split())
     return source.words[0] <= words and (source.kind == "passages" or words <= source.words[1])
 
@@ -189,6 +191,9 @@ def _bundle(
                 "fewest `words`"
             )
         return [text, *graded], ["sentences", *["fragments"] * len(graded)]
+    if source.kind == "contrasts":
+        others = contrasts(text, rng, source.corruptions)
+        return [text, *others], ["sentences"] * (1 + len(others))
     if source.kind == "fragments":
         text = roughen(text, rng.random() < 0.5)
     return [text], [source.kind]
@@ -214,72 +219,3 @@ def _passage(row: Mapping[str, Any], text: str, source: TextSource, rng: random.
         texts.append(query)
         kinds.append("queries")
     return texts, kinds
-
-
-# --- changed texts ----------------------------------------------------------------------------------------------
-
-FUNCTION_WORDS = frozenset(
-    "a an the of to in on at for and or is are was were be been by with as that this it its from he she his her they "
-    "their i you we not has have had but which who".split()
-)
-
-
-def roughen(text: str, lower: bool) -> str:
-    """A text without final punctuation and with a small first letter, or all in small letters.
-
-    Queries and titles look like that, running text does not: an encoder that never read any maps them all together.
-
-    Args:
-        text: A sentence; one of punctuation alone stays as it is.
-        lower: Small letters throughout.
-    """
-    bare = text.rstrip(string.punctuation + " ")
-    if not bare:
-        return text
-    return bare.lower() if lower else bare[0].lower() + bare[1:]
-
-
-def _content_words(texts: Iterable[str]) -> list[str]:
-    """Small-letter content words, as often as they occur; the words that a corruption puts in."""
-    words = (word for text in texts for word in text.split())
-    return [w for w in words if w.isalpha() and w.islower() and w not in FUNCTION_WORDS]
-
-
-def corrupt(sentence: str, pool: Sequence[str], rng: random.Random, most: int = 3) -> list[str]:
-    """Up to `most` graded corruptions, from nearly the same to half of it, none equal to another or the sentence.
-
-    A content word out; one replaced; half of them replaced; two exchanged; a `not` put in; content words alone; either
-    half. In half of the cases all are written like fragments.
-
-    Args:
-        sentence: At least two words, else there is none.
-        pool: Words to put in.
-        rng: Chooses.
-        most: Of them.
-    """
-    words = sentence.split()
-    content = [n for n, word in enumerate(words) if word.lower().strip(".,;:!?") not in FUNCTION_WORDS]
-
-    def changed(change: Callable[[int, str], str | None]) -> str:
-        return " ".join(new for n, word in enumerate(words) if (new := change(n, word)) is not None)
-
-    found: list[str] = []
-    if len(content) >= 3:
-        out = rng.choice(content)
-        found.append(changed(lambda n, word: None if n == out else word))
-        if pool:
-            one, half = rng.choice(content), set(rng.sample(content, max(2, len(content) // 2)))
-            found.append(changed(lambda n, word: rng.choice(pool) if n == one else word))
-            found.append(changed(lambda n, word: rng.choice(pool) if n in half else word))
-        a, b = rng.sample(content, 2)
-        found.append(changed(lambda n, word: words[b] if n == a else words[a] if n == b else word))
-        verb = next((n for n, word in enumerate(words) if word.lower() in ("is", "are", "was", "were")), None)
-        if verb is not None:
-            found.append(" ".join([*words[: verb + 1], "not", *words[verb + 1 :]]))
-    found.append(changed(lambda n, word: word if n in content else None))
-    middle = len(words) // 2
-    found += [" ".join(words[:middle]), " ".join(words[middle:])]
-    if rng.random() < 0.5:
-        found = [text.lower().rstrip(".!?") for text in found]
-    found = [text for text in dict.fromkeys(found) if text and text != sentence]
-    return rng.sample(found, min(most, len(found)))
