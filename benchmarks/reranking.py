@@ -32,6 +32,7 @@ from benchmarks.retrieval import (
     weight_or_best,
 )
 from training.data import data_folder
+from ubmoe_st.serving.loading import Dtype
 
 if TYPE_CHECKING:
     from benchmarks.data import Collection
@@ -236,6 +237,7 @@ def main(
     seed: int = 0,
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,
     device: str = "cpu",
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights of both views; default: as stored.")] = None,
 ) -> None:
     """Measure searches with and without reranking by the same weights; finished methods are kept."""
     import torch
@@ -255,7 +257,9 @@ def main(
                 raise ValueError(f"Expected a {kind} of {', '.join(names)}, got {name!r} ({nearest(name, names)}).")
         dev = local.dolly_dev(folder) if weight is None and DOLLY_DEV in known else None
         for name in model or ["models/ubmoe-135m"]:
-            encoder = replace(open_encoder(name, device=device), model=UBMoE(name, device=device))
+            model_kwargs = {"dtype": dtype} if dtype else None
+            opened = UBMoE(name, device=device, model_kwargs=model_kwargs)
+            encoder = replace(open_encoder(name, device=device), model=opened)
             methods: Any = [one for one in METHODS if one in (method or METHODS)]
             if method is None and not encoder.model.tokenizer.chat_template:
                 typer.echo(f"{encoder.row}: without yes_no, which asks a chat, and there is no chat template")

@@ -191,7 +191,8 @@ def row_of(system: Encoder | str, indexes: str | Path) -> Row:
     if isinstance(system, str):
         facts: dict[str, Any] = {"dtype": "none", "prompt": "none", "pooling": "none", "fingerprint": "bm25s"}
         return Row(system, "BM25", "none", rank_bm25, facts)
-    name = f"{system.row}-{system.fingerprint}".replace("/", "-")
+    numbers = "" if system.dtype == "float32" else f"-{system.dtype}".replace(", ", "-").replace(" ", "-")
+    name = f"{system.row}-{system.fingerprint}{numbers}".replace("/", "-")
     facts = {
         "dtype": system.dtype,
         "prompt": system.prompt,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from helpers.benchmark_data import make_base, make_data
 from helpers.models import make_checkpoint
@@ -92,3 +93,19 @@ def test_a_base_without_chat_template_is_measured_without_yes_no(tmp_path):
     refused = CliRunner().invoke(reranking.app, [*options, "--method", "yes_no"])
     assert refused.exit_code == 1
     assert "yes_no asks in a chat" in refused.output
+
+
+def test_other_weights_have_an_index_of_their_own(tmp_path):
+    data = make_data(tmp_path / "data")
+    checkpoint = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "plain")
+    options = ["--model", str(checkpoint), "--collection", "toy", "--method", "maxsim", "--weight", "0.5"]
+    options += ["--data-dir", str(data), "--indexes", str(tmp_path / "indexes")]
+    for dtype in ("float32", "bfloat16"):
+        found = CliRunner().invoke(reranking.app, [*options, "--dtype", dtype, "--out", str(tmp_path / dtype)])
+        assert found.exit_code == 0, found.output
+        assert read_json(tmp_path / dtype / "reranking-plain.json")["run"]["dtype"] == dtype
+    indexes = sorted((tmp_path / "indexes" / "toy").iterdir())
+    assert [one.name.endswith("-bfloat16") for one in indexes] == [False, True]
+    first, second = (np.load(next(one.rglob("vectors.npy"))) for one in indexes)
+    assert np.allclose(first, second, atol=0.02)
+    assert not np.array_equal(first, second)

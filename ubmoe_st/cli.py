@@ -15,6 +15,7 @@ from ubmoe_st.files import replacing_by_name
 from ubmoe_st.index_commands import INDEX_FILE, ask, index, search, tune
 from ubmoe_st.plan_command import plan
 from ubmoe_st.serving.command import ComputeOption, serve
+from ubmoe_st.serving.loading import Dtype
 from ubmoe_st.terminal import (
     JsonFlag,
     NewTokens,
@@ -44,7 +45,6 @@ app = typer.Typer(
 MAX_CALIBRATION_TEXTS = 300
 
 ModelFolder = Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder or Hub id.", show_default=False)]
-Dtype = Literal["float32", "bfloat16", "float16"]
 View = Literal["encoder", "generator"]
 Format = Literal["hf", "multivector", "cross-encoder", "gguf", "onnx", "openvino", "peft", "gguf-lora"]
 

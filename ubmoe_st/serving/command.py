@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ubmoe_st.serving.loading import Dtype
 from ubmoe_st.terminal import only_for, say, status
 
 if TYPE_CHECKING:
@@ -37,10 +38,7 @@ def serve(
     ] = "torch",
     name: Annotated[str | None, typer.Option(help="Name of the model for clients; default: of the folder.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute; default: all cores.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Weight dtype of torch; default: as stored."),
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Weight dtype of torch; default: as stored.")] = None,
     compute: ComputeOption = "stored",
     gguf: Annotated[
         Path | None, typer.Option(help="GGUF file of the base model for llama.cpp; default: its own, or one is made.")
