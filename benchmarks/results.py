@@ -206,9 +206,9 @@ class ResultFile:
         self.content["scores"] = []
         if self.path.exists():
             old = read_json(self.path)
-            same = old.get("schema") == SCHEMA and all(
-                old.get("run", {}).get(key) == run.get(key) for key in ("fingerprint", "dtype", "prompt", "pooling")
-            )
+            # The seed draws the rows of a part of a task, otherwise the bootstrap alone.
+            keys = ("fingerprint", "dtype", "prompt", "pooling", *(("seed",) if facts.get("limit") else ()))
+            same = old.get("schema") == SCHEMA and all(old.get("run", {}).get(key) == run.get(key) for key in keys)
             if same:
                 self.content |= {key: old[key] for key in ("scores", "rows") if key in old}
 

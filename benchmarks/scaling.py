@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -113,6 +114,7 @@ def allocated(work: Callable[[], object]) -> int:
     On a CPU nothing else is exact: the process keeps freed pieces for later, so its size says what it once needed and
     what it could not give back.
     """
+    gc.collect()  # what earlier work left in cycles is not given back, and counted, while this one runs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
     results: Any = recorded.profiler and recorded.profiler.kineto_results

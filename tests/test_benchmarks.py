@@ -58,16 +58,17 @@ def test_bootstrap_interval_of_a_mean_is_near_the_normal_one():
 
 
 def test_a_result_file_is_continued_for_the_same_model_only(tmp_path):
-    def open_file(mark: str) -> ResultFile:
+    def open_file(mark: str, limit: int | None = None, seed: int = 0) -> ResultFile:
         run = {
             "fingerprint": mark,
+            "seed": seed,
             "dtype": "float32",
             "prompt": "none",
             "pooling": "mean",
             "command": "c",
             "date": "d",
         }
-        return ResultFile(tmp_path / "r.json", benchmark="embedding", row="m", run=run)
+        return ResultFile(tmp_path / "r.json", benchmark="embedding", row="m", run=run, limit=limit)
 
     open_file("one").add({"task": "A", "split": "test", "metric": "x", "value": 1.0})
     open_file("one").add({"task": "B", "split": "test", "metric": "x", "value": 2.0})
@@ -76,6 +77,8 @@ def test_a_result_file_is_continued_for_the_same_model_only(tmp_path):
     again.add({"task": "A", "split": "test", "metric": "x", "value": 3.0})
     assert {s["task"]: s["value"] for s in read_json(tmp_path / "r.json")["scores"]} == {"A": 3.0, "B": 2.0}
     assert open_file("two").content["scores"] == []
+    assert len(open_file("one", seed=1).content["scores"]) == 2  # of whole sets, where it only draws the intervals
+    assert open_file("one", limit=9, seed=1).content["scores"] == []  # of a sample, which the seed has drawn
 
 
 def test_a_broken_result_file_is_refused_by_name(tmp_path):

@@ -12,11 +12,12 @@ import torch
 from helpers.engines import LLAMA_CPP, cosine, in_process
 from helpers.gguf import GGUF_MODELS, GGUF_TEXTS, sentencepiece_tokenizer
 from tokenizers import normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from ubmoe_st import UBMoE
 from ubmoe_st.export import export
 from ubmoe_st.export.gemma import check_gemma
+from ubmoe_st.export.gguf import _gguf_architecture
 from ubmoe_st.export.vocabulary import vocabulary_of
 
 needs_llama = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs the extra llama-cpp")
@@ -116,6 +117,16 @@ def test_what_llama_cpp_computes_otherwise_is_refused(changes, message):
     check_gemma(Gemma3TextConfig(**sizes))
     with pytest.raises(ValueError, match=f"no Gemma 3 with {message}.*format='onnx'"):
         check_gemma(Gemma3TextConfig(**sizes, **changes))
+
+
+def test_an_activation_that_llama_cpp_has_not_is_refused():
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 16}
+    with torch.device("meta"):
+        known = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=9))
+        other = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=9, hidden_act="gelu"))
+    assert _gguf_architecture(known) == "LLAMA"
+    with pytest.raises(ValueError, match="with activation gelu is not written here"):
+        _gguf_architecture(other)
 
 
 @pytest.mark.parametrize("change", ["merges", "order", "normalizer", "pre_tokenizer"])

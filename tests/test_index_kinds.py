@@ -159,6 +159,8 @@ def test_tuning_reaches_its_recall_and_is_kept(encoder, tmp_path, queries):
     assert again.info["index"]["parameters"] == report.chosen.parameters
     assert recall(again.search(queries, 10)[1], names) == pytest.approx(report.chosen.recall)
     assert report.chosen.recall >= 0.99
+    one = again.search(queries, 10, parameters={"rerank": report.chosen.parameters["rerank"]})[1]
+    assert recall(one, names) == pytest.approx(report.chosen.recall), "what is not named does not stay as stored"
     held = again.tune(0.9, held_back=50, save=False)
     assert held.queries == 50
     assert held.reached

@@ -295,6 +295,36 @@ def test_automatic_ids_go_on_where_they_ended(tmp_path):
     check(numbered, {"0": "a", "1": "b", "2": "c"}, encoder)
 
 
+def test_the_same_rows_by_another_rule_are_no_repetition(tmp_path):
+    encoder = HashEncoder(12)
+    rows = [{"id": "a", "text": "old text"}, {"id": "b", "text": "bee"}]
+    index = EmbeddingIndex.build(encoder, rows, tmp_path / "i")
+    new = [{"id": "a", "text": "new text"}, {"id": "c", "text": "cee"}]
+    assert index.add(new, on_duplicate="skip") == 1
+    version = index.info["version"]
+    assert index.add(new, on_duplicate="skip") == 1  # again: nothing is done
+    assert index.info["version"] == version
+    assert index.upsert(new) == 2
+    check(index, {"a": "new text", "b": "bee", "c": "cee"}, encoder)
+    twice = [{"id": "a", "text": "first"}, {"id": "a", "text": "second"}]
+    for rule, text in (("skip", "first"), ("upsert", "second")):
+        made = EmbeddingIndex.build(encoder, twice, tmp_path / rule, on_duplicate=rule)
+        assert made.texts("a") == EmbeddingIndex.build(encoder, twice, tmp_path / rule, on_duplicate=rule).texts("a")
+        assert made.texts("a") == [text]
+        for other in {"raise", "skip", "upsert"} - {rule}:
+            with pytest.raises(ValueError, match="another corpus, model or options"):
+                EmbeddingIndex.build(encoder, twice, tmp_path / rule, on_duplicate=other)
+    # A rule that had nothing to decide may be another one.
+    for first, second in (("raise", "upsert"), ("skip", "raise")):
+        made = EmbeddingIndex.build(encoder, rows, tmp_path / f"{first}-{second}", on_duplicate=first)
+        again = EmbeddingIndex.build(encoder, rows, tmp_path / f"{first}-{second}", on_duplicate=second)
+        assert again.info["version"] == made.info["version"]
+    bad = [*rows, {"id": "c", "text": ""}]
+    EmbeddingIndex.build(encoder, bad, tmp_path / "bad", on_bad_row="skip")
+    with pytest.raises(ValueError, match="another corpus, model or options"):
+        EmbeddingIndex.build(encoder, bad, tmp_path / "bad")
+
+
 def test_an_addition_without_ids_is_resumed_under_the_same_ids(tmp_path):
     def texts():
         return [f"text {n}" for n in range(60)]

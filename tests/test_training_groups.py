@@ -133,7 +133,9 @@ def test_groups_are_computed_once(tmp_path, monkeypatch):
     kept_groups(tmp_path, vectors, corpus, Groups(seed=2))
     corpus.texts[0] = "another"
     kept_groups(tmp_path, vectors, corpus, Groups())
-    assert len(called) == 2
+    kept_groups(tmp_path, vectors, corpus, Groups(), {"center": True})  # of the same stored vectors, other targets
+    kept_groups(tmp_path, vectors, corpus, Groups(), {"center": True})
+    assert len(called) == 3
     assert not list(tmp_path.glob("*.[0-9]*"))
 
 

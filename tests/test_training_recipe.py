@@ -12,6 +12,7 @@ pytest.importorskip("peft")
 from helpers.training import make_recipe, make_training_data
 
 from training import contrastive
+from training.batches import LengthBuckets
 from training.command import check_same_recipe, one_line_errors, read_recipe
 from training.mixtures import Groups, Mixture
 from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, RouterRecipe
@@ -268,6 +269,10 @@ def test_keys_that_do_nothing_are_refused_where_a_recipe_is_read(tmp_path, recip
         ([*similar, "scale=7"], "scale does nothing with loss: similarity"),
         ([*similar, "distillation.contrastive=2"], "distillation does nothing"),
         (["batch_tokens=100", "length_buckets=false"], "length_buckets does nothing with batch_tokens"),
+        (["batch_tokens=100", "trainer.per_device_train_batch_size=8"], "per_device_train_batch_size does nothing"),
+        (["batch_tokens=100", "trainer.batch_sampler=no_duplicates"], "batch_sampler does nothing with batch_tokens"),
+        (["rank=null", "alpha=3"], "alpha does nothing without rank"),
+        (["columns=[anchor]"], "columns does nothing without pairs"),
         (["evaluate={STSB-dev: 100}"], "add `eval_strategy: steps`"),
     ):
         with pytest.raises(ValueError, match=rf"r\.yaml: .*{said}"):
@@ -327,12 +332,22 @@ def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
         ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1"),
+        ({"bf16": "no"}, "bf16 must be true or false, got 'no'"),
+        ({"gradient_checkpointing": "off"}, "gradient_checkpointing must be true or false, got 'off'"),
+        ({"load_best_model_at_end": "no"}, "load_best_model_at_end must be true or false"),
+        ({"greater_is_better": "no"}, "greater_is_better must be true or false"),
     ],
 )
-def test_numbers_of_the_trainer_that_train_nothing_are_refused(recipe, trainer, said):
-    """Of no step the trainer would make three epochs, or none and the base would be exported as trained."""
+def test_values_of_the_trainer_that_say_something_else_are_refused(recipe, trainer, said):
+    """Of no step the trainer makes three epochs, or none, and the base is exported as trained; any text counts as true."""
     with pytest.raises(ValueError, match=said):
         contrastive.training_arguments(recipe(trainer=trainer))
+
+
+def test_a_batch_sampler_of_the_trainer_is_the_one_that_samples(recipe):
+    assert contrastive.training_arguments(recipe()).batch_sampler is LengthBuckets
+    chosen = contrastive.training_arguments(recipe(trainer={"batch_sampler": "no_duplicates"})).batch_sampler
+    assert chosen == "no_duplicates"
 
 
 def test_numbers_of_a_router_recipe_that_leave_nothing_are_refused():

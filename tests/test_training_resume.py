@@ -53,6 +53,7 @@ def teacher(tmp_path):
         ("distillation", {}),
         ("distillation", {"batch_tokens": 72, "rough": 0.5}),
         ("MultipleNegativesRankingLoss", {"shuffle_buffer": 20}),
+        ("MultipleNegativesRankingLoss", {"shuffle_buffer": 5, "passes": True}),
         ("similarity", {"batch_tokens": 72, "project": True, "groups": Groups(neighbours=3, largest=3)}),
     ],
 )
@@ -61,6 +62,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, data, teacher, tmp_pa
     extra = {"ffn_dropout": 0.2, **batches}
     if "shuffle_buffer" in batches:
         lines = (data / "sentences.txt").read_text().splitlines()
+        if extra.pop("passes", False):  # all of them are read before the checkpoint, and twice more after it
+            lines = lines[:26]
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"anchor": a, "positive": a}) + "\n" for a in lines))
         extra |= {"sentences": None, "pairs": str(tmp_path / "pairs.jsonl")}
     if loss != "MultipleNegativesRankingLoss":

@@ -244,11 +244,14 @@ def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
     """
     if values.get("bf16") == "auto":
         values = {**values, "bf16": has_bf16(on_cpu=values.get("use_cpu", False))}
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key, value in values.items():
-        number = isinstance(defaults.get(key), (int, float)) and not isinstance(defaults.get(key), bool)
-        if number and isinstance(value, str):
+        default, hint = (known[key].default, str(known[key].type)) if key in known else (None, "")
+        if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
             raise ValueError(f"trainer: {key} must be a number, got {value!r}")
+        truth = isinstance(default, bool) or ("bool" in hint and "str" not in hint)
+        if truth and isinstance(value, str):  # any text would count as true, `no` as well
+            raise ValueError(f"trainer: {key} must be true or false, got {value!r}")
         if key in _LEAST and value < _LEAST[key]:
             raise ValueError(f"trainer: {key} must be at least {_LEAST[key]}, got {value}")
     if values.get("max_steps", -1) < 1 and values.get("max_steps", -1) != -1:

@@ -198,7 +198,7 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         # Each process reads all rows and keeps its own: the same batches on any number of processes that fits.
         values["accelerator_config"] = {"dispatch_batches": False}
     elif recipe.length_buckets:
-        values["batch_sampler"] = LengthBuckets
+        values.setdefault("batch_sampler", LengthBuckets)
     if recipe.prompt:
         values["prompts"] = recipe.prompt
     if values.get("gradient_checkpointing"):
@@ -336,7 +336,8 @@ def _read(
         found = targets(recipe, base, corpus, compute=args.world_size == 1, device=str(args.device))
     if recipe.groups is not None and corpus is not None:
         with args.main_process_first(local=False):
-            groups = kept_groups(Path(recipe.teachers[0].folder), found[0], corpus, recipe.groups)
+            first = recipe.teachers[0]
+            groups = kept_groups(Path(first.folder), found[0], corpus, recipe.groups, first.target_settings)
     return corpus, found, groups
 
 

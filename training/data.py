@@ -178,11 +178,22 @@ def iter_rows(source: str, columns: Sequence[str], *, stream: bool = False) -> I
         yield {column: row[column] for column in columns}
 
 
+def _endless_rows(source: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    while True:
+        empty = True
+        for row in iter_rows(source, columns, stream=True):
+            empty = False
+            yield row
+        if empty:
+            raise ValueError(f"{source} has no row, expected rows with the columns {list(columns)}")
+
+
 def stream_rows(source: str, columns: Sequence[str], buffer: int, seed: int) -> Any:
     """Rows of `read_rows` as a `datasets.IterableDataset`, shuffled in a buffer as they come.
 
-    The order depends on seed and epoch alone. So a run that goes on, and passes over the batches that it had, reads the
-    same ones as an uninterrupted one.
+    It has no end: behind the last row the first one comes again, in another order. The order depends on the seed alone,
+    so a run that goes on, and passes over the batches that it had, reads the same ones as an uninterrupted one. (An end
+    would be an epoch's, and a trainer that knows no length looks for all finished steps in the first epoch.)
 
     Args:
         source: As for `read_rows`.
@@ -193,9 +204,9 @@ def stream_rows(source: str, columns: Sequence[str], buffer: int, seed: int) -> 
     from datasets import Features, IterableDataset, Value
 
     rows = IterableDataset.from_generator(
-        iter_rows,
+        _endless_rows,
         features=Features({column: Value("string") for column in columns}),
-        gen_kwargs={"source": source, "columns": tuple(columns), "stream": True},
+        gen_kwargs={"source": source, "columns": tuple(columns)},
     )
     return rows.shuffle(seed=seed, buffer_size=buffer)
 

@@ -11,7 +11,7 @@ import json
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ _CANDIDATES = 3
 """Nearest texts of a passage that may join it."""
 
 
-def kept_groups(folder: Path, vectors: Tensor, corpus: Corpus, settings: Groups) -> list[list[int]]:
+def kept_groups(
+    folder: Path, vectors: Tensor, corpus: Corpus, settings: Groups, made_by: Mapping[str, Any] | None = None
+) -> list[list[int]]:
     """The groups, from `folder` where they are there already.
 
     Args:
@@ -41,8 +43,11 @@ def kept_groups(folder: Path, vectors: Tensor, corpus: Corpus, settings: Groups)
         vectors: Unit vectors of all texts, (N, K).
         corpus: The texts.
         settings: Sizes and seed.
+        made_by: How `vectors` were made of what `folder` holds, see `target_settings` of a teacher. Groups of other
+            vectors are others.
     """
-    asked = json.dumps([asdict(settings), corpus.texts, corpus.kinds, corpus.bundles, sorted(corpus.joining)])
+    parts: list[Any] = [asdict(settings), corpus.texts, corpus.kinds, corpus.bundles, sorted(corpus.joining)]
+    asked = json.dumps(parts + ([dict(made_by)] if made_by else []))
     file = folder / f"groups-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))

@@ -64,6 +64,11 @@ class PromptedTeacher:
         at_least(self, 1, "dimension", "batch_size")
         above(self, 0, "scale")
 
+    @property
+    def target_settings(self) -> dict[str, Any]:
+        """What makes the targets of the stored vectors."""
+        return {"dimension": self.dimension, "whitening": self.whitening}
+
 
 @dataclass
 class EmbedderTeacher:
@@ -98,6 +103,11 @@ class EmbedderTeacher:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
+
+    @property
+    def target_settings(self) -> dict[str, Any]:
+        """What makes the targets of the stored vectors; empty where those are the targets."""
+        return {"center": True} if self.center else {}
 
     @property
     def label(self) -> str:
@@ -228,7 +238,8 @@ class ContrastiveRecipe:
     are the pooled ones. `output`: part of the model, whose vectors then live in the teacher's space."""
 
     ridge: int = 3000
-    """Texts from which the head is started by ridge regression, unless `init_from` brings one. 0: a random start."""
+    """Texts from which the head of `loss: similarity` is started by ridge regression, unless `init_from` brings one,
+    and whose mean the layer of `project` subtracts. 0: a random start of the head."""
 
     project: bool = False
     """A square linear layer behind the pooling that is part of the model. It starts by subtracting the mean of the
@@ -256,7 +267,7 @@ class ContrastiveRecipe:
     """Longest text of the released model, tokens."""
 
     length_buckets: bool = True
-    """Batches of texts of similar length. False: by the trainer's `batch_sampler`. Not with `shuffle_buffer`."""
+    """Batches of texts of similar length, unless `trainer` names a `batch_sampler`. Not with `shuffle_buffer`."""
 
     batch_tokens: int | None = None
     """Tokens of a batch in each process, padding included, instead of the trainer's `per_device_train_batch_size`."""
@@ -367,15 +378,29 @@ class ContrastiveRecipe:
             raise ValueError("similarity.within is a share of the pairs of one group; it needs `groups`")
 
     @property
+    def _unused(self) -> dict[str, str]:
+        """Keys that nothing reads beside the other keys, with the reason."""
+        reasons = {
+            key: f"with loss: {self.loss}, it is for {' and '.join(losses)}"
+            for key, losses in USED_BY.items()
+            if self.loss not in losses
+        }
+        if self.batch_tokens is not None:
+            reasons["length_buckets"] = "with batch_tokens, which makes other batches"
+        if self.rank is None:
+            reasons["alpha"] = "without rank"
+        if self.pairs is None:
+            reasons["columns"] = "without pairs"
+        return reasons
+
+    @property
     def idle(self) -> dict[str, Any]:
         """Keys whose value does nothing beside the other keys, with their defaults."""
-        names = [key for key, losses in USED_BY.items() if self.loss not in losses]
-        names += ["length_buckets"] if self.batch_tokens is not None else []
         defaults = {
             spec.name: spec.default if spec.default_factory is MISSING else spec.default_factory()
             for spec in fields(self)
         }
-        return {key: defaults[key] for key in names if getattr(self, key) != defaults[key]}
+        return {key: defaults[key] for key in self._unused if getattr(self, key) != defaults[key]}
 
     def refuse_idle(self) -> None:
         """Refuse a key that was set for nothing.
@@ -386,10 +411,15 @@ class ContrastiveRecipe:
             ValueError: If there is one.
         """
         for key in self.idle:
-            if key in USED_BY:
-                losses = " and ".join(USED_BY[key])
-                raise ValueError(f"{key} does nothing with loss: {self.loss}, it is for {losses}; leave it out")
-            raise ValueError(f"{key} does nothing with batch_tokens, which makes other batches; leave it out")
+            raise ValueError(f"{key} does nothing {self._unused[key]}; leave it out")
+        other = "batch_tokens" if self.batch_tokens is not None else "shuffle_buffer"
+        named = ("per_device_train_batch_size", "batch_sampler") if other == "batch_tokens" else ("batch_sampler",)
+        if self.batch_tokens is not None or self.shuffle_buffer is not None:
+            for key in named:
+                if key in self.trainer:
+                    raise ValueError(
+                        f"trainer.{key} does nothing with {other}, which makes other batches; leave it out"
+                    )
         chosen = self.evaluate not in ({}, {"STSB-dev": None})
         if chosen and "eval_strategy" not in self.trainer:
             raise ValueError(

@@ -109,6 +109,8 @@ def _gguf_architecture(network: Any) -> str:
     if found == "GEMMA3":
         gemma.check_gemma(config)
         return found
+    if config.hidden_act not in ("silu", "swish"):  # llama.cpp takes no other for these architectures
+        raise ValueError(f"gguf of {name} with activation {config.hidden_act} is not written here; {_CONVERT_HINT}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window is not None
     ):

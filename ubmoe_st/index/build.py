@@ -200,7 +200,8 @@ class Build:
 
     def _took_in(self, source: SourceRecord, corpus: Corpus) -> bool:
         """Whether a corpus went in as this run would take it in, and has the very rows that are on record."""
-        return source.config.same_input(self.config()) and same_rows(source, corpus)
+        same = source.config.same_input(self.config()) and source.same_rules(self._rules())
+        return same and same_rows(source, corpus)
 
     def check_chunks(self) -> None:
         """Refuse chunks that the model would not read whole, or that it cannot pool late.
@@ -510,6 +511,7 @@ class Build:
             config=journal.config,
             added=now(),
             entries_cut=journal.cut,
+            rules=journal.rules,
         )
 
     def _keep_bad_rows(self, version: int) -> str | None:

@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 Record = dict[str, Any]
 """Size and SHA-256 of a file: {"bytes", "sha256"}."""
 T = TypeVar("T")
-OPTIONAL = ("folder", "relative_folder", "first_row", "rows", "entries_cut", "cut")
+OPTIONAL = ("folder", "relative_folder", "first_row", "rows", "entries_cut", "cut", "rules")
 """Fields that are not written where there is nothing to say."""
 
 PARTS = {"dead": ".npy", "probes": ".npy", "bad_rows": ".txt", "index": ".faiss", "bm25": ""}
@@ -242,6 +242,17 @@ class SourceRecord:
     added: str
     entries_cut: int | None = None
     """Entries of which the model reads only the beginning; None: none."""
+    rules: dict[str, str] | None = None
+    """`on_duplicate` and `on_bad_row`; None in indexes of before they were kept."""
+
+    def same_rules(self, rules: dict[str, str]) -> bool:
+        """Whether other rules would have given the same entries: they are the same, or had nothing to decide."""
+        if self.rules is None:
+            return True
+        idle = {"raise"} | ({"skip"} if not self.duplicates_left_out else set())
+        return (self.rules["on_duplicate"] in {rules["on_duplicate"], *idle}) and (
+            self.rules["on_bad_row"] == rules["on_bad_row"] or not self.bad_rows
+        )
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> SourceRecord:

@@ -140,7 +140,7 @@ class Searcher:
             k: How many; cut to the number of allowed rows.
             allowed: From `allowed`.
             exact: Compare with every allowed row, whatever the kind.
-            parameters: Search parameters instead of the stored ones.
+            parameters: Search parameters instead of the stored ones; those that are not named stay as stored.
 
         Returns:
             Scores, float32, (Q, K), and rows, (Q, K).
@@ -157,7 +157,7 @@ class Searcher:
         if not shards:
             exact_search(snapshot.blocks(0, self.settings.block_bytes), allowed, found)
         else:
-            settings = parameters if parameters is not None else snapshot.manifest.index.parameters
+            settings = {**snapshot.manifest.index.parameters, **(parameters or {})}
             self._through(shards, vectors, k, count, allowed, settings, found)
         return found.result()
 
