@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers.models import make_base, make_checkpoint, random_experts
@@ -136,3 +139,79 @@ def test_exchanged_experts_are_those_of_the_routers_too(checkpoint, tmp_path):
         expected = UBMoE(str(tmp_path / "saved")).generator_for("router")(IDS).logits
     assert torch.allclose(found, expected, atol=1e-4)
     assert (found - before).abs().max() > 0.1
+
+
+def with_routers(checkpoint):
+    """The checkpoint with routers that mix much of the `bi` experts in."""
+    model = UBMoE(str(checkpoint))
+    module = model[0]
+    new = build_generator(module.model, module.uni_tensors(), routing="router", router="soft")
+    torch.manual_seed(0)
+    module.set_routers({name: torch.randn_like(tensor) for name, tensor in router_state(new).items()}, "soft")
+    return model
+
+
+def train_experts(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mlp" in name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(model.preprocess(["the cat", "a red bird"]))["sentence_embedding"].sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*is not its original plus the low-rank experts")
+def test_mixed_generation_follows_the_experts(checkpoint, tmp_path):
+    """Reference: the same model, whose router view is first built after the training; and the saved one, opened anew."""
+    early, late = with_routers(checkpoint), with_routers(checkpoint)
+    before = logits(early.generator_for("router"))
+    kept = early.generator_for("router")
+    assert kept is early.generator_for("router"), "it is built anew at each call"
+    with torch.no_grad():
+        for tensor in router_state(kept).values():
+            tensor.mul_(1.5)
+    for model in (early, late):
+        train_experts(model)
+    with torch.no_grad():
+        for tensor in router_state(late.generator_for("router")).values():
+            tensor.mul_(1.5)
+    after = logits(early.generator_for("router"))
+    assert (after - before).abs().max() > 1e-2
+    assert torch.equal(after, logits(late.generator_for("router")))
+    early[0].set_routers(router_state(early.generator_for("router")), "soft")
+    early.save(str(tmp_path / "saved"))
+    assert torch.allclose(logits(UBMoE(str(tmp_path / "saved")).generator_for("router")), after, atol=1e-5)
+
+
+def test_an_adapter_of_the_encoder_is_refused_by_views_of_its_experts_whatever_was_built_before(checkpoint):
+    model = with_routers(checkpoint)
+    expected = logits(model.generator)
+    for routing in ("bi", "router"):
+        model.generator_for(routing)
+    model.add_adapter(LoraConfig(r=2, target_modules=["up_proj", "down_proj"], init_lora_weights=False))
+    for routing in ("bi", "router"):
+        with pytest.raises(ValueError, match="carries a PEFT adapter"):
+            model.generator_for(routing)
+    assert torch.equal(logits(model.generator), expected)
+
+
+def test_what_was_set_in_the_generator_outlives_copies_and_other_forms(checkpoint, tmp_path):
+    def changed():
+        model = UBMoE(str(checkpoint))
+        model.generator.generation_config.repetition_penalty = 1.5
+        return model
+
+    low = changed()
+    low[0].use_low_memory()
+    for model in (copy.deepcopy(changed()), pickle.loads(pickle.dumps(changed())), low):
+        assert model.generator.generation_config.repetition_penalty == 1.5
+        model.save(str(tmp_path / "saved"))
+        assert UBMoE(str(tmp_path / "saved")).generator.generation_config.repetition_penalty == 1.5
+        model.generator.generation_config.repetition_penalty = 1.25
+        assert copy.deepcopy(model).generator.generation_config.repetition_penalty == 1.25
+    assert copy.deepcopy(UBMoE(str(checkpoint))).generator.generation_config.repetition_penalty in (None, 1.0)
+    adapted = UBMoE(str(checkpoint))
+    adapted.generator.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.warns(UserWarning, match="carries a PEFT adapter, which a copy"):
+        copy.deepcopy(adapted)

@@ -23,6 +23,7 @@ from ubmoe_st.experts import (
     TokenRouter,
     find_ffns,
     is_ffn_key,
+    merged,
     share_copy,
     without_low_rank,
 )
@@ -165,6 +166,21 @@ def explained(view: PreTrainedModel) -> Iterator[None]:
 def plain_name(name: str) -> str:
     """A tensor's name without the layers that PEFT put around others and leaves there when an adapter is deleted."""
     return name.replace(".base_layer.", ".")
+
+
+def merged_state(encoder: PreTrainedModel) -> dict[str, Tensor]:
+    """Tensors of an encoder under their stock names, with low-rank experts merged."""
+    low = {name: module for name, module in encoder.named_modules() if isinstance(module, LowRankLinear)}
+    state = {}
+    for key, tensor in ((plain_name(full), tensor) for full, tensor in encoder.state_dict().items()):
+        name, _, leaf = key.rpartition(".")
+        owner = name.removesuffix(".base")
+        if owner not in low:
+            state[key] = tensor
+        elif name != owner:
+            pair = low[owner].lora_A, low[owner].lora_B
+            state[f"{owner}.{leaf}"] = merged(tensor, *pair) if leaf == "weight" else tensor
+    return state
 
 
 def build_generator(

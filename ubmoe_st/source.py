@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,8 @@ from ubmoe_st.experts import is_ffn_key, load_low_rank
 from ubmoe_st.generator import uni_keys
 
 if TYPE_CHECKING:
+    from ubmoe_st.bases import Base
+    from ubmoe_st.configuration import UBMoEConfig
     from ubmoe_st.experts import LowRank
 
 Stamps = dict[str, tuple[int, int, int]]
@@ -157,6 +161,31 @@ class Source:
             if original is None or not _equal(original, tensor):
                 return name
         return None
+
+    def honest_config(
+        self, config: UBMoEConfig, base: Base | None, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]
+    ) -> UBMoEConfig:
+        """The config to write: without the base where the generator is no longer that base.
+
+        Args:
+            config: That of the model; gets the hashes of `base` where it has none.
+            base: What the model was made of; None: a checkpoint.
+            encoder: Tensors of the encoder by backbone name.
+            uni: Original FFNs and an untied head.
+        """
+        changed = self.changed({**{key: t for key, t in encoder.items() if not is_ffn_key(key)}, **uni})
+        if changed is None:
+            if not config.base_sha256 and base is not None:
+                config.base_sha256 = base.sha256
+            return replace(config)
+        if config.base_model:
+            warnings.warn(
+                f"{changed}, which the generator uses, was changed by training or by a merged adapter: the model no "
+                f"longer generates exactly like {config.base_model}, so it is saved without that name and hash. To "
+                "keep generation as it was, train the FFN layers of the encoder only",
+                stacklevel=4,
+            )
+        return replace(config, base_model="", base_sha256={})
 
     def _open(self) -> _Files | None:
         if self._files is None and (self.folder or self.base):

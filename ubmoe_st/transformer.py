@@ -6,7 +6,6 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from ubmoe_st.experts import (
     is_ffn_key,
     low_rank_mismatch,
     merge_low_rank,
-    merged,
     replace_module,
     same_low_rank,
     with_ffns,
@@ -49,13 +47,14 @@ from ubmoe_st.generator import (
     explained,
     generator_parameter,
     held_generation_config,
+    merged_state,
     meta_causal_lm,
-    plain_name,
     router_state,
     uni_ffns,
 )
 from ubmoe_st.padding import group_by_length
 from ubmoe_st.source import Source
+from ubmoe_st.watch import Watch
 
 _TEXT_ONLY: dict[str, Any] = {
     "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
@@ -103,6 +102,8 @@ class UBMoETransformer(Transformer):
         self._uni: dict[str, nn.Parameter] | None = None
         self._routers: dict[str, Tensor] | None = None
         self._generators: dict[str, PreTrainedModel] = {}
+        self._kept_config: GenerationConfig | None = None
+        self._routed: Watch | None = None
         if source.folder is not None:
             self.ubmoe_config = checkpoint.read_config(source.folder)
             self.notices = checkpoint.notices_in(source.folder)
@@ -340,6 +341,7 @@ class UBMoETransformer(Transformer):
         if self.is_low_memory:
             raise ValueError("experts are exchanged in one piece: load the checkpoint without low_memory")
         self._generators.pop("router", None)  # holds the old ones in low-rank form
+        self._routed = None
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
         """Take trained token routers, as given by `router_state`.
@@ -377,7 +379,7 @@ class UBMoETransformer(Transformer):
             for prefix, ffn in uni_ffns(self.model, uni).items():
                 replace_module(self.model, prefix, with_low_rank(ffn, prefix, low_rank))
         self._uni = {key: generator_parameter(tensor) for key, tensor in uni.items() if not is_ffn_key(key)}
-        self._generators = {}
+        self.forget_generators()
         self.model.eval()
 
     def _load_low_rank(self) -> LowRank | None:
@@ -451,6 +453,14 @@ class UBMoETransformer(Transformer):
         if routing not in ROUTINGS:
             raise ValueError(f"routing must be one of {', '.join(ROUTINGS)}, got {routing!r}")
         with _BUILD_LOCK:
+            if self.has_adapter and (routing != "uni" or (self.is_low_memory and routing not in self._generators)):
+                raise ValueError(
+                    "the encoder carries a PEFT adapter; export it with `upcycle(base, bi_experts=...)` first"
+                )
+            if routing == "router" and self._routed is not None and not self._routed.unchanged(self.model):
+                # It holds the low-rank experts of before; routers that were trained in it stay.
+                self._routers = router_state(self._generators.pop(routing)) if routing in self._generators else None
+                self._routed = None
             if routing not in self._generators:
                 # Tensors made in inference mode would be refused by autograd for ever.
                 with torch.inference_mode(False):
@@ -458,8 +468,6 @@ class UBMoETransformer(Transformer):
             return self._generators[routing]
 
     def _build(self, routing: Routing) -> PreTrainedModel:
-        if self.has_adapter and (routing != "uni" or self.is_low_memory):
-            raise ValueError("the encoder carries a PEFT adapter; export it with `upcycle(base, bi_experts=...)` first")
         uni = self.uni_tensors()
         kind = self.ubmoe_config.router if self.ubmoe_config else None
         if routing == "router":
@@ -473,6 +481,7 @@ class UBMoETransformer(Transformer):
         encoder = self.model
         low_rank = None if self.is_low_memory else self._current_low_rank(self.encoder_state(), uni)
         if low_rank is not None:
+            self._routed = Watch(self.model, list(find_ffns(self.model).values()))
             ffns = uni_ffns(encoder, uni)
             encoder = with_ffns(encoder, {p: with_low_rank(ffn, p, low_rank) for p, ffn in ffns.items()})
         return build_generator(
@@ -487,7 +496,8 @@ class UBMoETransformer(Transformer):
     @property
     def generation_config(self) -> GenerationConfig | None:
         """The base model's defaults for `generate`, or what a caller has made of them in `generator`."""
-        return held_generation_config(self._generators.get("uni"), self.source.generation_config())
+        stored = self._kept_config or self.source.generation_config()
+        return held_generation_config(self._generators.get("uni"), stored)
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
         # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.
@@ -501,7 +511,7 @@ class UBMoETransformer(Transformer):
         if self._uni is not None:
             self._uni = converted(self._uni, fn)
         if any(old is not new for (old, _), (new, _) in zip(before, after, strict=True)):
-            self._generators = {}
+            self.forget_generators()
         # Not built anew: a caller may hold one, or have put an adapter into it.
         for generator in self._generators.values():
             generator._apply(fn)
@@ -509,27 +519,31 @@ class UBMoETransformer(Transformer):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_generators": {}}
+        return {**self.__dict__, "_generators": {}, "_routed": None, "_kept_config": self._config_to_keep()}
 
     def forget_generators(self) -> None:
-        """Build the generator view anew on its next use, after tensors of this module have been replaced."""
-        self._generators = {}
+        """Build the generator view anew on its next use, after tensors of this module have been replaced.
+
+        Its defaults for `generate` stay what a caller has made of them; an adapter in it does not, with a warning.
+        """
+        self._kept_config = self._config_to_keep()
+        self._generators, self._routed = {}, None
+
+    def _config_to_keep(self) -> GenerationConfig | None:
+        """The defaults for `generate` that a generator built anew is to have, where they are not the stored ones."""
+        if any(getattr(lm, "_hf_peft_config_loaded", False) for lm in self._generators.values()):
+            warnings.warn(
+                "the generator carries a PEFT adapter, which a copy or a generator that is built anew has not: add it "
+                "there again",
+                stacklevel=3,
+            )
+        return self.generation_config if "uni" in self._generators else self._kept_config
 
     # --- saving ----------------------------------------------------------------------------------------------
 
     def encoder_state(self) -> dict[str, Tensor]:
         """Tensors of the encoder under their stock names, with low-rank experts merged."""
-        low = {name: module for name, module in self.model.named_modules() if isinstance(module, LowRankLinear)}
-        state = {}
-        for key, tensor in ((plain_name(full), tensor) for full, tensor in self.model.state_dict().items()):
-            name, _, leaf = key.rpartition(".")
-            owner = name.removesuffix(".base")
-            if owner not in low:
-                state[key] = tensor
-            elif name != owner:
-                pair = low[owner].lora_A, low[owner].lora_B
-                state[f"{owner}.{leaf}"] = merged(tensor, *pair) if leaf == "weight" else tensor
-        return state
+        return merged_state(self.model)
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write config, tokenizer and all weights in the checkpoint layout.
@@ -564,7 +578,7 @@ class UBMoETransformer(Transformer):
             encoder |= self.source.bi(low_rank, uni, self.model.dtype)
         checkpoint.write(
             Path(output_path),
-            self._honest_config(self.ubmoe_config, encoder, uni),
+            self.source.honest_config(self.ubmoe_config, self.base, encoder, uni),
             self.model,
             encoder=encoder,
             uni=uni,
@@ -578,19 +592,3 @@ class UBMoETransformer(Transformer):
             (Path(output_path) / name).write_bytes(content)
         save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
-
-    def _honest_config(self, config: UBMoEConfig, encoder: dict[str, Tensor], uni: dict[str, Tensor]) -> UBMoEConfig:
-        """The config to write: without the base where the generator is no longer that base."""
-        changed = self.source.changed({key: t for key, t in encoder.items() if not is_ffn_key(key)} | uni)
-        if changed is None:
-            if not config.base_sha256 and self.base is not None:
-                config.base_sha256 = self.base.sha256
-            return replace(config)
-        if config.base_model:
-            warnings.warn(
-                f"{changed}, which the generator uses, was changed by training or by a merged adapter: the model no "
-                f"longer generates exactly like {config.base_model}, so it is saved without that name and hash. To "
-                "keep generation as it was, train the FFN layers of the encoder only",
-                stacklevel=3,
-            )
-        return replace(config, base_model="", base_sha256={})
