@@ -17,6 +17,7 @@ ORDER = [
     "forking",
     "padding",
     "watch",
+    "detokenization",
     "configuration",
     "shards",
     "multi_vector",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 import time
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.benchmark_data import make_base as make_byte_base
-from helpers.models import make_checkpoint
-from transformers import GenerationConfig, LogitsProcessor, TextStreamer, pipeline
+from helpers.gguf import sentencepiece_tokenizer
+from helpers.models import make_base, make_checkpoint
+from transformers import GenerationConfig, LlamaTokenizer, LogitsProcessor, TextStreamer, pipeline
 
 from ubmoe_st import UBMoE
+from ubmoe_st.detokenization import IncrementalText
 
 TEMPLATE_WITH_PARTS = (
     "{% for t in tools or [] %}{{ t['function']['name'] + ' ' }}{% endfor %}"
@@ -203,6 +206,61 @@ def test_streaming_gives_the_pieces_of_the_text(model):
     pieces = list(model.generate("a red bird", max_new_tokens=6, stream=True))
     assert len(pieces) > 1
     assert "".join(pieces).split() == model.generate("a red bird", max_new_tokens=6).split()
+
+
+def llama_2_tokenizer():
+    """As of Llama 2: spaces are letters, and the decoder strips one from where a text begins."""
+    words = ["\u2581def", "\u2581f", "():", "\u2581\u2581\u2581", "\u2581return", "\u25811", "\u2581a", "a", "\u2581"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    return LlamaTokenizer(vocab={name: number for number, name in enumerate(names)}, merges=[])
+
+
+def test_a_stream_keeps_the_spaces_that_begin_a_line(tmp_path):
+    tokenizer = llama_2_tokenizer()
+    base = make_base(tmp_path / "base", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(base)
+    model = UBMoE(str(make_checkpoint(base, tmp_path / "checkpoint")))
+    wanted = "\u2581def \u2581f (): <0x0A> \u2581\u2581\u2581 \u2581return \u25811 </s>".split()
+    ids = tokenizer.convert_tokens_to_ids(wanted)
+    began = len(tokenizer("a")["input_ids"])
+
+    def force(tokens, scores):
+        forced = torch.full_like(scores, -1e9)
+        forced[:, ids[tokens.shape[1] - began]] = 0
+        return forced
+
+    whole = model.generate("a", max_new_tokens=9, logits_processor=[force])
+    assert whole == "def f():\n    return 1"
+    pieces = list(model.generate("a", max_new_tokens=9, logits_processor=[force], stream=True))
+    assert "".join(pieces) == whole
+    assert len(pieces) >= 6
+
+
+@pytest.mark.parametrize("kind", ["words", "llama-2", "gemma"])
+def test_pieces_of_any_tokens_are_their_text(kind, model):
+    """Whole characters, though a character may be four tokens."""
+    made = {"words": lambda: model.tokenizer, "llama-2": llama_2_tokenizer, "gemma": sentencepiece_tokenizer}
+    tokenizer = made[kind]()
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    rng = random.Random(0)
+    # Bytes that are no character together have no one text.
+    known = [n for n in range(len(tokenizer)) if not tokenizer.convert_ids_to_tokens(n).startswith("<0x")]
+    known += [n for n in tokenizer.convert_tokens_to_ids(["<0x0A>"]) if kind != "words"]
+    snow = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "\u2603".encode()]
+    for _ in range(300):
+        ids = rng.choices(known, k=rng.randrange(1, 12))
+        if kind != "words":
+            at = rng.randrange(len(ids) + 1)
+            ids[at:at] = snow
+        text = IncrementalText(decode)
+        pieces = [text.push(token) for token in ids]
+        assert "".join([*pieces, text.rest()]) == decode(ids)
+    if kind != "words":
+        text = IncrementalText(decode)
+        assert [text.push(token) for token in snow] == ["", "", "\u2603"]
 
 
 def test_a_stream_that_is_abandoned_stops(model):

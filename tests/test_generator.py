@@ -163,7 +163,7 @@ def train_experts(model):
 
 @pytest.mark.filterwarnings("ignore:.*is not its original plus the low-rank experts")
 def test_mixed_generation_follows_the_experts(checkpoint, tmp_path):
-    """Reference: the same model, whose router view is first built after the training; and the saved one, opened anew."""
+    """Reference: the same model, whose router view is built after the training alone; and the saved one."""
     early, late = with_routers(checkpoint), with_routers(checkpoint)
     before = logits(early.generator_for("router"))
     kept = early.generator_for("router")

@@ -339,7 +339,7 @@ def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
     ],
 )
 def test_values_of_the_trainer_that_say_something_else_are_refused(recipe, trainer, said):
-    """Of no step the trainer makes three epochs, or none, and the base is exported as trained; any text counts as true."""
+    """Of no step the trainer makes three epochs, or none, and the base is exported as trained; any text is true."""
     with pytest.raises(ValueError, match=said):
         contrastive.training_arguments(recipe(trainer=trainer))
 

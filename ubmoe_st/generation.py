@@ -18,6 +18,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
 from ubmoe_st.configuration import Routing, check_count
+from ubmoe_st.detokenization import IncrementalText
 from ubmoe_st.generator import explained
 from ubmoe_st.transformer import UBMoETransformer
 
@@ -247,6 +248,30 @@ def _reads_parts(tokenizer: Any) -> bool:
     return word in text and not any(f"{quote}type{quote}" in text for quote in "'\"")
 
 
+class _Pieces(TextIteratorStreamer):
+    """The stock iterator, whose pieces joined are the text that is not streamed.
+
+    The stock one forgets what stands before a line: tokenizers that strip a space of a text's beginning, as that of
+    Llama 2, then strip one of every line.
+    """
+
+    def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(tokenizer, **kwargs)
+        self._text = IncrementalText(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, once, then tokens of one sequence."""
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.on_finalized_text("".join(self._text.push(token) for token in value.reshape(-1).tolist()))
+
+    def end(self) -> None:
+        """Give what was held back."""
+        self.next_tokens_are_prompt = True
+        self.on_finalized_text(self._text.rest(), stream_end=True)
+
+
 def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]:
     stopped = threading.Event()
 
@@ -254,7 +279,7 @@ def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0.1, skip_special_tokens=True)
+    streamer = _Pieces(tokenizer, skip_prompt=True, timeout=0.1)
     given = arguments.pop("stopping_criteria", None) or []
     criteria = StoppingCriteriaList([*given, Abandoned()])
     failure: list[BaseException] = []

@@ -31,7 +31,6 @@ from ubmoe_st.experts import is_ffn_key, load_low_rank
 from ubmoe_st.generator import uni_keys
 
 if TYPE_CHECKING:
-    from ubmoe_st.bases import Base
     from ubmoe_st.configuration import UBMoEConfig
     from ubmoe_st.experts import LowRank
 
@@ -163,20 +162,23 @@ class Source:
         return None
 
     def honest_config(
-        self, config: UBMoEConfig, base: Base | None, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]
+        self,
+        config: UBMoEConfig,
+        base_sha256: Mapping[str, str],
+        encoder: Mapping[str, Tensor],
+        uni: Mapping[str, Tensor],
     ) -> UBMoEConfig:
         """The config to write: without the base where the generator is no longer that base.
 
         Args:
-            config: That of the model; gets the hashes of `base` where it has none.
-            base: What the model was made of; None: a checkpoint.
+            config: That of the model; gets the hashes of its base where it has none.
+            base_sha256: Those of the base that the model was made of; empty: it was read from a checkpoint.
             encoder: Tensors of the encoder by backbone name.
             uni: Original FFNs and an untied head.
         """
         changed = self.changed({**{key: t for key, t in encoder.items() if not is_ffn_key(key)}, **uni})
         if changed is None:
-            if not config.base_sha256 and base is not None:
-                config.base_sha256 = base.sha256
+            config.base_sha256 = config.base_sha256 or dict(base_sha256)
             return replace(config)
         if config.base_model:
             warnings.warn(

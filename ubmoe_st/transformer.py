@@ -578,7 +578,7 @@ class UBMoETransformer(Transformer):
             encoder |= self.source.bi(low_rank, uni, self.model.dtype)
         checkpoint.write(
             Path(output_path),
-            self.source.honest_config(self.ubmoe_config, self.base, encoder, uni),
+            self.source.honest_config(self.ubmoe_config, self.base.sha256 if self.base else {}, encoder, uni),
             self.model,
             encoder=encoder,
             uni=uni,

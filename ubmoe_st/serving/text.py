@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .engine import Engine
+from ubmoe_st.detokenization import IncrementalText
 
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
-_HELD_TOKENS = 8
-"""A character has at most four bytes, so at most four tokens; a text that stays broken for longer is broken."""
+from .engine import Engine
 
 
 class TextStream:
@@ -22,10 +20,7 @@ class TextStream:
     def __init__(self, engine: Engine, stops: Sequence[str] = ()) -> None:
         self._engine = engine
         self._stops = [stop for stop in stops if stop]
-        self._ids: list[int] = []
-        # Tokens from `_context` are decoded together, those from `_said` are new: the space before a word depends on
-        # what stands before it.
-        self._context = self._said = 0
+        self._text = IncrementalText(engine.decode)
         self._held = ""
         self.tokens = 0
         self.finished = False
@@ -35,30 +30,18 @@ class TextStream:
         self.tokens += 1
         if self._engine.is_end(token):
             self.finished = True
-            text = self._held + self._new_text(whole=True)
+            text = self._held + self._text.rest()
             self._held = ""
             return self._cut(text)[0]
-        self._ids.append(token)
-        text, self.finished = self._cut(self._held + self._new_text())
+        text, self.finished = self._cut(self._held + self._text.push(token))
         keep = 0 if self.finished else self._beginning_of_a_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def rest(self) -> str:
         """What was held back, when nothing more comes."""
-        text, self._held = self._held + self._new_text(whole=True), ""
+        text, self._held = self._held + self._text.rest(), ""
         return self._cut(text)[0]
-
-    def _new_text(self, whole: bool = False) -> str:
-        before = self._engine.decode(self._ids[self._context : self._said])
-        now = self._engine.decode(self._ids[self._context :])
-        if now.endswith(_BROKEN) and not whole and len(self._ids) - self._said < _HELD_TOKENS:
-            return ""
-        if len(now) > len(before):
-            # A special token has no text: alone it would be no context.
-            self._context = self._said
-        self._said = len(self._ids)
-        return now[len(before) :]
 
     def _cut(self, text: str) -> tuple[str, bool]:
         places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
