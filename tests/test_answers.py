@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from transformers import GenerationConfig
 
 from ubmoe_st.answers import ENTRY_CHARACTERS, VECTORS_SHARE, answer, answer_prompt, find, hit_table, search_options
 
@@ -38,7 +39,9 @@ def test_more_than_the_model_holds_is_no_prompt():
         tokenizer = SimpleNamespace(
             chat_template="", apply_chat_template=lambda prompt, **options: prompt[0]["content"], is_fast=True
         )
-        generator = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=60))
+        generator = SimpleNamespace(
+            config=SimpleNamespace(max_position_embeddings=60), generation_config=GenerationConfig()
+        )
 
         @staticmethod
         def token_ids(text):
@@ -53,6 +56,15 @@ def test_more_than_the_model_holds_is_no_prompt():
     answer(model, "where?", HITS, max_new_tokens=55)
     size = len(model.asked[1][0][0]["content"].split())
     assert model.asked[1][1]["max_new_tokens"] == 60 - size < 55
+    # Where no limit is given, neither that of `generate` itself nor one of the model goes beyond the context.
+    answer(model, "where?", HITS)
+    assert model.asked[2][1]["max_new_tokens"] == 60 - size
+    for own, expected in (({"max_new_tokens": 4}, 4), ({"max_length": 999}, 60 - size)):
+        model.generator.generation_config = GenerationConfig(**own)
+        answer(model, "where?", HITS)
+        assert model.asked[-1][1]["max_new_tokens"] == expected
+    answer(model, "where?", HITS, generation_config=GenerationConfig(max_new_tokens=5))
+    assert "max_new_tokens" not in model.asked[-1][1]
 
 
 def test_find_passes_on_what_it_is_asked():

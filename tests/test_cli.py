@@ -100,6 +100,22 @@ def test_generate(checkpoint):
     assert json.loads(run(*arguments, "--json").stdout)["text"] == expected
 
 
+def test_generate_runs_the_experts_that_the_checkpoint_names(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    file = tmp_path / "other" / "generator" / "config.json"
+    config = json.loads(file.read_text())
+    config["ubmoe"]["routing"] = "bi"
+    file.write_text(json.dumps(config))
+    model = UBMoE(str(checkpoint))
+    for named, routing in (((), "bi"), (("--routing", "uni"), "uni")):
+        found = json.loads(
+            run("generate", tmp_path / "other", "the cat", "--max-new-tokens", 6, *named, "--json").stdout
+        )
+        assert found["routing"] == routing
+        assert found["text"] == model.generate("the cat", max_new_tokens=6, routing=routing)
+    assert model.generate("the cat", max_new_tokens=6, routing="bi") != model.generate("the cat", max_new_tokens=6)
+
+
 def test_chat_until_an_empty_line(checkpoint):
     result = run("generate", checkpoint, "--max-new-tokens", 3, input="the cat\n\n")
     expected = UBMoE(str(checkpoint)).generate([{"role": "user", "content": "the cat"}], max_new_tokens=3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +22,14 @@ pytest.importorskip("uvicorn")
 
 import uvicorn
 from fastapi.testclient import TestClient
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ubmoe_st import EmbeddingIndex, UBMoE
 from ubmoe_st.index import IndexGroup
 from ubmoe_st.serving import Settings, create_app
 from ubmoe_st.serving.batching import choose
 from ubmoe_st.serving.embeddings import texts_of
-from ubmoe_st.serving.engine import Sampler, TorchEngine
+from ubmoe_st.serving.engine import SHAPING, Sampler, Sampling, TorchEngine, tell_unapplied
 from ubmoe_st.serving.rerank import relevance
 from ubmoe_st.serving.schemas import EmbeddingRequest
 from ubmoe_st.serving.text import TextStream
@@ -199,6 +200,46 @@ def test_a_chat_goes_through_the_template(url, model):
     parts = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
     same = post(url, "chat/completions", messages=parts, max_completion_tokens=6)
     assert same["choices"][0] == found["choices"][0]
+
+
+def test_a_template_sees_the_names_of_a_chat(url, model, monkeypatch):
+    told = "{% for m in messages %}{{ m['name'] or 'nobody' }} {{ m['content'] }} {% endfor %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", told)
+
+    def answered(**name):
+        messages = [{"role": "user", "content": "the cat", **name}]
+        return post(url, "chat/completions", messages=messages, max_tokens=6)["usage"]["prompt_tokens"]
+
+    assert answered(name="red bird house") == answered() + 2
+
+
+def test_a_server_generates_as_the_checkpoint_says(checkpoint, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    config = json.loads((other / "generator" / "config.json").read_text())
+    config["ubmoe"]["routing"] = "bi"
+    (other / "generator" / "config.json").write_text(json.dumps(config))
+    loaded = UBMoE(str(other), device="cpu")
+    tokens = []
+    engine = TorchEngine(loaded, "other")
+    engine.generate_tokens(engine.continuation_ids("the cat"), Sampling(6), lambda token: tokens.append(token) or True)
+    said = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert said == loaded.generate("the cat", max_new_tokens=6, do_sample=False, routing="bi")
+    assert said == loaded.generate("the cat", max_new_tokens=6, do_sample=False)
+    assert said != loaded.generate("the cat", max_new_tokens=6, do_sample=False, routing="uni")
+
+
+def test_what_an_engine_does_not_apply_is_told(caplog):
+    asked = {"repetition_penalty": 1.1, "min_p": 0.1, "do_sample": True, "no_repeat_ngram_size": 0, "top_k": 20}
+    for defaults, keys, said in (
+        (asked, SHAPING, ["min_p", "repetition_penalty"]),
+        (asked | {"do_sample": False}, SHAPING, ["repetition_penalty"]),
+        (GenerationConfig().to_dict(), SHAPING, []),
+    ):
+        caplog.clear()
+        tell_unapplied(defaults, keys)
+        assert [one for one in said if any(one in record.message for record in caplog.records)] == said
+        assert len(caplog.records) == len(said)
 
 
 def test_a_seed_gives_the_same_text_whatever_else_runs(url):
@@ -649,6 +690,7 @@ def test_a_request_that_is_too_long_is_refused(engine, chunked):
         ("completions", {"prompt": "the cat", "max_tokens": 10**6}, "holds 128 tokens"),
         ("completions", {"prompt": "the cat " * 70}, "holds 128 tokens"),
         ("completions", {"prompt": "the cat", "n": 2}, "n is not supported"),
+        ("completions", {"prompt": "the cat", "logprobs": 0}, "logprobs is not supported"),
         ("completions", {"prompt": "the cat", "stream_options": {"include_usage": True}}, "stream: true"),
         ("rerank", {"query": "a", "documents": []}, "documents"),
         ("rerank", {"query": " ", "documents": ["a"]}, "query is empty"),

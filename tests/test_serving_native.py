@@ -16,7 +16,7 @@ import torch
 from helpers.engines import cosine, in_process
 from helpers.gguf import GGUF_TEXTS
 from helpers.models import TEXTS
-from sentence_transformers.sentence_transformer.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
 from ubmoe_st import UBMoE
 from ubmoe_st.export import export
@@ -271,6 +271,20 @@ def test_what_llama_cpp_cannot_do_is_refused(files, tmp_path):
     (other / "generator" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="dense"):
         NativeUBMoE.from_checkpoint(other, gguf=base)
+    mixing = tmp_path / "mixing"
+    shutil.copytree(checkpoint, mixing)
+    config = json.loads((checkpoint / "generator" / "config.json").read_text())
+    config["ubmoe"]["routing"] = "bi"
+    (mixing / "generator" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"routing 'bi', and llama\.cpp with the base model alone"):
+        NativeUBMoE.from_checkpoint(mixing, gguf=base)
+    model = UBMoE(str(checkpoint), device="cpu")
+    width = model.get_embedding_dimension()
+    model.insert(2, Dense(width, 3, activation_function=torch.nn.Identity()))
+    model.insert(2, Normalize())
+    model.save(str(tmp_path / "ordered"))
+    with pytest.raises(ValueError, match="a Dense behind a Normalize"):
+        NativeUBMoE.from_checkpoint(tmp_path / "ordered", gguf=base)
     prompted = tmp_path / "prompted"
     shutil.copytree(checkpoint, prompted)
     (prompted / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean", "include_prompt": false}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,19 @@ def answer(
         raise ValueError("no entry was found, so there is nothing to answer from")
     prompt = answer_prompt(question, hits)
     room = _room_for_answer(model, prompt, len(hits))
-    if room is not None and options.get("max_new_tokens") is not None:
-        options["max_new_tokens"] = min(options["max_new_tokens"], room)
+    if room is not None and not {"max_length", "generation_config"} & options.keys():
+        limit = options.get("max_new_tokens")
+        options["max_new_tokens"] = min(_own_limit(model) if limit is None else limit, room)
     text: Any = model.generate(prompt, stream=stream, **options)
     return text
+
+
+def _own_limit(model: UBMoE) -> float:
+    """New tokens that `generate` would stop after by itself; infinite where its config counts the prompt, too."""
+    from ubmoe_st.generation import DEFAULT_NEW_TOKENS
+
+    own = model.generator.generation_config.to_diff_dict()
+    return own.get("max_new_tokens") or (math.inf if own.get("max_length") else DEFAULT_NEW_TOKENS)
 
 
 def _room_for_answer(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> int | None:

@@ -181,7 +181,7 @@ def generate(
         typer.Argument(metavar="PROMPT", help="Text to continue; without one, a chat begins.", show_default=False),
     ] = None,
     max_new_tokens: NewTokens = 256,
-    routing: RoutingOption = "uni",
+    routing: RoutingOption = None,
     chat: Annotated[bool, typer.Option(help="Send the prompt through the chat template.")] = False,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
@@ -205,7 +205,7 @@ def generate(
         return
     request = [{"role": "user", "content": prompt}] if chat else prompt
     if as_json:
-        say_json({"prompt": prompt, "text": model.generate(request, **options), "routing": routing})
+        say_json({"prompt": prompt, "text": model.generate(request, **options), "routing": routing or model.routing})
     else:
         say_stream(model.generate(request, stream=True, **options))
 

@@ -50,7 +50,7 @@ def generate(
     prompts: str | Chat | Sequence[str | Chat],
     /,
     *,
-    routing: Routing | None,
+    routing: Routing,
     max_new_tokens: int | None,
     stream: bool,
     chat: ChatOptions,
@@ -69,9 +69,8 @@ def generate(
     _check_arguments(max_new_tokens, stream, generation_kwargs)
     if not batch:
         return []
-    config = views.ubmoe_config
     tokenizer: Any = views.tokenizer
-    lm: Any = views.generator(routing or (config.routing if config else "uni"))
+    lm: Any = views.generator(routing)
     inputs = _padded(views, batch, chat, lm.device)
     arguments = {**inputs, **_settled(lm, tokenizer, max_new_tokens, generation_kwargs)}
     if stream:

@@ -164,7 +164,7 @@ def ask(
     where: FilterOption = None,
     rerank: RerankOption = None,
     candidates: CandidatesOption = None,
-    routing: RoutingOption = "uni",
+    routing: RoutingOption = None,
     model: MovedModel = None,
     as_json: JsonFlag = False,
 ) -> None:

@@ -163,6 +163,12 @@ class UBMoE(SentenceTransformer):
         """The base model as a stock causal LM that shares the encoder's tensors."""
         return self._views.generator("uni")
 
+    @property
+    def routing(self) -> Routing:
+        """Which experts `generate` runs where the call does not say: `uni` unless the checkpoint names others."""
+        config = self._views.ubmoe_config
+        return config.routing if config else "uni"
+
     def generator_for(self, routing: Routing) -> PreTrainedModel:
         """The generator view with a routing: `uni`, `bi` or `router`."""
         return self._views.generator(routing)
@@ -207,7 +213,7 @@ class UBMoE(SentenceTransformer):
         return generation.generate(
             self._views,
             prompts,
-            routing=routing,
+            routing=routing or self.routing,
             max_new_tokens=max_new_tokens,
             stream=stream,
             chat=ChatOptions(continue_final_message, tools, chat_template_kwargs),

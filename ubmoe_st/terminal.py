@@ -29,7 +29,8 @@ err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 RoutingOption = Annotated[
-    Literal["uni", "bi", "router"], typer.Option(help="Expert that generates; `uni` is the base model.")
+    Literal["uni", "bi", "router"] | None,
+    typer.Option(help="Expert that generates: `uni` is the base model; default: that of the checkpoint, else `uni`."),
 ]
 NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
 TruncateDim = Annotated[int | None, typer.Option(min=1, help="Number of leading dimensions to keep; by default all.")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     from ubmoe_st.model import UBMoE
     from ubmoe_st.ranking import Method, Reading
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, str]
 OnToken = Callable[[int], bool]
@@ -204,6 +207,28 @@ class Sampler:
         return int(self._random.choice(len(logits), p=self.probabilities(logits)))
 
 
+_SAMPLING: dict[str, Any] = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None}
+SHAPING = _SAMPLING | {
+    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "begin_suppress_tokens": [],
+    "bad_words_ids": [], "sequence_bias": None, "min_new_tokens": 0, "min_length": 0, "forced_eos_token_id": None,
+}  # fmt: skip
+"""Keys of a generation config that change which token comes next, beside those that `sampler` reads, with the values
+that change nothing."""
+
+
+def tell_unapplied(defaults: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
+    """Warn of what a base's generation config asks for and an engine does not do.
+
+    Args:
+        defaults: The generation config.
+        keys: What is not done, with the values that ask for nothing.
+    """
+    for key, neutral in keys.items():
+        value = defaults.get(key)
+        if value is not None and value != neutral and (key not in _SAMPLING or defaults.get("do_sample")):
+            logger.warning("the base's generation config has %s=%r, which this engine does not apply", key, value)
+
+
 def sampler(sampling: Sampling, defaults: dict[str, Any]) -> Sampler | None:
     """The sampler a request asks for. None: greedy.
 
@@ -233,9 +258,10 @@ class TorchEngine:
     def __init__(self, model: UBMoE, name: str) -> None:
         self.model, self.name = model, name
         # Built now: the first request would wait for it.
-        self._lm: Any = model.generator
+        self._lm: Any = model.generator_for(model.routing)
         self._views: Any = model[0]
         self._defaults = self._lm.generation_config.to_dict()
+        tell_unapplied(self._defaults, _SAMPLING)
         ends = self._defaults.get("eos_token_id")
         self._ends = set(
             ends if isinstance(ends, list) else [ends if ends is not None else model.tokenizer.eos_token_id]

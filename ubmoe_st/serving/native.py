@@ -21,7 +21,7 @@ import numpy as np
 
 from ubmoe_st.configuration import check_texts
 
-from .engine import Message, OnToken, Sampling, Tokens, sampler
+from .engine import SHAPING, Message, OnToken, Sampling, Tokens, sampler, tell_unapplied
 from .native_files import Parts, adapter_of, parts_of
 from .text import TextStream
 
@@ -162,6 +162,7 @@ class NativeUBMoE:
             f"read {parts.gguf}",
         )
         self._vocab = lib.llama_model_get_vocab(self._model)
+        tell_unapplied(parts.defaults, SHAPING)
         trained = lib.llama_model_n_ctx_train(self._model)
         longest_text = longest_text or min(parts.max_seq_length or _LONGEST, _LONGEST)
         self.context, self.longest_text = min(context, trained), min(longest_text, trained)

@@ -66,6 +66,11 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
     config = checkpoint.read_config(folder)
     if config.expert_rank is None:
         raise ValueError(f"the bi experts of {path} are dense, and llama.cpp takes them as an adapter of low rank only")
+    if config.routing != "uni":
+        raise ValueError(
+            f"{path} generates with routing {config.routing!r}, and llama.cpp with the base model alone; serve it with "
+            "engine torch"
+        )
     stock = _json(folder / "config_sentence_transformers.json")
     tokenizer = _json(folder / "tokenizer_config.json")
     prompts = _PROMPTS | {name: prompt or "" for name, prompt in (stock.get("prompts") or {}).items()}
@@ -117,6 +122,11 @@ def _pooling_of(modules: list[tuple[str, Path]], prompted: bool) -> str:
     if kinds[1] != "Pooling":
         raise ValueError(
             f"llama.cpp pools first, and the checkpoint has {kinds[1]} before it; serve it with engine torch"
+        )
+    if "Normalize" in kinds and "Dense" in kinds[kinds.index("Normalize") :]:
+        raise ValueError(
+            "llama.cpp's vectors are normalised last, and the checkpoint has a Dense behind a Normalize; serve it with "
+            "engine torch"
         )
     if prompted and not settings[0].get("include_prompt", True):
         raise ValueError("the checkpoint pools without its prompts, which llama.cpp cannot; serve it with engine torch")

@@ -33,7 +33,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False, 0),
+    "logprobs": (False,),  # 0 asks a completion for those of its own tokens
     "top_logprobs": (0,),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
@@ -151,9 +151,10 @@ class ChatMessage(BaseModel):
         return {name: value for name, value in values.items() if value or name not in _SAID_OF_ANSWERS}
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """As chat templates take it; a name is there for those that read it."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
 
 
 class ChatRequest(GenerationRequest):
