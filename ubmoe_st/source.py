@@ -217,6 +217,18 @@ class SmallSource(Source):
         self.check_unchanged()
         return Source(folder=self.folder, base=self.base, dtype=self._dtype).changed(tensors, bi=bi)
 
+    def honest_config(  # noqa: D102 - as above; nothing of a model without weights in memory can have been changed
+        self,
+        config: UBMoEConfig,
+        base_sha256: Mapping[str, str],
+        encoder: Mapping[str, Tensor],
+        uni: Mapping[str, Tensor],
+    ) -> UBMoEConfig:
+        if not config.base_sha256 and base_sha256:
+            config.base_sha256 = dict(base_sha256)
+            self.check_unchanged()  # else the sums would be those of another base
+        return replace(config)
+
     def _open(self) -> _Files | None:
         if self._files is None and (self.folder or self.base):
             self.check_unchanged()

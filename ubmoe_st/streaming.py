@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing_extensions import Self
 
 from ubmoe_st import checkpoint, shards
 from ubmoe_st.bases import Base, refuse_own_head, stock_config
-from ubmoe_st.configuration import RouterKind, Routing, UBMoEConfig
+from ubmoe_st.configuration import RouterKind, Routing
 from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merged
 from ubmoe_st.generator import causal_config, meta_causal_lm, tied_keys, uni_keys
 from ubmoe_st.model import UBMoE
@@ -197,14 +196,6 @@ class StreamedTransformer(UBMoETransformer):
     def _current_low_rank(self, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]) -> LowRank | None:
         # Nothing in memory can have been changed since it was set.
         return self._load_low_rank()
-
-    def _honest_config(
-        self, config: UBMoEConfig, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]
-    ) -> UBMoEConfig:
-        if not config.base_sha256 and self.base is not None:
-            config.base_sha256 = self.base.sha256
-            self.source.check_unchanged()  # else the sums would be those of another base
-        return replace(config)
 
     # --- tensors -------------------------------------------------------------------------------------------------
 
