@@ -23,6 +23,11 @@ USED_BY: dict[str, tuple[LossName, ...]] = {
     "mini_batch_size": ("CachedMultipleNegativesRankingLoss",),
 }
 """Losses that read a key; with any other it does nothing."""
+_OTHER_BATCHES = {
+    "batch_tokens": ("per_device_train_batch_size", "batch_sampler"),
+    "shuffle_buffer": ("batch_sampler",),
+}
+"""Keys of the trainer that nothing reads where a recipe has another one."""
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------
@@ -412,14 +417,10 @@ class ContrastiveRecipe:
         """
         for key in self.idle:
             raise ValueError(f"{key} does nothing {self._unused[key]}; leave it out")
-        other = "batch_tokens" if self.batch_tokens is not None else "shuffle_buffer"
-        named = ("per_device_train_batch_size", "batch_sampler") if other == "batch_tokens" else ("batch_sampler",)
-        if self.batch_tokens is not None or self.shuffle_buffer is not None:
-            for key in named:
-                if key in self.trainer:
-                    raise ValueError(
-                        f"trainer.{key} does nothing with {other}, which makes other batches; leave it out"
-                    )
+        for key, names in _OTHER_BATCHES.items():
+            unread = next((name for name in names if name in self.trainer), None)
+            if getattr(self, key) is not None and unread is not None:
+                raise ValueError(f"trainer.{unread} does nothing with {key}, which makes other batches; leave it out")
         chosen = self.evaluate not in ({}, {"STSB-dev": None})
         if chosen and "eval_strategy" not in self.trainer:
             raise ValueError(
