@@ -11,7 +11,7 @@ from helpers.models import WORDS
 
 from training.mixtures import Texts, TextSource
 from training.texts import draw
-from training.variants import _JUDGEMENTS, contrasts, corrupt, has_contrast, roughen
+from training.variants import _JUDGEMENTS, QUESTIONS, contrasts, corrupt, has_contrast, roughen
 
 LINES = [f"{a} {b} cat {c} on the mat" for a, b, c in zip(WORDS * 3, WORDS[::-1] * 3, sorted(WORDS) * 3)]
 PASSAGE = "The cat sits on the old red mat. A blue bird sleeps in the tree under the house. The dog runs in the train."
@@ -181,6 +181,7 @@ def test_contrasts_keep_the_topic_and_change_the_question_or_the_judgement(folde
         found = contrasts(question, rng, 5)
         assert len({*found, question}) == 6
         assert all(other.endswith(rest) and other[0].isupper() == question[0].isupper() for other in found)
+    assert len(contrasts("who wrote it", rng, 99)) == len(QUESTIONS) - 1
     opposite, same, *_ = contrasts("The food was good, and I loved it.", rng, 4)
     words = {number: {word for word in side.split()} for number, side in enumerate(_JUDGEMENTS[0])}
     for judged, side in ((opposite, 1), (same, 0)):

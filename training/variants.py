@@ -142,10 +142,8 @@ def contrasts(text: str, rng: random.Random, most: int = 3) -> list[str]:
         own = opening.group().lower()
         others = [other for other in QUESTIONS if other != own]
         large = text[0].isupper()
-        found = [
-            f"{other.capitalize() if large else other}{text[opening.end() :]}" for other in rng.sample(others, most)
-        ]
-        return [other for other in found if other != text]
+        chosen = rng.sample(others, min(most, len(others)))
+        return [f"{other.capitalize() if large else other}{text[opening.end() :]}" for other in chosen]
 
     def judged(choose: Callable[[int], int]) -> str:
         words = []
