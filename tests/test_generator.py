@@ -184,6 +184,20 @@ def test_mixed_generation_follows_the_experts(checkpoint, tmp_path):
     assert torch.allclose(logits(UBMoE(str(tmp_path / "saved")).generator_for("router")), after, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not its original plus the low-rank experts")
+def test_routers_that_were_set_stay_where_the_experts_change_before_their_first_use(checkpoint):
+    """Reference: the same changes to a model that had no router view before."""
+    early, late = with_routers(checkpoint), with_routers(checkpoint)
+    early.generator_for("router")
+    for model in (early, late):
+        torch.manual_seed(1)
+        found = router_state(with_routers(checkpoint).generator_for("router"))
+        model[0].set_routers({name: 2 * tensor for name, tensor in found.items()}, "soft")
+        train_experts(model)
+    assert torch.equal(logits(early.generator_for("router")), logits(late.generator_for("router")))
+    assert early.generator_for("router") is early.generator_for("router"), "it is built anew at each call"
+
+
 def test_an_adapter_of_the_encoder_is_refused_by_views_of_its_experts_whatever_was_built_before(checkpoint):
     model = with_routers(checkpoint)
     expected = logits(model.generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -70,6 +71,26 @@ class UBMoEConfig:
             raise ValueError(f"expert_rank must be at least 1 or null, got {self.expert_rank}")
         if self.routing == "router" and self.router is None:
             raise ValueError("routing is 'router', but the checkpoint names no router kind")
+
+    def honest(self, base_sha256: Mapping[str, str], changed: str | None) -> UBMoEConfig:
+        """The config to write: without the base where the generator is no longer that base.
+
+        Args:
+            base_sha256: Of the base that a model was made of, which a config without any takes; empty: it was read
+                from a checkpoint.
+            changed: A tensor that the generator uses and that is not the base's. None: there is none.
+        """
+        if changed is None:
+            self.base_sha256 = self.base_sha256 or dict(base_sha256)
+            return dataclasses.replace(self)
+        if self.base_model:
+            warnings.warn(
+                f"{changed}, which the generator uses, was changed by training or by a merged adapter: the model no "
+                f"longer generates exactly like {self.base_model}, so it is saved without that name and hash. To "
+                "keep generation as it was, train the FFN layers of the encoder only",
+                stacklevel=3,
+            )
+        return dataclasses.replace(self, base_model="", base_sha256={})
 
     def to_dict(self) -> dict[str, Any]:
         """The section as plain JSON types."""

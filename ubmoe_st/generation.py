@@ -278,7 +278,7 @@ def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
-    streamer = _Pieces(tokenizer, skip_prompt=True, timeout=0.1)
+    streamer = _Pieces(tokenizer, timeout=0.1)
     given = arguments.pop("stopping_criteria", None) or []
     criteria = StoppingCriteriaList([*given, Abandoned()])
     failure: list[BaseException] = []

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +29,6 @@ from ubmoe_st.experts import is_ffn_key, load_low_rank
 from ubmoe_st.generator import uni_keys
 
 if TYPE_CHECKING:
-    from ubmoe_st.configuration import UBMoEConfig
     from ubmoe_st.experts import LowRank
 
 Stamps = dict[str, tuple[int, int, int]]
@@ -161,34 +158,6 @@ class Source:
                 return name
         return None
 
-    def honest_config(
-        self,
-        config: UBMoEConfig,
-        base_sha256: Mapping[str, str],
-        encoder: Mapping[str, Tensor],
-        uni: Mapping[str, Tensor],
-    ) -> UBMoEConfig:
-        """The config to write: without the base where the generator is no longer that base.
-
-        Args:
-            config: That of the model; gets the hashes of its base where it has none.
-            base_sha256: Those of the base that the model was made of; empty: it was read from a checkpoint.
-            encoder: Tensors of the encoder by backbone name.
-            uni: Original FFNs and an untied head.
-        """
-        changed = self.changed({**{key: t for key, t in encoder.items() if not is_ffn_key(key)}, **uni})
-        if changed is None:
-            config.base_sha256 = config.base_sha256 or dict(base_sha256)
-            return replace(config)
-        if config.base_model:
-            warnings.warn(
-                f"{changed}, which the generator uses, was changed by training or by a merged adapter: the model no "
-                f"longer generates exactly like {config.base_model}, so it is saved without that name and hash. To "
-                "keep generation as it was, train the FFN layers of the encoder only",
-                stacklevel=4,
-            )
-        return replace(config, base_model="", base_sha256={})
-
     def _open(self) -> _Files | None:
         if self._files is None and (self.folder or self.base):
             self.check_unchanged()
@@ -216,18 +185,6 @@ class SmallSource(Source):
     def changed(self, tensors: Mapping[str, Tensor], *, bi: bool = False) -> str | None:  # noqa: D102 - as above
         self.check_unchanged()
         return Source(folder=self.folder, base=self.base, dtype=self._dtype).changed(tensors, bi=bi)
-
-    def honest_config(  # noqa: D102 - as above; nothing of a model without weights in memory can have been changed
-        self,
-        config: UBMoEConfig,
-        base_sha256: Mapping[str, str],
-        encoder: Mapping[str, Tensor],
-        uni: Mapping[str, Tensor],
-    ) -> UBMoEConfig:
-        if not config.base_sha256 and base_sha256:
-            config.base_sha256 = dict(base_sha256)
-            self.check_unchanged()  # else the sums would be those of another base
-        return replace(config)
 
     def _open(self) -> _Files | None:
         if self._files is None and (self.folder or self.base):

@@ -197,6 +197,12 @@ class StreamedTransformer(UBMoETransformer):
         # Nothing in memory can have been changed since it was set.
         return self._load_low_rank()
 
+    def _changed(self, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]) -> str | None:
+        # Nothing in memory; but the sums of a base would be those of another one.
+        if self.base is not None and self.ubmoe_config is not None and not self.ubmoe_config.base_sha256:
+            self.source.check_unchanged()
+        return None
+
     # --- tensors -------------------------------------------------------------------------------------------------
 
     def encoder_state(self) -> Mapping[str, Tensor]:  # type: ignore[override]

@@ -341,7 +341,6 @@ class UBMoETransformer(Transformer):
         if self.is_low_memory:
             raise ValueError("experts are exchanged in one piece: load the checkpoint without low_memory")
         self._generators.pop("router", None)  # holds the old ones in low-rank form
-        self._routed = None
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
         """Take trained token routers, as given by `router_state`.
@@ -457,10 +456,10 @@ class UBMoETransformer(Transformer):
                 raise ValueError(
                     "the encoder carries a PEFT adapter; export it with `upcycle(base, bi_experts=...)` first"
                 )
-            if routing == "router" and self._routed is not None and not self._routed.unchanged(self.model):
+            mixed = self._generators.get(routing) if routing == "router" else None
+            if mixed is not None and self._routed is not None and not self._routed.unchanged(self.model):
                 # It holds the low-rank experts of before; routers that were trained in it stay.
-                self._routers = router_state(self._generators.pop(routing)) if routing in self._generators else None
-                self._routed = None
+                self._routers = router_state(self._generators.pop(routing))
             if routing not in self._generators:
                 # Tensors made in inference mode would be refused by autograd for ever.
                 with torch.inference_mode(False):
@@ -480,8 +479,8 @@ class UBMoETransformer(Transformer):
     def _build_routed(self, uni: dict[str, Tensor], kind: RouterKind | None) -> PreTrainedModel:
         encoder = self.model
         low_rank = None if self.is_low_memory else self._current_low_rank(self.encoder_state(), uni)
+        self._routed = None if low_rank is None else Watch(encoder, list(find_ffns(encoder).values()))
         if low_rank is not None:
-            self._routed = Watch(self.model, list(find_ffns(self.model).values()))
             ffns = uni_ffns(encoder, uni)
             encoder = with_ffns(encoder, {p: with_low_rank(ffn, p, low_rank) for p, ffn in ffns.items()})
         return build_generator(
@@ -527,7 +526,7 @@ class UBMoETransformer(Transformer):
         Its defaults for `generate` stay what a caller has made of them; an adapter in it does not, with a warning.
         """
         self._kept_config = self._config_to_keep()
-        self._generators, self._routed = {}, None
+        self._generators = {}
 
     def _config_to_keep(self) -> GenerationConfig | None:
         """The defaults for `generate` that a generator built anew is to have, where they are not the stored ones."""
@@ -578,7 +577,7 @@ class UBMoETransformer(Transformer):
             encoder |= self.source.bi(low_rank, uni, self.model.dtype)
         checkpoint.write(
             Path(output_path),
-            self.source.honest_config(self.ubmoe_config, self.base.sha256 if self.base else {}, encoder, uni),
+            self.ubmoe_config.honest(self.base.sha256 if self.base else {}, self._changed(encoder, uni)),
             self.model,
             encoder=encoder,
             uni=uni,
@@ -592,3 +591,7 @@ class UBMoETransformer(Transformer):
             (Path(output_path) / name).write_bytes(content)
         save_tokenizer(self.processor, output_path)
         self.save_config(output_path)
+
+    def _changed(self, encoder: Mapping[str, Tensor], uni: Mapping[str, Tensor]) -> str | None:
+        """The first tensor of the generator that is not as it was read; None where all are."""
+        return self.source.changed({**{key: t for key, t in encoder.items() if not is_ffn_key(key)}, **uni})
