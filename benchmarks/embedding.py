@@ -457,6 +457,9 @@ def main(
     threads: Annotated[int | None, typer.Option(help="torch threads; default: torch's choice.")] = None,
     device: str = "cpu",
     compute: ComputeOption = "stored",
+    encode_task: Annotated[
+        str | None, typer.Option(help="`classification`: the checkpoint's vectors for classifiers; a row of its own.")
+    ] = None,
 ) -> None:
     """Measure embeddings with mteb; finished tasks are kept, so an interrupted command can be run again."""
     import torch
@@ -472,7 +475,7 @@ def main(
         if missing:
             typer.echo(f"no local data, left out: {', '.join(missing)}", err=True)
         for name in model or ["models/ubmoe-135m"]:
-            encoder = open_encoder(name, base=base, device=device, compute=compute)
+            encoder = open_encoder(name, base=base, device=device, compute=compute, task=encode_task)
             typer.echo(f"{encoder.row}: {len(names)} tasks, prompt {encoder.prompt}, pooling {encoder.pooling}")
             path = run(
                 encoder,

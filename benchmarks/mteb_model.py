@@ -120,7 +120,7 @@ def wrap(encoder: Encoder) -> Any:
     wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
         update={"name": f"{organization}/{encoder.row}", "revision": encoder.fingerprint.replace("/", "-")}
     )
-    wrapper.model = Remembering(encoder.model)
+    wrapper.model = Remembering(encoder.model, encoder.task)
     return wrapper
 
 
@@ -129,10 +129,11 @@ class Remembering:
 
     Args:
         model: The model; everything but the three encode methods is passed through to it.
+        task: Given to its `encode`.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, task: str | None = None) -> None:
+        self._model, self._task = model, {"task": task} if task else {}
         self._vectors: dict[tuple[str, str | None, str], Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -150,7 +151,7 @@ class Remembering:
 
     def encode(self, inputs: Any, prompt: str | None = None, **options: Any) -> Any:
         """As the model's `encode`, for a list of texts; numpy, (N, D)."""
-        return self._encode("encode", inputs, prompt, options)
+        return self._encode("encode", inputs, prompt, {**options, **self._task})
 
     def encode_query(self, inputs: Any, prompt: str | None = None, **options: Any) -> Any:
         """As the model's `encode_query`, for a list of texts; numpy, (N, D)."""

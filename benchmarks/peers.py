@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,8 @@ class Encoder:
     fingerprint: str
     prompt: str
     pooling: str
+    task: str | None = None
+    """Given to `encode`, where a checkpoint has vectors for a task."""
 
     @property
     def dtype(self) -> str:
@@ -164,7 +166,13 @@ def _describe_pooling(model: SentenceTransformer) -> str:
 
 
 def open_encoder(
-    name: str, *, base: str | None = None, row: str | None = None, device: str = "cpu", compute: Compute = "stored"
+    name: str,
+    *,
+    base: str | None = None,
+    row: str | None = None,
+    device: str = "cpu",
+    compute: Compute = "stored",
+    task: str | None = None,
 ) -> Encoder:
     """Open one of `PEERS` or a model folder.
 
@@ -174,11 +182,14 @@ def open_encoder(
         row: Name of the row in the tables; None: the name, or the last part of the path.
         device: Where to run.
         compute: Of a checkpoint, see `UBMoE`; peers compute as they are.
+        task: For which a checkpoint has vectors of their own; a row of its own.
 
     Raises:
         FileNotFoundError: If `name` looks like a folder and is not there.
-        ValueError: If `name` is no peer and no model, or this machine cannot compute so.
+        ValueError: If `name` is no peer and no model, has no vectors for the task, or this machine cannot compute so.
     """
+    if task is not None:
+        return _task_encoder(open_encoder(name, base=base, row=row, device=device, compute=compute), name, task)
     from sentence_transformers import SentenceTransformer
 
     if name in NAMED:
@@ -203,6 +214,25 @@ def open_encoder(
     row = row or Path(name).name
     return Encoder(
         row, row, _training(name), model, _fingerprint(name), _describe_prompts(model), _describe_pooling(model)
+    )
+
+
+def _task_encoder(encoder: Encoder, name: str, task: str) -> Encoder:
+    if not is_checkpoint(name):
+        raise ValueError(f"Expected a checkpoint for vectors of a task, got {name}; leave the task out for others.")
+    from ubmoe_st import UBMoE
+
+    model = encoder.model
+    if not isinstance(model, UBMoE):
+        model = UBMoE(name, device=str(model.device))
+    model.encode(["a text"], task=task)  # raises where it has none
+    return replace(
+        encoder,
+        row=f"{encoder.row}-{task}",
+        label=f'{encoder.label}, task="{task}"',
+        model=model,
+        fingerprint=fingerprint(name),
+        task=task,
     )
 
 

@@ -20,6 +20,7 @@ ORDER = [
     "detokenization",
     "configuration",
     "shards",
+    "classification",
     "multi_vector",
     "experts",
     "generator",

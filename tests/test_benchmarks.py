@@ -10,6 +10,7 @@ from helpers.benchmark_data import make_base, make_data
 from scipy.stats import spearmanr
 
 from benchmarks import data as local
+from benchmarks.mteb_model import wrap
 from benchmarks.peers import PROMPT_PREFIX, PROMPT_SUFFIX, open_encoder, open_generator
 from benchmarks.results import (
     ResultFile,
@@ -23,6 +24,8 @@ from benchmarks.results import (
     run_record,
 )
 from training.data import data_folder
+from ubmoe_st import UBMoE
+from ubmoe_st.classification import ClassificationHead
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +166,24 @@ def test_a_result_says_in_what_a_checkpoint_computed(checkpoint, monkeypatch):
     assert 1e-5 < np.abs(found[True, "auto"][1] - found[True, "stored"][1]).max() < 0.05
     with pytest.raises(ValueError, match="bf16"):
         open_encoder(str(checkpoint), compute="bf16")
+
+
+def test_vectors_for_a_task_are_a_row_of_their_own(base, checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint), device="cpu")
+    model[0].set_classification_head(ClassificationHead(2, 0.6, torch.nn.Linear(32, 5)))
+    model.save(str(tmp_path / "headed"))
+    plain, encoder = (open_encoder(str(tmp_path / "headed"), task=task) for task in (None, "classification"))
+    assert (encoder.row, encoder.label) == ("headed-classification", 'headed, task="classification"')
+    assert encoder.fingerprint != plain.fingerprint
+    texts = ["a cat", "the dog"]
+    wanted = model.encode(texts, task="classification")
+    np.testing.assert_array_equal(wrap(encoder).model.encode(texts), wanted)
+    assert wrap(plain).model.encode(texts).shape == (2, 32)
+    assert wanted.shape == (2, 37)
+    with pytest.raises(ValueError, match="has none"):
+        open_encoder(str(checkpoint), task="classification")
+    with pytest.raises(ValueError, match="Expected a checkpoint"):
+        open_encoder("base-causal", base=str(base), task="classification")
 
 
 def test_unknown_peers_and_models_are_refused(base):

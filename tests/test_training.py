@@ -23,6 +23,7 @@ pytest.importorskip("peft")
 from helpers.training import make_recipe, make_teacher, make_training_data
 
 from training import contrastive
+from training.classification import main as fit_classification_head
 from training.command import check_same_recipe
 from training.contrastive import load_run, main, released_projection, train, training_arguments
 from training.mixtures import Groups, Texts, TextSource
@@ -31,7 +32,7 @@ from training.resume import trained_parameters
 from training.student import build_model, start_from
 from training.teacher import main as teacher_vectors_main
 from training.texts import read_corpus
-from ubmoe_st import UBMoE
+from ubmoe_st import UBMoE, upcycle
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -317,6 +318,13 @@ def test_the_command_line_distils_by_the_smoke_recipe(base, checkpoint, data, tm
     assert (tmp_path / "vectors" / "teacher.json").is_file()
     main(command)
     assert UBMoE(str(tmp_path / "run" / "model")).encode("the cat").shape == (32,)
+    arguments = [*command, str(tmp_path / "run" / "model"), "--out", str(tmp_path / "run" / "experts")]
+    fit_classification_head([*arguments, "--dimension", "6", "--texts", "90"])
+    built = upcycle(base, tmp_path / "run" / "experts", out=tmp_path / "with-head")
+    assert UBMoE(str(built)).encode("the cat", task="classification").shape == (32 + 6,)
+    with pytest.raises(SystemExit):
+        fit_classification_head([*arguments[:-1], str(tmp_path)])
+    assert "expected a folder of experts" in capsys.readouterr().err
     groups = json.loads(next((tmp_path / "vectors").glob("groups-*.json")).read_text())
     assert max(map(len, groups)) > 2
     with pytest.raises(SystemExit) as ended:  # other texts than those of the vectors

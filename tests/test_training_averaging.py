@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.averaging import average, main
+from training.averaging import HEAD_NAME, average, main
 from training.student import DELTA_FILE, PROJECTION_FILE
 from ubmoe_st.experts import load_low_rank, save_low_rank
 
@@ -46,7 +46,9 @@ def products(folder):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_experts_are_the_mean_as_far_as_the_rank_goes(folders, tmp_path, share):
+    (folders[0] / HEAD_NAME).write_bytes(b"of the first alone")
     lost = average(*folders, share, tmp_path / "out")
+    assert not (tmp_path / "out" / HEAD_NAME).exists()
     first, second, found = (products(folder) for folder in (*folders, tmp_path / "out"))
     squares = whole = 0.0
     for name, product in found.items():

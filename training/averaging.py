@@ -20,11 +20,13 @@ from torch import Tensor
 
 from training.command import one_line_errors
 from training.student import DELTA_FILE, PROJECTION_FILE
-from ubmoe_st.checkpoint import save_tensors
+from ubmoe_st.checkpoint import HEAD_FILE, save_tensors
 from ubmoe_st.experts import LowRank, load_low_rank, save_low_rank
 from ubmoe_st.files import replacing_folder
 
 logger = logging.getLogger(__name__)
+
+HEAD_NAME = Path(HEAD_FILE).name
 
 
 def average(folder: str | Path, other: str | Path, share: float, out: str | Path) -> float:
@@ -64,7 +66,8 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
     if projections[0].is_file():
         projection = mean_projection(load_file(projections[0]), load_file(projections[1]), share)
     with replacing_folder(out) as temporary:
-        shutil.copytree(folder, temporary, dirs_exist_ok=True)
+        # Not the head, which was fitted to the first alone.
+        shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(HEAD_NAME))
         save_low_rank(mean, temporary / DELTA_FILE, metadata)
         if projection is not None:
             save_tensors(projection, temporary / PROJECTION_FILE)

@@ -10,12 +10,14 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ubmoe_st import checkpoint, generation, ranking
+from ubmoe_st import checkpoint, classification, generation, ranking
 from ubmoe_st.cards import model_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
@@ -116,7 +118,17 @@ class UBMoE(SentenceTransformer):
         def encode(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
             check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
             _check_dimensions(kwargs.get("truncate_dim"))
+            if kwargs.get("task") == classification.TASK:
+                self._check_classification(kwargs.get("truncate_dim"))
             return super().encode(*args, **kwargs)
+
+        def forward(self, input: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
+            features = super().forward(input, **kwargs)
+            added = features.pop(classification.OUTPUT, None)
+            if added is not None:
+                own = F.normalize(features["sentence_embedding"], dim=-1)
+                features["sentence_embedding"] = F.normalize(torch.cat([own, added.to(own.dtype)], -1), dim=-1)
+            return features
 
         @wraps(SentenceTransformer.preprocess)
         def preprocess(self, inputs: Any, prompt: str | None = None, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
@@ -155,6 +167,18 @@ class UBMoE(SentenceTransformer):
         def load_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - the stock docstring
             with _low_memory_explained(self._views):
                 super().load_adapter(*args, **kwargs)
+
+    def _check_classification(self, truncate_dim: int | None) -> None:
+        if self._views.classification is None:
+            raise ValueError(
+                'task="classification" needs a classification head, and this model has none: leave the task out, or '
+                "fit one by `python -m training.classification` and build the checkpoint again"
+            )
+        if (truncate_dim or self.truncate_dim) is not None:
+            raise ValueError(
+                f"vectors for classifiers cannot be cut to {truncate_dim or self.truncate_dim} dimensions, which would "
+                'leave only what plain vectors have: take truncate_dim away, or leave task="classification" out'
+            )
 
     # --- generating ------------------------------------------------------------------------------------------
 

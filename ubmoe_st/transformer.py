@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
-from ubmoe_st import checkpoint
+from ubmoe_st import checkpoint, classification
 from ubmoe_st.bases import (
     Base,
     check_bidirectional,
@@ -24,6 +24,7 @@ from ubmoe_st.bases import (
     resolve_base,
     save_tokenizer,
 )
+from ubmoe_st.classification import ClassificationHead, save_head
 from ubmoe_st.compute import FastEncoder, choose
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
 from ubmoe_st.experts import (
@@ -52,7 +53,7 @@ from ubmoe_st.generator import (
     router_state,
     uni_ffns,
 )
-from ubmoe_st.padding import group_by_length
+from ubmoe_st.padding import in_groups, rows_alike
 from ubmoe_st.source import Source
 from ubmoe_st.watch import Watch
 
@@ -83,6 +84,7 @@ class UBMoETransformer(Transformer):
         **kwargs: As for `sentence_transformers.models.Transformer`.
     """
 
+    forward_kwargs = {"task"}  # noqa: RUF012 - as the stock class declares it
     pass_tokens = 64
     """What one more pass of the encoder costs on a CPU, in tokens: it reads all weights again."""
     source_class: type[Source] = Source
@@ -97,6 +99,7 @@ class UBMoETransformer(Transformer):
         self.base: Base | None = None
         self.low_rank: LowRank | None = None
         self.fast = FastEncoder()
+        self.classification: ClassificationHead | None = None
         self.ubmoe_config: UBMoEConfig | None = None
         self.notices: dict[str, bytes] = {}
         self._uni: dict[str, nn.Parameter] | None = None
@@ -107,6 +110,7 @@ class UBMoETransformer(Transformer):
         if source.folder is not None:
             self.ubmoe_config = checkpoint.read_config(source.folder)
             self.notices = checkpoint.notices_in(source.folder)
+            self.set_classification_head(checkpoint.classification_head(source.folder))
             source.check_unchanged()
 
     @classmethod
@@ -199,10 +203,10 @@ class UBMoETransformer(Transformer):
 
         Args:
             features: `input_ids` and `attention_mask`, (B, T), of `preprocess`.
-            **kwargs: As for `Transformer.forward`; with any, the batch is computed as it is.
+            **kwargs: As for `Transformer.forward`; with any but `task`, the batch is computed as it is.
 
         Returns:
-            `features` with `token_embeddings`, (B, T, D).
+            `features` with `token_embeddings`, (B, T, D), and with `task="classification"` what the head adds, (B, K).
 
         Raises:
             ValueError: If the generator alone was converted to another dtype.
@@ -210,38 +214,22 @@ class UBMoETransformer(Transformer):
         with explained(self.model):
             return self._embedded(features, **kwargs)
 
-    def _embedded(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    def _embedded(self, features: dict[str, Any], task: str | None = None, **kwargs: Any) -> dict[str, Any]:
         if self.fast.applies(self) and not torch.is_grad_enabled():
-            return self.fast.module(self).forward(features, **kwargs)
-        groups = [] if kwargs else self._groups(features)
+            return self.fast.module(self).forward(features, **({"task": task} if task else {}), **kwargs)
+        groups = [] if kwargs or self.model.config.output_hidden_states else rows_alike(features, self.pass_tokens)
         if len(groups) < 2:
-            return super().forward(features, **kwargs)
-        name, mask = self.module_output_name, features["attention_mask"]
-        whole: Tensor | None = None
-        for rows in groups:
-            used = mask[rows].any(0).nonzero()
-            first, last = int(used[0]), int(used[-1]) + 1
-            part = {k: v[rows, first:last] if isinstance(v, Tensor) else v for k, v in features.items()}
-            tokens = super().forward(part)[name]
-            if whole is None:
-                whole = tokens.new_zeros(*mask.shape, tokens.shape[-1])
-            whole[rows, first:last] = tokens
-        features[name] = whole
-        return features
+            return self._one_pass(features, task, **kwargs)
+        names = (self.module_output_name, classification.OUTPUT)
+        return {**features, **in_groups(features, groups, lambda part: self._one_pass(part, task), names)}
 
-    def _groups(self, features: dict[str, Any]) -> list[list[int]]:
-        """Rows to compute together; none where the batch has to be computed as it is."""
-        mask = features.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.device.type != "cpu" or torch.is_grad_enabled():
-            return []
-        if any(isinstance(value, Tensor) and value.shape != mask.shape for value in features.values()):
-            return []
-        if self.model.config.output_hidden_states or not bool(mask.any(1).all()):
-            return []
-        filled = mask.bool().int()
-        # From the first to the last token of a row, on whichever side it is padded.
-        spans = mask.shape[1] - filled.argmax(1) - filled.flip(1).argmax(1)
-        return group_by_length(spans.tolist(), self.pass_tokens)
+    def _one_pass(self, features: dict[str, Any], task: str | None, **kwargs: Any) -> dict[str, Any]:
+        if task != classification.TASK or self.classification is None:
+            return super().forward(features, **kwargs)
+        with self.classification.listening() as states:
+            features = super().forward(features, **kwargs)
+        features[classification.OUTPUT] = self.classification(states[-1], features)
+        return features
 
     def compute_in(self, compute: str) -> None:
         """Choose in what numbers the encoder computes from now on, see `UBMoE`; the generator stays as it is.
@@ -341,6 +329,19 @@ class UBMoETransformer(Transformer):
         if self.is_low_memory:
             raise ValueError("experts are exchanged in one piece: load the checkpoint without low_memory")
         self._generators.pop("router", None)  # holds the old ones in low-rank form
+        self.set_classification_head(None)  # was fitted to their states
+
+    def set_classification_head(self, head: ClassificationHead | None) -> None:
+        """Give `encode(..., task="classification")` its layer, or take it away; other experts have none.
+
+        Raises:
+            ValueError: If it does not fit the encoder.
+        """
+        if head is not None:
+            head.attach(self.model)
+            head = head.to("cpu" if self.model.device.type == "meta" else self.model.device, self.model.dtype)
+        self.classification = head
+        self.fast.follow(self.model.device)
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:
         """Take trained token routers, as given by `router_state`.
@@ -586,6 +587,8 @@ class UBMoETransformer(Transformer):
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
         )
+        if self.classification is not None:
+            save_head(self.classification, Path(output_path) / checkpoint.HEAD_FILE)
         checkpoint.check_checkpoint(output_path, modules=False)
         for name, content in self.notices.items():
             (Path(output_path) / name).write_bytes(content)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from ubmoe_st import checkpoint
 from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.classification import read_head
 from ubmoe_st.configuration import RouterKind, check_count
 from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
 from ubmoe_st.files import replacing_folder
@@ -26,6 +27,7 @@ from ubmoe_st.model import UBMoE, UBMoETransformer
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
 
 _PROJECTION = "projection.safetensors"
+_HEAD_NAME = Path(checkpoint.HEAD_FILE).name
 ROUTERS_FILE = "routers.safetensors"
 """Trained token routers beside low-rank experts."""
 
@@ -103,6 +105,10 @@ def upcycle(
     if routers is not None:
         state, kind = load_routers(Path(routers))
         module.set_routers(state, router_kind or kind)
+    head = recipe.get("classification")
+    if head is None and bi_experts is not None and (Path(bi_experts) / _HEAD_NAME).is_file():
+        head = read_head(Path(bi_experts) / _HEAD_NAME)
+    module.set_classification_head(head)
     if modules is None:
         modules = recipe.get("modules") or _default_modules(module, recipe)
     model = UBMoE(
@@ -165,7 +171,9 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
     if is_adapter(path):
         found = read_adapter(module, base, path, allow_mismatch=allow_mismatch)
         module.set_dense_experts(found.ffn, found.low_rank)
-        return _recipe_of(found.trained_on) if found.trained_on is not None else {}
+        if found.trained_on is None:
+            return {}
+        return {**_recipe_of(found.trained_on), "classification": None}  # fitted to the experts of before
     delta_name = Path(checkpoint.DELTA_FILE).name
     file = path if path.is_file() else path / delta_name
     whole = checkpoint.is_checkpoint(path)
@@ -206,6 +214,7 @@ def _recipe_of(path: Path) -> dict[str, Any]:
         "truncate_dim": model.truncate_dim,
         "similarity_fn_name": model.similarity_fn_name,
         "training": config.training if config else None,
+        "classification": model[0].classification,
     }
 
 

@@ -7,6 +7,7 @@ from .names import (
     DELTA_FILE,
     GENERATOR_CONFIG,
     GENERATOR_FOLDER,
+    HEAD_FILE,
     INDEX_FILE,
     NOTICES,
     ROUTER_FILE,
@@ -21,7 +22,7 @@ from .names import (
     read_sums,
     refuse_foreign_weights,
 )
-from .structure import check_checkpoint, read_config, read_shapes
+from .structure import check_checkpoint, classification_head, read_config, read_shapes
 from .summary import facts
 from .sums import verify_sums, write_sums
 from .writing import data_start, generator_tensors, name_first_module, plain_dtypes, save_tensors, write
@@ -33,6 +34,7 @@ __all__ = [
     "DELTA_FILE",
     "GENERATOR_CONFIG",
     "GENERATOR_FOLDER",
+    "HEAD_FILE",
     "INDEX_FILE",
     "NOTICES",
     "ROUTER_FILE",
@@ -41,6 +43,7 @@ __all__ = [
     "UNI_FILE",
     "CheckpointError",
     "check_checkpoint",
+    "classification_head",
     "data_start",
     "facts",
     "generator_tensors",

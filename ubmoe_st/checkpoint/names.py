@@ -16,6 +16,7 @@ GENERATOR_FOLDER = "generator"
 UNI_FILE = f"{GENERATOR_FOLDER}/model-uni.safetensors"
 DELTA_FILE = f"{GENERATOR_FOLDER}/bi_delta.safetensors"
 ROUTER_FILE = f"{GENERATOR_FOLDER}/router.safetensors"
+HEAD_FILE = f"{GENERATOR_FOLDER}/classification.safetensors"
 GENERATOR_CONFIG = f"{GENERATOR_FOLDER}/config.json"
 SUMS_FILE = "SHA256SUMS"
 LISTED = ("config.json", "modules.json", "tokenizer.json", INDEX_FILE, GENERATOR_CONFIG)

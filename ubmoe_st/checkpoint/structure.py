@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import shards
 from ..configuration import UBMoEConfig
@@ -15,6 +15,7 @@ from .names import (
     DELTA_FILE,
     GENERATOR_CONFIG,
     GENERATOR_FOLDER,
+    HEAD_FILE,
     INDEX_FILE,
     MODULES_FILE,
     ONE_FILE,
@@ -22,6 +23,9 @@ from .names import (
     UNI_FILE,
     CheckpointError,
 )
+
+if TYPE_CHECKING:
+    from ..classification import ClassificationHead
 
 _PICKLE = "pytorch_model.bin"
 _READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
@@ -74,7 +78,27 @@ def check_checkpoint(path: str | os.PathLike[str], *, modules: bool = True) -> U
         routed = {key.split(".router.")[0] for key in read_shapes(root, ROUTER_FILE)}
         if layers != routed:
             raise CheckpointError(f"{ROUTER_FILE}: routers of {len(routed)} layers, expected {len(layers)}")
+    if (root / HEAD_FILE).is_file():
+        width = next(shape[1] for key, shape in encoder.items() if key.startswith("embed_tokens."))
+        head = read_shapes(root, HEAD_FILE)
+        if set(head) != {"weight", "bias"} or head["weight"][1:] != (width,):
+            raise CheckpointError(f"{HEAD_FILE}: expected `weight` (K, {width}) and `bias` (K,), got {head}")
     return config
+
+
+def classification_head(path: str | os.PathLike[str]) -> ClassificationHead | None:
+    """The classification head of a checkpoint, which most have not.
+
+    Raises:
+        CheckpointError: If its file is damaged.
+    """
+    from ..classification import read_head
+
+    file = Path(path) / HEAD_FILE
+    try:
+        return read_head(file) if file.is_file() else None
+    except ValueError as error:
+        raise CheckpointError(f"{HEAD_FILE}: {error}") from error
 
 
 def read_config(path: str | os.PathLike[str]) -> UBMoEConfig:

@@ -1,0 +1,137 @@
+"""Fit a checkpoint's classification head: `python -m training.classification RECIPE MODEL --out EXPERTS`.
+
+The head reads the last token's state behind an inner layer (`ubmoe_st.classification`). It is the ridge regression from
+these states to the vectors of the recipe's teachers, turned to principal components. It needs no label and no gradient,
+and a thousand texts take a minute or two.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.command import has_bf16, one_line_errors, read_recipe, recipe_parser
+from training.recipe import ContrastiveRecipe
+from training.student import ridge
+from training.teacher import targets
+from training.texts import read_corpus
+from ubmoe_st import UBMoE, UBMoETransformer, checkpoint
+from ubmoe_st.bases import resolve_base
+from ubmoe_st.classification import ClassificationHead, last_states, save_head
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.6
+"""Length of the added part beside the text's own vector; chosen for the released models, see docs/experiments.md."""
+STRENGTH = 0.1
+"""Of the ridge penalty, relative to the mean variance of a state's numbers."""
+
+
+def inner_states(module: UBMoETransformer, texts: Sequence[str], layer: int, batch_size: int = 32) -> Tensor:
+    """The last token's state behind a layer, (N, D), fp32; bf16 products where the processor has them.
+
+    Args:
+        module: The encoder.
+        texts: N texts.
+        layer: How many layers are computed before.
+        batch_size: Texts computed together.
+    """
+    width = module.model.config.hidden_size
+    head = ClassificationHead(layer, 1.0, nn.Linear(width, 1))
+    head.attach(module.model)
+    device = module.model.device
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    found = torch.zeros(len(texts), width)
+    fast = has_bf16(on_cpu=device.type == "cpu")
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            features = module.preprocess([texts[row] for row in rows])
+            features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
+            with head.listening() as states:
+                # With a keyword the batch is computed as one, so its states are in one piece.
+                module.forward(features, use_cache=False)
+            found[rows] = last_states(states[-1], features).float().cpu()
+    return found
+
+
+def fit_head(states: Tensor, targets: Sequence[Tensor], layer: int, dimension: int, share: float) -> ClassificationHead:
+    """The regression from states to all teachers at once, in its leading principal components.
+
+    Args:
+        states: (N, D).
+        targets: Unit vectors of each teacher, (N, K).
+        layer: Where the states are from.
+        dimension: How many components are kept.
+        share: Length of the added part.
+
+    Raises:
+        ValueError: If there are fewer texts than dimensions, or fewer dimensions of the teachers than are to be kept.
+    """
+    wanted = torch.cat([F.normalize(one.double(), dim=-1) for one in targets], -1)
+    most = min(len(states) - 1, states.shape[1], wanted.shape[1])
+    if not 1 <= dimension <= most:
+        raise ValueError(
+            f"{len(states)} texts with states of {states.shape[1]} and targets of {wanted.shape[1]} dimensions give up "
+            f"to {most} components, got {dimension}; give more texts, or keep fewer"
+        )
+    x = states.double()
+    weight, _ = ridge(x, wanted, STRENGTH)
+    centred = x - x.mean(0)
+    outputs = centred @ weight.T
+    values, components = torch.linalg.eigh(outputs.T @ outputs / len(outputs))
+    kept = components.flip(1)[:, :dimension].T
+    kept = kept * kept.gather(1, kept.abs().argmax(1, keepdim=True)).sign()
+    explained = values.flip(0)[:dimension].clamp(min=0).sum() / values.clamp(min=0).sum()
+    logger.info("%d components hold %.1f %% of what the states tell of the teachers", dimension, 100 * explained)
+    linear = nn.Linear(x.shape[1], dimension)
+    with torch.no_grad():
+        linear.weight.copy_(kept @ weight)
+        linear.bias.copy_(-(kept @ weight) @ x.mean(0))
+    return ClassificationHead(layer, share, linear)
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit a classification head on the texts and teachers of a recipe and lay it beside the experts of a model."""
+    parser = recipe_parser("python -m training.classification", main.__doc__)
+    parser.add_argument("model", help="checkpoint with these experts")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the experts, which gets classification.safetensors"
+    )
+    parser.add_argument("--layer", type=int, help="layers before the states; two thirds of all if not given")
+    parser.add_argument("--dimension", type=int, default=256)
+    parser.add_argument("--share", type=float, default=SHARE, help="length of the added part")
+    parser.add_argument("--texts", type=int, default=8000)
+    parser.add_argument("--words", type=int, default=45, help="of the longest text that is taken")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not (options.out / Path(checkpoint.DELTA_FILE).name).is_file():
+        raise FileNotFoundError(
+            f"expected a folder of experts, got {options.out}; give the one the model was built with"
+        )
+    recipe = read_recipe(ContrastiveRecipe, options.recipe, options.set)
+    corpus = read_corpus(recipe)
+    if not recipe.teachers or corpus is None:
+        raise ValueError(f"{options.recipe} has no `teacher` with a loss that uses it; give a recipe that has")
+    short = [row for row, text in enumerate(corpus.texts) if len(text.split()) <= options.words]
+    rows = sorted(random.Random(0).sample(short, min(options.texts, len(short))))
+    module = cast("UBMoETransformer", UBMoE(options.model, device=options.device)[0])
+    layer = options.layer or max(1, round(module.model.config.num_hidden_layers * 2 / 3))
+    found = targets(recipe, resolve_base(recipe.base), corpus, device=options.device)
+    states = inner_states(module, [corpus.texts[row] for row in rows], layer)
+    head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share)
+    save_head(head, options.out / Path(checkpoint.HEAD_FILE).name, torch.float16)
+    logger.info("a head on layer %d, of %d texts, in %s", layer, len(rows), options.out)
+
+
+if __name__ == "__main__":
+    main()

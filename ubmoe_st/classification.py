@@ -1,0 +1,163 @@
+"""Vectors for classifiers: beside the text's own, what the last token of an inner layer holds of its kind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ubmoe_st import shards
+
+TASK = "classification"
+"""Value of `task` that asks `encode` for these vectors."""
+OUTPUT = "classification_embedding"
+"""Where the features of a batch carry the added part, (B, K)."""
+_FORMAT = "ubmoe-classification"
+
+_heard = threading.local()
+
+
+def _keep_states(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    """Forward hook of the layer: quiet but in the thread and while its states are asked for."""
+    states = getattr(_heard, "states", None)
+    if states is not None:
+        states.append(output[0] if isinstance(output, tuple) else output)
+
+
+class ClassificationHead(nn.Module):
+    """A linear layer on the last token's state behind an inner layer of the encoder.
+
+    A mean over tokens is mostly about topics. With full attention, the last token of a middle layer has gathered what
+    kind of text it stands at the end of, a question for a place or a bad review, and later layers use it up.
+
+    Args:
+        layer: How many layers are computed before; at least 1.
+        share: Length of the added part, where the text's own vector has 1.
+        linear: From the encoder's width D to K dimensions.
+
+    Raises:
+        ValueError: If the layer or the share is out of range.
+    """
+
+    def __init__(self, layer: int, share: float, linear: nn.Linear) -> None:
+        super().__init__()
+        if layer < 1 or not 0 < share < float("inf"):
+            raise ValueError(f"expected a layer from 1 and a share above 0, got {layer} and {share}")
+        self.layer, self.share = layer, share
+        self.linear = linear.requires_grad_(False)
+
+    def attach(self, encoder: nn.Module) -> None:
+        """Listen to the layer of an encoder, as often as it is called.
+
+        Raises:
+            ValueError: If there is no such layer, or it has another width.
+        """
+        check_fit(self.layer, tuple(self.linear.weight.shape), encoder.config)
+        layer = encoder.get_submodule(f"layers.{self.layer - 1}")
+        if _keep_states not in layer._forward_hooks.values():
+            layer.register_forward_hook(_keep_states)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[list[Tensor]]:
+        """The states that the layer gives in this thread during the block, one (B, T, D) a pass."""
+        before = getattr(_heard, "states", None)
+        states: list[Tensor] = []
+        _heard.states = states
+        try:
+            yield states
+        finally:
+            _heard.states = before
+
+    def forward(self, states: Tensor, features: Mapping[str, Any]) -> Tensor:
+        """The added part of the vectors of a batch, (B, K), of length `share`.
+
+        Args:
+            states: Behind the layer, (B, T, D), or (1, all tokens, D) where the batch is flat.
+            features: `attention_mask`, (B, T); or `cu_seq_lens_q` of a flat batch.
+        """
+        found = self.linear(last_states(states, features).to(self.linear.weight.dtype))
+        return self.share * F.normalize(found, dim=-1)
+
+    def extra_repr(self) -> str:
+        """What torch prints of it."""
+        return f"layer={self.layer}, share={self.share}"
+
+
+def last_states(states: Tensor, features: Mapping[str, Any]) -> Tensor:
+    """The state of each text's last token, (B, D), whichever side the batch is padded on; see `ClassificationHead`."""
+    if "cu_seq_lens_q" in features:
+        return states[0, features["cu_seq_lens_q"][1:].long() - 1]
+    mask = features["attention_mask"].bool()
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    return states[torch.arange(len(mask), device=mask.device), last]
+
+
+def check_fit(layer: int, shape: Sequence[int], config: Any) -> None:
+    """Refuse a head that is not one of an encoder.
+
+    Args:
+        layer: The head's.
+        shape: Of its weight.
+        config: The encoder's, in transformers.
+
+    Raises:
+        ValueError: Saying what fits.
+    """
+    layers, width = config.num_hidden_layers, config.hidden_size
+    if not 1 <= layer <= layers or len(shape) != 2 or shape[1] != width:
+        raise ValueError(
+            f"the classification head reads layer {layer} with a weight of shape {tuple(shape)}, and the encoder has "
+            f"{layers} layers of width {width}: fit one for it by `python -m training.classification`"
+        )
+
+
+def save_head(head: ClassificationHead, file: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
+    """Write a head as one safetensors file.
+
+    Args:
+        head: The head.
+        file: Path of the file.
+        dtype: Of the stored numbers. None: as they are.
+    """
+    tensors = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in head.linear.named_parameters()}
+    shards.write_with_metadata(
+        Path(file), tensors, {"format": _FORMAT, "layer": str(head.layer), "share": repr(head.share)}
+    )
+
+
+def read_head(file: str | os.PathLike[str]) -> ClassificationHead:
+    """Read what `save_head` wrote; the numbers as they are stored.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or holds anything else.
+    """
+    shards.read_header(Path(file))
+    with safe_open(file, framework="pt") as stored:
+        header = stored.metadata() or {}
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    try:
+        layer, share = int(header.get("layer", "")), float(header.get("share", ""))
+        if header.get("format") != _FORMAT or set(tensors) != {"weight", "bias"} or weight is None or bias is None:
+            raise ValueError("other tensors")
+        if weight.ndim != 2 or bias.shape != weight.shape[:1] or weight.dtype != bias.dtype:
+            raise ValueError("shapes that do not go together")
+        if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+            raise ValueError("numbers that are not finite")
+        linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+        return ClassificationHead(layer, share, linear)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{Path(file).name} holds no classification head ({error}): expected `weight` (K, D) and `bias` (K,), and "
+            "layer and share in its header"
+        ) from error
