@@ -28,8 +28,10 @@ from ubmoe_st.classification import ClassificationHead, last_states, save_head
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.6
+SHARE = 0.8
 """Length of the added part beside the text's own vector; chosen for the released models, see docs/experiments.md."""
+LENGTH = 4.0
+"""Of the joined vectors; chosen likewise."""
 STRENGTH = 0.1
 """Of the ridge penalty, relative to the mean variance of a state's numbers."""
 
@@ -62,7 +64,9 @@ def inner_states(module: UBMoETransformer, texts: Sequence[str], layer: int, bat
     return found
 
 
-def fit_head(states: Tensor, targets: Sequence[Tensor], layer: int, dimension: int, share: float) -> ClassificationHead:
+def fit_head(
+    states: Tensor, targets: Sequence[Tensor], layer: int, dimension: int, share: float, length: float = LENGTH
+) -> ClassificationHead:
     """The regression from states to all teachers at once, in its leading principal components.
 
     Args:
@@ -71,6 +75,7 @@ def fit_head(states: Tensor, targets: Sequence[Tensor], layer: int, dimension: i
         layer: Where the states are from.
         dimension: How many components are kept.
         share: Length of the added part.
+        length: Of the joined vectors.
 
     Raises:
         ValueError: If there are fewer texts than dimensions, or fewer dimensions of the teachers than are to be kept.
@@ -95,7 +100,7 @@ def fit_head(states: Tensor, targets: Sequence[Tensor], layer: int, dimension: i
     with torch.no_grad():
         linear.weight.copy_(kept @ weight)
         linear.bias.copy_(-(kept @ weight) @ x.mean(0))
-    return ClassificationHead(layer, share, linear)
+    return ClassificationHead(layer, share, linear, length)
 
 
 @one_line_errors
@@ -107,8 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=Path, required=True, help="folder of the experts, which gets classification.safetensors"
     )
     parser.add_argument("--layer", type=int, help="layers before the states; two thirds of all if not given")
-    parser.add_argument("--dimension", type=int, default=256)
+    parser.add_argument("--dimension", type=int, default=128)
     parser.add_argument("--share", type=float, default=SHARE, help="length of the added part")
+    parser.add_argument("--length", type=float, default=LENGTH, help="of the joined vectors")
     parser.add_argument("--texts", type=int, default=8000)
     parser.add_argument("--words", type=int, default=45, help="of the longest text that is taken")
     parser.add_argument("--device", default="cpu")
@@ -128,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layer = options.layer or max(1, round(module.model.config.num_hidden_layers * 2 / 3))
     found = targets(recipe, resolve_base(recipe.base), corpus, device=options.device)
     states = inner_states(module, [corpus.texts[row] for row in rows], layer)
-    head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share)
+    head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share, options.length)
     save_head(head, options.out / Path(checkpoint.HEAD_FILE).name, torch.float16)
     logger.info("a head on layer %d, of %d texts, in %s", layer, len(rows), options.out)
 

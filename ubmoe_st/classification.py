@@ -42,16 +42,18 @@ class ClassificationHead(nn.Module):
         layer: How many layers are computed before; at least 1.
         share: Length of the added part, where the text's own vector has 1.
         linear: From the encoder's width D to K dimensions.
+        length: Of the joined vectors. Classifiers penalise weights, and for unit vectors weights have to be large: with
+            the default penalty of scikit-learn they learn too little from few examples.
 
     Raises:
-        ValueError: If the layer or the share is out of range.
+        ValueError: If the layer, the share or the length is out of range.
     """
 
-    def __init__(self, layer: int, share: float, linear: nn.Linear) -> None:
+    def __init__(self, layer: int, share: float, linear: nn.Linear, length: float = 1.0) -> None:
         super().__init__()
-        if layer < 1 or not 0 < share < float("inf"):
-            raise ValueError(f"expected a layer from 1 and a share above 0, got {layer} and {share}")
-        self.layer, self.share = layer, share
+        if layer < 1 or not (0 < share < float("inf") and 0 < length < float("inf")):
+            raise ValueError(f"expected a layer from 1, share and length above 0, got {layer}, {share} and {length}")
+        self.layer, self.share, self.length = layer, share, length
         self.linear = linear.requires_grad_(False)
 
     def attach(self, encoder: nn.Module) -> None:
@@ -86,9 +88,18 @@ class ClassificationHead(nn.Module):
         found = self.linear(last_states(states, features).to(self.linear.weight.dtype))
         return self.share * F.normalize(found, dim=-1)
 
+    def join(self, own: Tensor, added: Tensor) -> Tensor:
+        """The vectors for classifiers, (B, D + K), of length `length`.
+
+        Args:
+            own: Vectors of the texts, (B, D), of any length.
+            added: What `forward` gave, (B, K).
+        """
+        return self.length * F.normalize(torch.cat([F.normalize(own, dim=-1), added.to(own.dtype)], -1), dim=-1)
+
     def extra_repr(self) -> str:
         """What torch prints of it."""
-        return f"layer={self.layer}, share={self.share}"
+        return f"layer={self.layer}, share={self.share}, length={self.length}"
 
 
 def last_states(states: Tensor, features: Mapping[str, Any]) -> Tensor:
@@ -129,7 +140,9 @@ def save_head(head: ClassificationHead, file: str | os.PathLike[str], dtype: tor
     """
     tensors = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in head.linear.named_parameters()}
     shards.write_with_metadata(
-        Path(file), tensors, {"format": _FORMAT, "layer": str(head.layer), "share": repr(head.share)}
+        Path(file),
+        tensors,
+        {"format": _FORMAT, "layer": str(head.layer), "share": repr(head.share), "length": repr(head.length)},
     )
 
 
@@ -146,7 +159,7 @@ def read_head(file: str | os.PathLike[str]) -> ClassificationHead:
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}
     weight, bias = tensors.get("weight"), tensors.get("bias")
     try:
-        layer, share = int(header.get("layer", "")), float(header.get("share", ""))
+        layer, share, length = int(header.get("layer", "")), *(float(header.get(k, "")) for k in ("share", "length"))
         if header.get("format") != _FORMAT or set(tensors) != {"weight", "bias"} or weight is None or bias is None:
             raise ValueError("other tensors")
         if weight.ndim != 2 or bias.shape != weight.shape[:1] or weight.dtype != bias.dtype:
@@ -155,9 +168,9 @@ def read_head(file: str | os.PathLike[str]) -> ClassificationHead:
             raise ValueError("numbers that are not finite")
         linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta")
         linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-        return ClassificationHead(layer, share, linear)
+        return ClassificationHead(layer, share, linear, length)
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{Path(file).name} holds no classification head ({error}): expected `weight` (K, D) and `bias` (K,), and "
-            "layer and share in its header"
+            "layer, share and length in its header"
         ) from error

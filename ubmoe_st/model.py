@@ -10,11 +10,9 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ubmoe_st import checkpoint, classification, generation, ranking
@@ -126,8 +124,7 @@ class UBMoE(SentenceTransformer):
             features = super().forward(input, **kwargs)
             added = features.pop(classification.OUTPUT, None)
             if added is not None:
-                own = F.normalize(features["sentence_embedding"], dim=-1)
-                features["sentence_embedding"] = F.normalize(torch.cat([own, added.to(own.dtype)], -1), dim=-1)
+                features["sentence_embedding"] = self._views.classification.join(features["sentence_embedding"], added)
             return features
 
         @wraps(SentenceTransformer.preprocess)
