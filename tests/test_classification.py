@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from ubmoe_st import UBMoE, upcycle
-from ubmoe_st.checkpoint import HEAD_FILE, CheckpointError, check_checkpoint, verify_sums
+from ubmoe_st.checkpoint import HEAD_FILE, CheckpointError, check_checkpoint, facts, verify_sums
 from ubmoe_st.classification import ClassificationHead, last_states, read_head, save_head
 from ubmoe_st.compute import processor_flags
 from ubmoe_st.upcycling import export_experts
@@ -97,8 +97,12 @@ def test_plain_vectors_and_generation_stay_as_they_are(checkpoint, headed):
         assert np.array_equal(plain.encode(TEXTS, task=task), with_head.encode(TEXTS, task=task))
     assert np.array_equal(plain.encode(TEXTS), SentenceTransformer(str(headed), device="cpu").encode(TEXTS))
     assert plain.generate("the cat", max_new_tokens=4) == with_head.generate("the cat", max_new_tokens=4)
-    before = with_head.memory_report()["bi"] - plain.memory_report()["bi"]
-    assert before == 4 * (32 * EXTRA + EXTRA)
+    size = 32 * EXTRA + EXTRA
+    assert with_head.memory_report()["bi"] - plain.memory_report()["bi"] == 4 * size
+    without, found = facts(checkpoint), facts(headed)
+    assert found["parameters"]["added"] - without["parameters"]["added"] == size
+    assert found["bytes"]["classification"] == (headed / HEAD_FILE).stat().st_size
+    assert "classification" not in without["bytes"]
 
 
 def test_threads_with_and_without_the_task_do_not_meet(headed):

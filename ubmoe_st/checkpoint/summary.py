@@ -11,6 +11,7 @@ from typing import Any
 from .names import (
     BI_FILE,
     DELTA_FILE,
+    HEAD_FILE,
     MODULES_FILE,
     ONE_FILE,
     ROUTER_FILE,
@@ -47,6 +48,7 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"config.json: expected a whole number {unset[0]}, got {stock.get(unset[0])!r}")
     parts = {"delta": DELTA_FILE} if config.expert_rank is not None else {}
     parts |= {"router": ROUTER_FILE} if config.router is not None else {}
+    parts |= {"classification": HEAD_FILE} if (root / HEAD_FILE).is_file() else {}
     parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, **parts}
     count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
     files = [file for file in root.rglob("*") if file.is_file()]
@@ -55,7 +57,7 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
         for module in module_paths(root)
         if module and (root / module / ONE_FILE).is_file()
     )
-    added = (count.get("delta") or count["bi"]) + count.get("router", 0) + behind
+    added = (count.get("delta") or count["bi"]) + count.get("router", 0) + count.get("classification", 0) + behind
     base_parameters = count["shared"] + count["uni"]
     return {
         "name": root.resolve().name,
