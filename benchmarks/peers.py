@@ -188,8 +188,8 @@ def open_encoder(
         FileNotFoundError: If `name` looks like a folder and is not there.
         ValueError: If `name` is no peer and no model, has no vectors for the task, or this machine cannot compute so.
     """
-    if task is not None:
-        return _task_encoder(open_encoder(name, base=base, row=row, device=device, compute=compute), name, task)
+    if task is not None and not is_checkpoint(name):
+        raise ValueError(f"Expected a checkpoint for vectors of a task, got {name}; leave the task out for others.")
     from sentence_transformers import SentenceTransformer
 
     if name in NAMED:
@@ -205,32 +205,25 @@ def open_encoder(
             f"Expected a peer or a model folder, got {relative(name)!r} ({nearest(name, PEERS)}). "
             "`make model` builds models/ubmoe-135m."
         )
-    if compute == "stored":
+    if compute == "stored" and task is None:
         model = SentenceTransformer(name, device=device)
     else:
         from ubmoe_st import UBMoE
 
         model = UBMoE(name, device=device, compute=compute)
     row = row or Path(name).name
-    return Encoder(
+    found = Encoder(
         row, row, _training(name), model, _fingerprint(name), _describe_prompts(model), _describe_pooling(model)
     )
+    return found if task is None else _for_task(found, name, task)
 
 
-def _task_encoder(encoder: Encoder, name: str, task: str) -> Encoder:
-    if not is_checkpoint(name):
-        raise ValueError(f"Expected a checkpoint for vectors of a task, got {name}; leave the task out for others.")
-    from ubmoe_st import UBMoE
-
-    model = encoder.model
-    if not isinstance(model, UBMoE):
-        model = UBMoE(name, device=str(model.device))
-    model.encode(["a text"], task=task)  # raises where it has none
+def _for_task(encoder: Encoder, name: str, task: str) -> Encoder:
+    encoder.model.encode(["a text"], task=task)  # raises where it has none
     return replace(
         encoder,
         row=f"{encoder.row}-{task}",
         label=f'{encoder.label}, task="{task}"',
-        model=model,
         fingerprint=fingerprint(name),
         task=task,
     )

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.averaging import HEAD_NAME, average, main
+from training.averaging import average, main
 from training.student import DELTA_FILE, PROJECTION_FILE
 from ubmoe_st.experts import load_low_rank, save_low_rank
+from ubmoe_st.upcycling import HEAD_NAME
 
 RANK, WIDTH, INNER, SIZE = 3, 10, 14, 6
 

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from training.command import one_line_errors
 from training.student import DELTA_FILE, PROJECTION_FILE
-from ubmoe_st.checkpoint import HEAD_FILE, save_tensors
+from ubmoe_st.checkpoint import save_tensors
 from ubmoe_st.experts import LowRank, load_low_rank, save_low_rank
 from ubmoe_st.files import replacing_folder
+from ubmoe_st.upcycling import HEAD_NAME
 
 logger = logging.getLogger(__name__)
-
-HEAD_NAME = Path(HEAD_FILE).name
 
 
 def average(folder: str | Path, other: str | Path, share: float, out: str | Path) -> float:

@@ -19,12 +19,13 @@ from torch.nn import functional as F
 
 from training.command import has_bf16, one_line_errors, read_recipe, recipe_parser
 from training.recipe import ContrastiveRecipe
-from training.student import ridge
+from training.student import DELTA_FILE, principal_components, ridge
 from training.teacher import targets
 from training.texts import read_corpus
-from ubmoe_st import UBMoE, UBMoETransformer, checkpoint
+from ubmoe_st import UBMoE, UBMoETransformer
 from ubmoe_st.bases import resolve_base
 from ubmoe_st.classification import ClassificationHead, last_states, save_head
+from ubmoe_st.upcycling import HEAD_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -89,17 +90,14 @@ def fit_head(
         )
     x = states.double()
     weight, _ = ridge(x, wanted, STRENGTH)
-    centred = x - x.mean(0)
-    outputs = centred @ weight.T
-    values, components = torch.linalg.eigh(outputs.T @ outputs / len(outputs))
-    kept = components.flip(1)[:, :dimension].T
-    kept = kept * kept.gather(1, kept.abs().argmax(1, keepdim=True)).sign()
-    explained = values.flip(0)[:dimension].clamp(min=0).sum() / values.clamp(min=0).sum()
+    values, components = principal_components((x - x.mean(0)) @ weight.T)
+    explained = values[:dimension].clamp(min=0).sum() / values.clamp(min=0).sum()
     logger.info("%d components hold %.1f %% of what the states tell of the teachers", dimension, 100 * explained)
     linear = nn.Linear(x.shape[1], dimension)
+    kept = components[:dimension] @ weight
     with torch.no_grad():
-        linear.weight.copy_(kept @ weight)
-        linear.bias.copy_(-(kept @ weight) @ x.mean(0))
+        linear.weight.copy_(kept)
+        linear.bias.copy_(-kept @ x.mean(0))
     return ClassificationHead(layer, share, linear, length)
 
 
@@ -120,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not (options.out / Path(checkpoint.DELTA_FILE).name).is_file():
+    if not (options.out / DELTA_FILE).is_file():
         raise FileNotFoundError(
             f"expected a folder of experts, got {options.out}; give the one the model was built with"
         )
@@ -135,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = targets(recipe, resolve_base(recipe.base), corpus, device=options.device)
     states = inner_states(module, [corpus.texts[row] for row in rows], layer)
     head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share, options.length)
-    save_head(head, options.out / Path(checkpoint.HEAD_FILE).name, torch.float16)
+    save_head(head, options.out / HEAD_NAME, torch.float16)
     logger.info("a head on layer %d, of %d texts, in %s", layer, len(rows), options.out)
 
 

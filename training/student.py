@@ -387,11 +387,20 @@ def turn_to_components(model: SentenceTransformer, texts: Sequence[str], prompt:
     released = SentenceTransformer(modules=[model[0], *modules_behind(model)], device=str(model.device))
     found = released.encode(list(texts), prompt=prompt, batch_size=32, convert_to_tensor=True, show_progress_bar=False)
     vectors = F.normalize(found.double().cpu(), dim=-1)
-    values, components = torch.linalg.eigh(vectors.T @ vectors / len(vectors))
-    turn = components.flip(1).T
-    # The sign of a component is arbitrary; fixed, so that the same texts give the same model.
-    turn = turn * turn.gather(1, turn.abs().argmax(1, keepdim=True)).sign()
+    values, turn = principal_components(vectors)
     with torch.no_grad():
         for tensor in (projection.linear.weight, projection.linear.bias):
             tensor.copy_(turn @ tensor.double().cpu())
-    return values.flip(0)
+    return values
+
+
+def principal_components(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squares along the principal components of rows, (D,), falling, and the components, (D, D), one a row.
+
+    Args:
+        rows: (n, D); their mean is not taken off.
+    """
+    values, components = torch.linalg.eigh(rows.T @ rows / len(rows))
+    turn = components.flip(1).T
+    # The sign of a component is arbitrary; fixed, so that the same texts give the same model.
+    return values.flip(0), turn * turn.gather(1, turn.abs().argmax(1, keepdim=True)).sign()

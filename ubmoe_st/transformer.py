@@ -216,7 +216,7 @@ class UBMoETransformer(Transformer):
 
     def _embedded(self, features: dict[str, Any], task: str | None = None, **kwargs: Any) -> dict[str, Any]:
         if self.fast.applies(self) and not torch.is_grad_enabled():
-            return self.fast.module(self).forward(features, **({"task": task} if task else {}), **kwargs)
+            return self.fast.module(self).forward(features, task=task, **kwargs)
         groups = [] if kwargs or self.model.config.output_hidden_states else rows_alike(features, self.pass_tokens)
         if len(groups) < 2:
             return self._one_pass(features, task, **kwargs)

@@ -27,9 +27,10 @@ from ubmoe_st.model import UBMoE, UBMoETransformer
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
 
 _PROJECTION = "projection.safetensors"
-_HEAD_NAME = Path(checkpoint.HEAD_FILE).name
 ROUTERS_FILE = "routers.safetensors"
 """Trained token routers beside low-rank experts."""
+HEAD_NAME = Path(checkpoint.HEAD_FILE).name
+"""A classification head beside them."""
 
 
 def upcycle(
@@ -106,8 +107,8 @@ def upcycle(
         state, kind = load_routers(Path(routers))
         module.set_routers(state, router_kind or kind)
     head = recipe.get("classification")
-    if head is None and bi_experts is not None and (Path(bi_experts) / _HEAD_NAME).is_file():
-        head = read_head(Path(bi_experts) / _HEAD_NAME)
+    if head is None and bi_experts is not None and (Path(bi_experts) / HEAD_NAME).is_file():
+        head = read_head(Path(bi_experts) / HEAD_NAME)
     module.set_classification_head(head)
     if modules is None:
         modules = recipe.get("modules") or _default_modules(module, recipe)
