@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.benchmark_data import make_base, make_data
+from helpers.models import save_with_head
 from scipy.stats import spearmanr
 
 from benchmarks import data as local
@@ -24,8 +25,6 @@ from benchmarks.results import (
     run_record,
 )
 from training.data import data_folder
-from ubmoe_st import UBMoE
-from ubmoe_st.classification import ClassificationHead
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +168,7 @@ def test_a_result_says_in_what_a_checkpoint_computed(checkpoint, monkeypatch):
 
 
 def test_vectors_for_a_task_are_a_row_of_their_own(base, checkpoint, tmp_path):
-    model = UBMoE(str(checkpoint), device="cpu")
-    model[0].set_classification_head(ClassificationHead(2, 0.6, torch.nn.Linear(32, 5)))
-    model.save(str(tmp_path / "headed"))
+    model = save_with_head(checkpoint, tmp_path / "headed")
     plain, encoder = (open_encoder(str(tmp_path / "headed"), task=task) for task in (None, "classification"))
     assert (encoder.row, encoder.label) == ("headed-classification", 'headed, task="classification"')
     assert encoder.fingerprint != plain.fingerprint

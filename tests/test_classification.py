@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, TEXTS
+from helpers.models import ARCHITECTURES, TEXTS, save_with_head
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
@@ -37,10 +37,8 @@ def headed_of(checkpoint_of, tmp_path_factory):
 
     def get(architecture: str = "llama") -> Path:
         if architecture not in made:
-            model = UBMoE(str(checkpoint_of(architecture)), device="cpu")
-            model[0].set_classification_head(make_head())
             made[architecture] = tmp_path_factory.mktemp("headed") / architecture
-            model.save(str(made[architecture]))
+            save_with_head(checkpoint_of(architecture), made[architecture], LENGTH)
         return made[architecture]
 
     return get

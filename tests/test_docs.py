@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from ubmoe_st import UBMoE
-from ubmoe_st.classification import ClassificationHead
+from helpers.models import save_with_head
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "MODEL_CARD.md"]
@@ -25,9 +22,7 @@ def blocks(name: str) -> list[str]:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_python_block_runs(name, checkpoint, tmp_path):
     """On a tiny model under the released one's name; `make test-real` runs them on the real one."""
-    model = UBMoE(str(checkpoint), device="cpu")
-    model[0].set_classification_head(ClassificationHead(2, 0.6, torch.nn.Linear(32, 5)))
-    model.save(str(tmp_path / "models" / "ubmoe-135m"))
+    save_with_head(checkpoint, tmp_path / "models" / "ubmoe-135m")
     found = blocks(name)
     assert found
     script = "\n".join(found)

@@ -10,6 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ubmoe_st.classification import ClassificationHead
 from ubmoe_st.experts import LowRank, find_ffns
 from ubmoe_st.model import UBMoE, UBMoETransformer
 
@@ -101,3 +102,13 @@ def make_checkpoint(base: Path, out: Path, low_rank: bool = True) -> Path:
         module.set_low_rank_experts(random_experts(module))
     UBMoE(modules=[module, Pooling(32), Normalize()], device="cpu").save(str(out))
     return out
+
+
+def save_with_head(checkpoint: Path, out: Path, length: float = 1.0) -> UBMoE:
+    """A copy of a checkpoint with a random classification head: layer 2, 5 dimensions."""
+    torch.manual_seed(3)
+    model = UBMoE(str(checkpoint), device="cpu")
+    linear = torch.nn.Linear(model[0].model.config.hidden_size, 5)
+    model[0].set_classification_head(ClassificationHead(2, 0.6, linear, length))
+    model.save(str(out))
+    return model
