@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from helpers.models import TEXTS, WORDS
+from helpers.models import TEXTS, WORDS, save_with_head
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -152,6 +152,46 @@ def test_a_prompt_is_put_where_encode_puts_it(checkpoint, prompts):
     assert np.abs(vectors[0] - vectors[1]).max() > 0.01 < np.abs(vectors[0] - vectors[2]).max()
     named = texts_of(engine, EmbeddingRequest(input=TEXTS[0], prompt_name="document"))
     np.testing.assert_allclose(engine.embed(named)[0], vectors[2], atol=1e-6)
+
+
+def test_vectors_for_classifiers_are_those_of_encode(checkpoint, tmp_path):
+    """Also where they wait beside plain ones, which have another width."""
+    save_with_head(checkpoint, tmp_path / "head", length=4.0)
+    model = UBMoE(str(tmp_path / "head"), device="cpu")
+    engine = TorchEngine(model, "tiny")
+    texts = TEXTS * 5
+    with running(create_app(engine, settings=Settings(batch_wait_ms=200))) as url, ThreadPoolExecutor(6) as pool:
+        jobs = [
+            pool.submit(post, url, "embeddings", input=texts, **({"task": "classification"} if number % 2 else {}))
+            for number in range(6)
+        ]
+        answers = [vectors_of(job.result()) for job in jobs]
+        ids = vectors_of(post(url, "embeddings", input=model.token_ids(TEXTS[0]), task="classification"))
+    plain, joined = model.encode(texts), model.encode(texts, task="classification")
+    assert joined.shape[1] == plain.shape[1] + 5
+    np.testing.assert_allclose(np.linalg.norm(joined, axis=1), 4.0, rtol=1e-5)
+    for number, found in enumerate(answers):
+        np.testing.assert_allclose(found, joined if number % 2 else plain, atol=1e-5)
+    np.testing.assert_allclose(ids[0], joined[0], atol=1e-5)
+
+
+def test_a_task_without_vectors_of_its_own_is_refused(url, checkpoint, tmp_path):
+    def said(address, **body):
+        answer = client.post(f"{address}/v1/embeddings", json={"input": "the cat", **body})
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    assert "head" in said(url, task="classification")
+    assert "classification" in said(url, task="clustering")
+    save_with_head(checkpoint, tmp_path / "head")
+    engines = [
+        TorchEngine(UBMoE(str(tmp_path / "head"), device="cpu", **options), "tiny")
+        for options in ({}, {"truncate_dim": 8})
+    ]
+    with running(create_app(engines[0])) as address:
+        assert "come whole" in said(address, task="classification", dimensions=8)
+    with running(create_app(engines[1])) as address:
+        assert "dimensions" in said(address, task="classification")
 
 
 def test_token_ids_are_taken_as_they_are(url, model):

@@ -98,10 +98,10 @@ class Batcher:
         return len(self._waiting)
 
     async def embed(self, texts: Sequence[Tokens]) -> np.ndarray:
-        """Unit vectors, (N, D). A caller that is cancelled takes its waiting texts out of the queue.
+        """Vectors as of `Engine.embed`, (N, D). A caller that is cancelled takes its waiting texts out of the queue.
 
         Args:
-            texts: N texts, at least one.
+            texts: N texts of one task, at least one.
 
         Raises:
             Busy: If too many texts wait already. A request alone is always taken.
@@ -129,10 +129,12 @@ class Batcher:
             await asyncio.sleep(self._settings.batch_wait_ms / 1000)
             self._more.clear()
             while self._waiting:
-                chosen = choose([len(entry.tokens.ids) for entry in self._waiting], self._settings.batch_tokens)
-                batch = [self._waiting[position] for position in chosen]
-                kept = set(range(len(self._waiting))) - set(chosen)
-                self._waiting = [self._waiting[position] for position in sorted(kept)]
+                task = self._waiting[0].tokens.task
+                alike = [entry for entry in self._waiting if entry.tokens.task == task]
+                chosen = choose([len(entry.tokens.ids) for entry in alike], self._settings.batch_tokens)
+                batch = [alike[position] for position in chosen]
+                taken = set(map(id, batch))
+                self._waiting = [entry for entry in self._waiting if id(entry) not in taken]
                 inputs = [entry.tokens for entry in batch]
                 try:
                     vectors = await loop.run_in_executor(self._thread, self._engine.embed, inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,15 @@ def texts_of(engine: Engine, body: EmbeddingRequest, param: str = "input") -> li
         param: The field that the client wrote it in.
 
     Raises:
-        ApiError: If a text is too long, or a token is none of this model's.
+        ApiError: If a text is too long, a token is none of this model's, or the engine does not know the task.
     """
+    if body.task is not None and body.task not in engine.tasks:
+        raise ApiError(
+            400,
+            f"{engine.name} has no vectors for task {body.task!r} here: that takes a checkpoint with a head for it, all "
+            "its dimensions, and the torch engine; leave the field out",
+            param="task",
+        )
     given = body.input
     prompt = prompt_of(engine, body)
     texts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
@@ -73,7 +81,7 @@ def texts_of(engine: Engine, body: EmbeddingRequest, param: str = "input") -> li
                 code="context_length_exceeded",
                 param=param,
             )
-    return found
+    return [replace(tokens, task=body.task) for tokens in found] if body.task else found
 
 
 def written(vectors: np.ndarray, encoding: str, model: str, tokens: int) -> bytes:
@@ -109,6 +117,9 @@ def router(service: Service) -> APIRouter:
             raise ApiError(
                 400, f"dimensions must be 1 to {engine.dimension}, got {body.dimensions}", param="dimensions"
             )
+
+        if body.dimensions is not None and body.task is not None:
+            raise ApiError(400, f"vectors for task {body.task!r} come whole: leave dimensions out", param="dimensions")
 
         async def work() -> bytes:
             texts = await asyncio.to_thread(texts_of, engine, body)

@@ -30,11 +30,13 @@ class Tokens:
         ids: Its tokens, those of the prompt before it included.
         prompt_length: How many of them the pooling may leave out. None: as the pooling does without a prompt.
         cut: Whether the text was longer than the encoder takes.
+        task: One of the engine's `tasks` that its vector is for. None: the text's own vector.
     """
 
     ids: list[int]
     prompt_length: int | None = None
     cut: bool = False
+    task: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Engine(Protocol):
         """Name of the prompt of a text that comes without one."""
         ...
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """For which tasks it has other vectors than the texts' own."""
+        ...
+
     def tokenize(self, texts: Sequence[str], prompt: str | None) -> list[Tokens]:
         """Texts as the encoder takes them, cut where they are too long.
 
@@ -99,10 +106,10 @@ class Engine(Protocol):
         ...
 
     def embed(self, batch: Sequence[Tokens]) -> np.ndarray:
-        """Unit vectors, float32, (N, D).
+        """Vectors, float32: unit vectors, (N, D), or those of a task, of its length and width.
 
         Args:
-            batch: N texts.
+            batch: N texts, of one task.
         """
         ...
 
@@ -256,6 +263,8 @@ class TorchEngine:
     """
 
     def __init__(self, model: UBMoE, name: str) -> None:
+        from ubmoe_st.classification import TASK
+
         self.model, self.name = model, name
         # Built now: the first request would wait for it.
         self._lm: Any = model.generator_for(model.routing)
@@ -269,6 +278,8 @@ class TorchEngine:
         # Empty ones, too: an empty `document` goes before a `passage`, as in `encode_document`.
         self.prompts = {key: prompt or "" for key, prompt in model.prompts.items()}
         self.default_prompt = model.default_prompt_name
+        # As in `encode`: what is cut to fewer dimensions has lost what the task adds.
+        self.tasks = (TASK,) if self._views.classification is not None and model.truncate_dim is None else ()
         self.dimension = int(model.get_embedding_dimension() or 0)
         self.context = int(self._lm.config.max_position_embeddings)
         self.longest_text = int(model.max_seq_length or self.context)
@@ -285,13 +296,17 @@ class TorchEngine:
 
     def embed(self, batch: Sequence[Tokens]) -> np.ndarray:
         """See `Engine`."""
+        task = batch[0].task if batch else None
         vectors = np.empty((len(batch), self.dimension), np.float32)
         for length in {tokens.prompt_length for tokens in batch}:
             rows = [row for row, tokens in enumerate(batch) if tokens.prompt_length == length]
-            vectors[rows] = self._embed([batch[row].ids for row in rows], length)
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            found = self._embed([batch[row].ids for row in rows], length, task)
+            if found.shape[1] != vectors.shape[1]:
+                vectors = np.empty((len(batch), found.shape[1]), np.float32)
+            vectors[rows] = found
+        return vectors if task else vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
-    def _embed(self, rows: list[list[int]], prompt_length: int | None) -> np.ndarray:
+    def _embed(self, rows: list[list[int]], prompt_length: int | None, task: str | None) -> np.ndarray:
         import torch
 
         longest = max(map(len, rows))
@@ -302,8 +317,8 @@ class TorchEngine:
         if prompt_length is not None:
             features["prompt_length"] = prompt_length
         with torch.inference_mode():
-            vectors = self.model(features)["sentence_embedding"][:, : self.dimension]  # of a `truncate_dim`
-            return vectors.float().cpu().numpy()
+            vectors = self.model(features, task=task)["sentence_embedding"]
+            return (vectors if task else vectors[:, : self.dimension]).float().cpu().numpy()  # cut by a `truncate_dim`
 
     def continuation_ids(self, prompt: str | list[Message]) -> list[int]:
         """See `Engine`."""

@@ -169,6 +169,7 @@ class NativeUBMoE:
         self._sequences = min(_SEQUENCES, self.longest_text)  # more make llama.cpp end the process
         self._width = lib.llama_model_n_embd(self._model)
         width = len(parts.dense[-1][1]) if parts.dense else self._width
+        self.tasks: tuple[str, ...] = ()
         self.dimension = min(width, parts.truncate_dim or width)
         self._vocab_size = lib.llama_vocab_n_tokens(self._vocab)
         threads = threads or os.cpu_count() or 1

@@ -95,6 +95,9 @@ class EmbeddingRequest(Request):
     )
     input_type: InputType | None = Field(None, description="Puts the checkpoint's prompt for it before each text.")
     prompt_name: str | None = Field(None, description="Any prompt of the checkpoint by its name.")
+    task: Literal["classification"] | None = Field(
+        None, description="Vectors for classifiers, of a length of their own, where the checkpoint has a head for them."
+    )
     truncate: bool = Field(False, description="Cut a text that is too long, instead of refusing it.")
 
 
