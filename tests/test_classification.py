@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import ARCHITECTURES, TEXTS, save_with_head
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from training.classification import inner_states
+from training.command import has_bf16
 from ubmoe_st import UBMoE, upcycle
 from ubmoe_st.checkpoint import HEAD_FILE, CheckpointError, check_checkpoint, facts, verify_sums
 from ubmoe_st.classification import ClassificationHead, last_states, read_head, save_head
 from ubmoe_st.compute import processor_flags
+from ubmoe_st.files import sha256_of
 from ubmoe_st.upcycling import export_experts
 
 LAYER, SHARE, LENGTH, EXTRA = 2, 0.6, 3.0, 5
@@ -189,8 +193,13 @@ def test_a_damaged_file_is_named(headed, tmp_path):
     with pytest.raises(CheckpointError, match=r"classification\.safetensors"):
         check_checkpoint(folder)
     save_file({"weight": torch.zeros(3, 31), "bias": torch.zeros(3)}, file)
-    with pytest.raises(CheckpointError, match=r"expected `weight` \(K, 32\)"):
+    with pytest.raises(CheckpointError, match=r"expected `weight` \(K, D\)"):
         UBMoE(str(folder), device="cpu")
+    for strange in (make_head(layer=9), make_head(width=31)):
+        save_head(strange, file)
+        for look in (check_checkpoint, UBMoE):
+            with pytest.raises(CheckpointError, match=r"classification\.safetensors.*3 layers of width 32"):
+                look(str(folder))
     for metadata, weight in (({"layer": "2"}, torch.zeros(3, 32)), ({}, torch.full((3, 32), torch.nan))):
         facts = {"format": "ubmoe-classification", "share": "0.6", "layer": "2", "length": "1.0"} | metadata
         if metadata:
@@ -200,6 +209,110 @@ def test_a_damaged_file_is_named(headed, tmp_path):
             UBMoE(str(folder), device="cpu")
     with pytest.raises(FileNotFoundError):
         read_head(tmp_path / "nothing.safetensors")
+
+
+def test_numbers_that_do_not_open_again_are_not_saved(headed, tmp_path):
+    model = UBMoE(str(headed), device="cpu")
+    model[0].classification.linear.weight.data.fill_(1e6)
+    model.half()
+    with pytest.raises(ValueError, match="not finite"):
+        model.save(str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "modules.json").exists()
+
+
+def test_of_several_heads_each_reads_its_own_layer(checkpoint, headed, tmp_path):
+    """Also a fit beside a head that reads another layer."""
+    model, fresh = UBMoE(str(headed), device="cpu"), UBMoE(str(checkpoint), device="cpu")
+    for one in (model, fresh):
+        one[0].set_classification_head(make_head(layer=1))
+    found = model.encode(TEXTS, task="classification")
+    np.testing.assert_array_equal(found, fresh.encode(TEXTS, task="classification"))
+    assert np.abs(found - UBMoE(str(headed), device="cpu").encode(TEXTS, task="classification")).max() > 0.1
+    with torch.no_grad():
+        stock = AutoModel.from_pretrained(headed).eval()(
+            torch.tensor([model.token_ids(TEXTS[0])]), output_hidden_states=True
+        )
+    states = inner_states(UBMoE(str(headed), device="cpu")[0], TEXTS[:1], 1)
+    limit = 0.05 if has_bf16(on_cpu=True) else 1e-5
+    assert (states[0] - stock.hidden_states[1][0, -1]).norm() < limit * states.norm()
+    assert (states[0] - stock.hidden_states[2][0, -1]).norm() > 0.1 * states.norm()
+
+
+def test_a_head_of_one_model_is_not_that_of_another(checkpoint):
+    head = make_head()
+    first, second = UBMoE(str(checkpoint), device="cpu"), UBMoE(str(checkpoint), device="cpu")
+    for model in (first, second):
+        model[0].set_classification_head(head)
+    first.half()
+    assert second[0].classification.linear.weight.dtype == head.linear.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("what", ["training", "adapter"])
+def test_another_encoder_has_the_head_no_more(headed, tmp_path, caplog, what):
+    model = UBMoE(str(headed), device="cpu")
+    model.encode(TEXTS, task="classification")
+    if what == "training":
+        model.train()
+        model(model.preprocess(TEXTS))["sentence_embedding"].sum().backward()
+    else:
+        model.add_adapter(LoraConfig(target_modules=["up_proj"], task_type="FEATURE_EXTRACTION"))
+    assert "fitted to the encoder as it was" in caplog.text
+    with pytest.raises(ValueError, match="has none"):
+        model.encode(TEXTS, task="classification")
+    if what == "training":
+        model.save(str(tmp_path / "out"))
+        assert not (tmp_path / "out" / HEAD_FILE).exists()
+
+
+def test_a_projection_is_trained_without_harm_to_the_head(headed):
+    model = UBMoE(str(headed), device="cpu").train()
+    model[0].requires_grad_(False)
+    model(model.preprocess(TEXTS))
+    assert model.encode(TEXTS, task="classification").shape[1] == 32 + EXTRA
+
+
+def test_a_head_belongs_to_its_experts(base, checkpoint, tmp_path):
+    """It goes with them as a folder and as a file, and not with others."""
+    model = UBMoE(str(checkpoint), device="cpu")
+    folders = []
+    for name in ("a", "b"):
+        model[0].set_low_rank_experts(
+            {name: (torch.randn(2, i) * 0.1, torch.randn(o, 2) * 0.1) for name, o, i in _ffn_shapes(model)}
+        )
+        model[0].set_classification_head(make_head())
+        folders.append(export_experts(model[0], tmp_path / name))
+    name = Path(HEAD_FILE).name
+    assert read_head(folders[0] / name).fitted_to == sha256_of(folders[0] / "bi_delta.safetensors")
+    for number, experts in enumerate((folders[0], folders[0] / "bi_delta.safetensors")):
+        built = upcycle(base, experts, out=tmp_path / f"built{number}")
+        assert UBMoE(str(built), device="cpu").encode(TEXTS, task="classification").shape[1] == 32 + EXTRA
+    shutil.copy(folders[0] / name, folders[1] / name)
+    with pytest.raises(ValueError, match="fitted to other experts"):
+        upcycle(base, folders[1], out=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_task_that_nobody_knows_is_refused(headed):
+    model = UBMoE(str(headed), device="cpu")
+    with pytest.raises(ValueError, match="'Classification'"):
+        model.encode(TEXTS, task="Classification")
+    with pytest.raises(ValueError, match="cannot be cut to 8"):
+        model.encode(
+            TEXTS,
+            None,
+            None,
+            32,
+            False,
+            "sentence_embedding",
+            "float32",
+            True,
+            False,
+            None,
+            False,
+            8,
+            task="classification",
+        )
+    assert model.encode_query(TEXTS).shape == model.encode_document(TEXTS).shape == (len(TEXTS), 32)
 
 
 def test_last_states_of_a_flat_batch():

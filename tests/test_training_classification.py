@@ -9,8 +9,10 @@ from helpers.models import TEXTS
 from sklearn.linear_model import Ridge
 from transformers import AutoModel, AutoTokenizer
 
-from training.classification import STRENGTH, fit_head, inner_states
-from ubmoe_st import UBMoE
+from training.classification import STRENGTH, check_experts, fit_head, inner_states
+from training.student import DELTA_FILE
+from ubmoe_st import UBMoE, upcycle
+from ubmoe_st.upcycling import export_experts
 
 
 def test_states_are_those_of_stock_transformers(checkpoint):
@@ -58,3 +60,26 @@ def test_more_components_than_there_can_be_are_refused():
         fit_head(states, [target], 1, 6, 0.5)
     with pytest.raises(ValueError, match="up to 3 components, got 5"):
         fit_head(states[:4], [target[:4]], 1, 5, 0.5)
+
+
+def test_states_are_those_behind_the_prompt(checkpoint):
+    module = UBMoE(str(checkpoint), device="cpu")[0]
+    found = inner_states(module, TEXTS, 2, prompt="the red ")
+    wanted = inner_states(module, [f"the red {text}" for text in TEXTS], 2)
+    np.testing.assert_allclose(found, wanted, atol=0.02 * float(wanted.norm(dim=1).max()))
+    assert (found - inner_states(module, TEXTS, 2)).norm(dim=1).min() > 0.05 * wanted.norm(dim=1).max()
+
+
+def test_a_model_of_other_experts_is_refused(base, checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint), device="cpu")
+    linears = [(n, m) for n, m in model[0].model.named_modules() if isinstance(m, torch.nn.Linear) and ".mlp." in n]
+    folders = []
+    for name in ("a", "b"):
+        model[0].set_low_rank_experts(
+            {n: (torch.randn(2, m.in_features) * 0.1, torch.randn(m.out_features, 2) * 0.1) for n, m in linears}
+        )
+        folders.append(export_experts(model[0], tmp_path / name) / DELTA_FILE)
+    built = UBMoE(str(upcycle(base, tmp_path / "a", out=tmp_path / "built", dtype="bfloat16")), device="cpu")
+    check_experts(built[0], folders[0], "built")
+    with pytest.raises(ValueError, match=r"built does not hold the experts of .*b: build it"):
+        check_experts(built[0], folders[1], "built")

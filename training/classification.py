@@ -25,6 +25,8 @@ from training.texts import read_corpus
 from ubmoe_st import UBMoE, UBMoETransformer
 from ubmoe_st.bases import resolve_base
 from ubmoe_st.classification import ClassificationHead, last_states, save_head
+from ubmoe_st.experts import load_low_rank
+from ubmoe_st.files import sha256_of
 from ubmoe_st.upcycling import HEAD_NAME
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,9 @@ STRENGTH = 0.1
 """Of the ridge penalty, relative to the mean variance of a state's numbers."""
 
 
-def inner_states(module: UBMoETransformer, texts: Sequence[str], layer: int, batch_size: int = 32) -> Tensor:
+def inner_states(
+    module: UBMoETransformer, texts: Sequence[str], layer: int, batch_size: int = 32, prompt: str | None = None
+) -> Tensor:
     """The last token's state behind a layer, (N, D), fp32; bf16 products where the processor has them.
 
     Args:
@@ -45,6 +49,7 @@ def inner_states(module: UBMoETransformer, texts: Sequence[str], layer: int, bat
         texts: N texts.
         layer: How many layers are computed before.
         batch_size: Texts computed together.
+        prompt: Before each text.
     """
     width = module.model.config.hidden_size
     head = ClassificationHead(layer, 1.0, nn.Linear(width, 1))
@@ -56,7 +61,7 @@ def inner_states(module: UBMoETransformer, texts: Sequence[str], layer: int, bat
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=fast):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            features = module.preprocess([texts[row] for row in rows])
+            features = module.preprocess([texts[row] for row in rows], prompt=prompt)
             features = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
             with head.listening() as states:
                 # With a keyword the batch is computed as one, so its states are in one piece.
@@ -101,6 +106,26 @@ def fit_head(
     return ClassificationHead(layer, share, linear, length)
 
 
+def check_experts(module: UBMoETransformer, delta: Path, name: str) -> None:
+    """Refuse a model of other experts than those that get the head; it may hold them in fewer bits.
+
+    Args:
+        module: The model's encoder.
+        delta: File of low-rank experts.
+        name: Of the model.
+
+    Raises:
+        ValueError: Then.
+    """
+    wanted, held = load_low_rank(delta)[0], module.low_rank or module.source.low_rank() or {}
+    if wanted.keys() != held.keys() or not all(
+        ours.shape == theirs.shape and (ours.float().cpu() - theirs.float()).norm() <= 0.01 * theirs.float().norm()
+        for key in wanted
+        for ours, theirs in zip(held[key], wanted[key], strict=True)
+    ):
+        raise ValueError(f"{name} does not hold the experts of {delta.parent}: build it with them first")
+
+
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fit a classification head on the texts and teachers of a recipe and lay it beside the experts of a model."""
@@ -128,11 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"{options.recipe} has no `teacher` with a loss that uses it; give a recipe that has")
     short = [row for row, text in enumerate(corpus.texts) if len(text.split()) <= options.words]
     rows = sorted(random.Random(0).sample(short, min(options.texts, len(short))))
-    module = cast("UBMoETransformer", UBMoE(options.model, device=options.device)[0])
-    layer = options.layer or max(1, round(module.model.config.num_hidden_layers * 2 / 3))
+    model = UBMoE(options.model, device=options.device)
+    module = cast("UBMoETransformer", model[0])
+    check_experts(module, options.out / DELTA_FILE, options.model)
+    layers = module.model.config.num_hidden_layers
+    layer = max(1, round(layers * 2 / 3)) if options.layer is None else options.layer
+    if not 1 <= layer <= layers:
+        raise ValueError(f"--layer must be 1 to {layers}, got {layer}")
     found = targets(recipe, resolve_base(recipe.base), corpus, device=options.device)
-    states = inner_states(module, [corpus.texts[row] for row in rows], layer)
+    prompt = model.prompts.get(model.default_prompt_name or "")  # as plain `encode` puts it
+    states = inner_states(module, [corpus.texts[row] for row in rows], layer, prompt=prompt)
     head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share, options.length)
+    head.fitted_to = sha256_of(options.out / DELTA_FILE)
     save_head(head, options.out / HEAD_NAME, torch.float16)
     logger.info("a head on layer %d, of %d texts, in %s", layer, len(rows), options.out)
 

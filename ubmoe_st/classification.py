@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from torch.nn import functional as F
 
 from ubmoe_st import shards
 
+logger = logging.getLogger(__name__)
+
 TASK = "classification"
 """Value of `task` that asks `encode` for these vectors."""
 OUTPUT = "classification_embedding"
@@ -25,11 +30,16 @@ _FORMAT = "ubmoe-classification"
 _heard = threading.local()
 
 
-def _keep_states(_module: nn.Module, _inputs: Any, output: Any) -> None:
-    """Forward hook of the layer: quiet but in the thread and while its states are asked for."""
-    states = getattr(_heard, "states", None)
-    if states is not None:
-        states.append(output[0] if isinstance(output, tuple) else output)
+@dataclass(frozen=True)
+class _Keeper:
+    """Forward hook of a layer: quiet but in the thread, and while states of this very layer are asked for."""
+
+    layer: int
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        asked = getattr(_heard, "asked", None)
+        if asked is not None and asked[0] == self.layer:
+            asked[1].append(output[0] if isinstance(output, tuple) else output)
 
 
 class ClassificationHead(nn.Module):
@@ -44,39 +54,47 @@ class ClassificationHead(nn.Module):
         linear: From the encoder's width D to K dimensions.
         length: Of the joined vectors. Classifiers penalise weights, and for unit vectors weights have to be large: with
             the default penalty of scikit-learn they learn too little from few examples.
+        fitted_to: SHA-256 of the file of experts that it was fitted to. None: not known.
 
     Raises:
         ValueError: If the layer, the share or the length is out of range.
     """
 
-    def __init__(self, layer: int, share: float, linear: nn.Linear, length: float = 1.0) -> None:
+    def __init__(
+        self, layer: int, share: float, linear: nn.Linear, length: float = 1.0, fitted_to: str | None = None
+    ) -> None:
         super().__init__()
         if layer < 1 or not (0 < share < float("inf") and 0 < length < float("inf")):
             raise ValueError(f"expected a layer from 1, share and length above 0, got {layer}, {share} and {length}")
         self.layer, self.share, self.length = layer, share, length
-        self.linear = linear.requires_grad_(False)
+        self.linear, self.fitted_to = linear.requires_grad_(False), fitted_to
 
-    def attach(self, encoder: nn.Module) -> None:
+    def attach(self, encoder: Any) -> None:
         """Listen to the layer of an encoder, as often as it is called.
 
         Raises:
             ValueError: If there is no such layer, or it has another width.
         """
-        check_fit(self.layer, tuple(self.linear.weight.shape), encoder.config)
+        check_fit(self, encoder.config.num_hidden_layers, encoder.config.hidden_size)
         layer = encoder.get_submodule(f"layers.{self.layer - 1}")
-        if _keep_states not in layer._forward_hooks.values():
-            layer.register_forward_hook(_keep_states)
+        if _Keeper(self.layer) not in layer._forward_hooks.values():
+            layer.register_forward_hook(_Keeper(self.layer))
+
+    def attached(self, encoder: Any) -> ClassificationHead:
+        """A copy that listens to an encoder, where and in what numbers its weights are; see `attach`."""
+        self.attach(encoder)
+        return copy.deepcopy(self).to("cpu" if encoder.device.type == "meta" else encoder.device, encoder.dtype)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
         """The states that the layer gives in this thread during the block, one (B, T, D) a pass."""
-        before = getattr(_heard, "states", None)
+        before = getattr(_heard, "asked", None)
         states: list[Tensor] = []
-        _heard.states = states
+        _heard.asked = (self.layer, states)
         try:
             yield states
         finally:
-            _heard.states = before
+            _heard.asked = before
 
     def forward(self, states: Tensor, features: Mapping[str, Any]) -> Tensor:
         """The added part of the vectors of a batch, (B, K), of length `share`.
@@ -111,23 +129,46 @@ def last_states(states: Tensor, features: Mapping[str, Any]) -> Tensor:
     return states[torch.arange(len(mask), device=mask.device), last]
 
 
-def check_fit(layer: int, shape: Sequence[int], config: Any) -> None:
+def check_fit(head: ClassificationHead, layers: int, width: int) -> None:
     """Refuse a head that is not one of an encoder.
 
     Args:
-        layer: The head's.
-        shape: Of its weight.
-        config: The encoder's, in transformers.
+        head: The head.
+        layers: Of the encoder.
+        width: Of its states.
 
     Raises:
         ValueError: Saying what fits.
     """
-    layers, width = config.num_hidden_layers, config.hidden_size
-    if not 1 <= layer <= layers or len(shape) != 2 or shape[1] != width:
+    shape = tuple(head.linear.weight.shape)
+    if head.layer > layers or shape[1] != width:
         raise ValueError(
-            f"the classification head reads layer {layer} with a weight of shape {tuple(shape)}, and the encoder has "
+            f"the classification head reads layer {head.layer} with a weight of shape {shape}, and the encoder has "
             f"{layers} layers of width {width}: fit one for it by `python -m training.classification`"
         )
+
+
+def take_away(views: Any, why: str) -> None:
+    """Leave an encoder without its head, which was fitted to the states of before; says so where there was one.
+
+    Args:
+        views: The encoder, a `UBMoETransformer`.
+        why: What changes its states.
+    """
+    if views.classification is not None:
+        logger.warning(
+            'the classification head was fitted to the encoder as it was before %s, and is taken away: task="%s" needs '
+            "one fitted anew by `python -m training.classification`",
+            why,
+            TASK,
+        )
+        views.set_classification_head(None)
+
+
+def is_training(views: Any) -> bool:
+    """Whether a pass of a `UBMoETransformer` now is one of a training of its encoder."""
+    trained = views.training and torch.is_grad_enabled()
+    return bool(trained and any(p.requires_grad for p in views.model.parameters()))
 
 
 def save_head(head: ClassificationHead, file: str | os.PathLike[str], dtype: torch.dtype | None = None) -> None:
@@ -137,13 +178,20 @@ def save_head(head: ClassificationHead, file: str | os.PathLike[str], dtype: tor
         head: The head.
         file: Path of the file.
         dtype: Of the stored numbers. None: as they are.
+
+    Raises:
+        ValueError: If a number is not finite, or out of the range of `dtype`.
     """
     tensors = {name: tensor.detach().cpu().to(dtype or tensor.dtype) for name, tensor in head.linear.named_parameters()}
-    shards.write_with_metadata(
-        Path(file),
-        tensors,
-        {"format": _FORMAT, "layer": str(head.layer), "share": repr(head.share), "length": repr(head.length)},
-    )
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(
+            f"numbers of the classification head are not finite in {tensors['weight'].dtype}: fit it anew, or leave it "
+            "out by `set_classification_head(None)`"
+        )
+    facts = {"format": _FORMAT, "layer": str(head.layer), "share": repr(head.share), "length": repr(head.length)}
+    if head.fitted_to is not None:
+        facts["experts_sha256"] = head.fitted_to
+    shards.write_with_metadata(Path(file), tensors, facts)
 
 
 def read_head(file: str | os.PathLike[str]) -> ClassificationHead:
@@ -168,7 +216,7 @@ def read_head(file: str | os.PathLike[str]) -> ClassificationHead:
             raise ValueError("numbers that are not finite")
         linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta")
         linear.weight, linear.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-        return ClassificationHead(layer, share, linear, length)
+        return ClassificationHead(layer, share, linear, length, header.get("experts_sha256"))
     except (ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{Path(file).name} holds no classification head ({error}): expected `weight` (K, D) and `bias` (K,), and "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -38,6 +40,8 @@ REQUIREMENTS = {
     },
     "sentence-transformers": ">=6",
 }
+_TRUNCATE_DIM = list(inspect.signature(SentenceTransformer.encode).parameters).index("truncate_dim") - 1
+"""Place of `truncate_dim` in a call of `encode` without keywords."""
 _STOCK_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__qualname__}"
 
 
@@ -115,15 +119,15 @@ class UBMoE(SentenceTransformer):
         @wraps(SentenceTransformer.encode)
         def encode(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
             check_texts(args[0] if args else kwargs.get("inputs", kwargs.get("sentences")))
-            _check_dimensions(kwargs.get("truncate_dim"))
-            if kwargs.get("task") == classification.TASK:
-                self._check_classification(kwargs.get("truncate_dim"))
+            truncate_dim = kwargs.get("truncate_dim", args[_TRUNCATE_DIM] if len(args) > _TRUNCATE_DIM else None)
+            _check_dimensions(truncate_dim)
+            self._check_task(kwargs.get("task"), truncate_dim)
             return super().encode(*args, **kwargs)
 
         def forward(self, input: Any, **kwargs: Any) -> Any:  # noqa: D102 - the stock docstring
             features = super().forward(input, **kwargs)
             added = features.pop(classification.OUTPUT, None)
-            if added is not None:
+            if added is not None and "sentence_embedding" in features:
                 features["sentence_embedding"] = self._views.classification.join(features["sentence_embedding"], added)
             return features
 
@@ -159,13 +163,24 @@ class UBMoE(SentenceTransformer):
         def add_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - the stock docstring
             with _low_memory_explained(self._views):
                 super().add_adapter(*args, **kwargs)
+            classification.take_away(self._views, "this adapter")
 
         @wraps(SentenceTransformer.load_adapter)
         def load_adapter(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102 - the stock docstring
             with _low_memory_explained(self._views):
                 super().load_adapter(*args, **kwargs)
+            classification.take_away(self._views, "this adapter")
 
-    def _check_classification(self, truncate_dim: int | None) -> None:
+    def _check_task(self, task: str | None, truncate_dim: int | None) -> None:
+        if task in (None, "query", "document"):
+            return
+        if task != classification.TASK:
+            modules = list(self)[1:]
+            if any(isinstance(m, Router) or "task" in getattr(m, "forward_kwargs", ()) for m in modules):
+                return
+            raise ValueError(
+                f"there are no vectors for task {task!r}: expected None, 'query', 'document' or {classification.TASK!r}"
+            )
         if self._views.classification is None:
             raise ValueError(
                 'task="classification" needs a classification head, and this model has none: leave the task out, or '

@@ -215,6 +215,8 @@ class UBMoETransformer(Transformer):
             return self._embedded(features, **kwargs)
 
     def _embedded(self, features: dict[str, Any], task: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        if self.classification is not None and classification.is_training(self):
+            classification.take_away(self, "this training")
         if self.fast.applies(self) and not torch.is_grad_enabled():
             return self.fast.module(self).forward(features, task=task, **kwargs)
         groups = [] if kwargs or self.model.config.output_hidden_states else rows_alike(features, self.pass_tokens)
@@ -329,7 +331,7 @@ class UBMoETransformer(Transformer):
         if self.is_low_memory:
             raise ValueError("experts are exchanged in one piece: load the checkpoint without low_memory")
         self._generators.pop("router", None)  # holds the old ones in low-rank form
-        self.set_classification_head(None)  # was fitted to their states
+        classification.take_away(self, "these experts")
 
     def set_classification_head(self, head: ClassificationHead | None) -> None:
         """Give `encode(..., task="classification")` its layer, or take it away; other experts have none.
@@ -337,10 +339,7 @@ class UBMoETransformer(Transformer):
         Raises:
             ValueError: If it does not fit the encoder.
         """
-        if head is not None:
-            head.attach(self.model)
-            head = head.to("cpu" if self.model.device.type == "meta" else self.model.device, self.model.dtype)
-        self.classification = head
+        self.classification = None if head is None else head.attached(self.model)
         self.fast.follow(self.model.device)
 
     def set_routers(self, state: dict[str, Tensor], kind: RouterKind) -> None:

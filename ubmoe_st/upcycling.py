@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from ubmoe_st import checkpoint
 from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
-from ubmoe_st.classification import read_head
+from ubmoe_st.classification import ClassificationHead, read_head, save_head
 from ubmoe_st.configuration import RouterKind, check_count
 from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
-from ubmoe_st.files import replacing_folder
+from ubmoe_st.files import replacing_folder, sha256_of
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
@@ -92,23 +93,23 @@ def upcycle(
     streamed = can_stream(found.path) and (bi_experts is None or _can_stream_experts(Path(bi_experts)))
     module = (StreamedTransformer if streamed else UBMoETransformer).from_base(found, dtype=dtype)
     recipe: dict[str, Any] = {}
+    beside = Path() if bi_experts is None else bi_experts.parent if bi_experts.is_file() else bi_experts
     if bi_experts is not None:
         recipe = _set_experts(module, found, Path(bi_experts), allow_base_mismatch)
-        if Path(bi_experts).is_dir():
-            module.notices = checkpoint.notices_in(Path(bi_experts))
+        module.notices = checkpoint.notices_in(beside)
     if module.ubmoe_config is not None:
         module.ubmoe_config.training = recipe.get("training")
     length = recipe.get("max_seq_length") if max_seq_length is None else max_seq_length
     if length is not None:
         module.max_seq_length = int(length)
-    if routers is None and bi_experts is not None and (Path(bi_experts) / ROUTERS_FILE).is_file():
-        routers = Path(bi_experts) / ROUTERS_FILE
+    if routers is None and bi_experts is not None and (beside / ROUTERS_FILE).is_file():
+        routers = beside / ROUTERS_FILE
     if routers is not None:
         state, kind = load_routers(Path(routers))
         module.set_routers(state, router_kind or kind)
     head = recipe.get("classification")
-    if head is None and bi_experts is not None and (Path(bi_experts) / HEAD_NAME).is_file():
-        head = read_head(Path(bi_experts) / HEAD_NAME)
+    if head is None and bi_experts is not None:
+        head = _head_beside(bi_experts)
     module.set_classification_head(head)
     if modules is None:
         modules = recipe.get("modules") or _default_modules(module, recipe)
@@ -134,6 +135,8 @@ def export_experts(
 ) -> Path:
     """Write the low-rank `bi` experts of a trained module as a small folder that `upcycle` takes.
 
+    A classification head goes with them, but not with a PEFT adapter: it was fitted to the experts of before.
+
     Args:
         model: A module with a PEFT LoRA adapter on its FFN, or with low-rank experts.
         out: The folder.
@@ -148,7 +151,12 @@ def export_experts(
     sha256 = model.base.sha256 if model.base else {}
     with replacing_folder(out, keep=checkpoint.is_of_others) as temporary:
         halves = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in low_rank.items()}
-        save_low_rank(halves, temporary / Path(checkpoint.DELTA_FILE).name, {"base_sha256": sha256})
+        delta = temporary / Path(checkpoint.DELTA_FILE).name
+        save_low_rank(halves, delta, {"base_sha256": sha256})
+        if model.classification is not None and not model.has_adapter:
+            head = copy.deepcopy(model.classification)
+            head.fitted_to = sha256_of(delta)
+            save_head(head, temporary / HEAD_NAME, dtype)
         if projection is not None:
             state = {key: tensor.to(dtype) for key, tensor in projection.linear.state_dict().items()}
             checkpoint.save_tensors(state, temporary / _PROJECTION)
@@ -201,6 +209,21 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
         f"{path} holds no bi experts: expected {delta_name}, a PEFT adapter (adapter_config.json) or a model folder "
         "(config.json)"
     )
+
+
+def _head_beside(experts: Path) -> ClassificationHead | None:
+    """The classification head in the folder of experts, which have to be those that it was fitted to."""
+    delta = experts if experts.is_file() else experts / Path(checkpoint.DELTA_FILE).name
+    file = delta.with_name(HEAD_NAME)
+    if not file.is_file():
+        return None
+    head = read_head(file)
+    if head.fitted_to is not None and delta.is_file() and sha256_of(delta) != head.fitted_to:
+        raise ValueError(
+            f"{HEAD_NAME} was fitted to other experts than {delta.name} beside it: fit one to them by `python -m "
+            "training.classification`, or take the file away"
+        )
+    return head
 
 
 def _recipe_of(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _READ = (".json", ".safetensors", ".jinja", ".model", ".txt")
 
 
 def check_checkpoint(path: str | os.PathLike[str], *, modules: bool = True) -> UBMoEConfig:
-    """Check the structure of a checkpoint from its JSON files and safetensors headers; reads no weights.
+    """Check the structure of a checkpoint from its JSON files and safetensors headers; reads no weights but a head's.
 
     Args:
         path: The checkpoint folder.
@@ -78,11 +78,7 @@ def check_checkpoint(path: str | os.PathLike[str], *, modules: bool = True) -> U
         routed = {key.split(".router.")[0] for key in read_shapes(root, ROUTER_FILE)}
         if layers != routed:
             raise CheckpointError(f"{ROUTER_FILE}: routers of {len(routed)} layers, expected {len(layers)}")
-    if (root / HEAD_FILE).is_file():
-        width = next(shape[1] for key, shape in encoder.items() if key.startswith("embed_tokens."))
-        head = read_shapes(root, HEAD_FILE)
-        if set(head) != {"weight", "bias"} or head["weight"][1:] != (width,):
-            raise CheckpointError(f"{HEAD_FILE}: expected `weight` (K, {width}) and `bias` (K,), got {head}")
+    classification_head(root)
     return config
 
 
@@ -90,13 +86,18 @@ def classification_head(path: str | os.PathLike[str]) -> ClassificationHead | No
     """The classification head of a checkpoint, which most have not.
 
     Raises:
-        CheckpointError: If its file is damaged.
+        CheckpointError: If its file is damaged, or of another encoder.
     """
-    from ..classification import read_head
+    from ..classification import check_fit, read_head
 
-    file = Path(path) / HEAD_FILE
+    root = Path(path)
+    if not (root / HEAD_FILE).is_file():
+        return None
+    encoder = json_of(root, "config.json")
     try:
-        return read_head(file) if file.is_file() else None
+        head = read_head(root / HEAD_FILE)
+        check_fit(head, encoder.get("num_hidden_layers") or 0, encoder.get("hidden_size") or 0)
+        return head
     except ValueError as error:
         raise CheckpointError(f"{HEAD_FILE}: {error}") from error
 

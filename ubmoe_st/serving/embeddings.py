@@ -54,8 +54,8 @@ def texts_of(engine: Engine, body: EmbeddingRequest, param: str = "input") -> li
     if body.task is not None and body.task not in engine.tasks:
         raise ApiError(
             400,
-            f"{engine.name} has no vectors for task {body.task!r} here: that takes a checkpoint with a head for it, all "
-            "its dimensions, and the torch engine; leave the field out",
+            f"{engine.name} has no vectors for task {body.task!r} here: that takes a checkpoint with a head for it, "
+            "all its dimensions, and the torch engine; leave the field out",
             param="task",
         )
     given = body.input
