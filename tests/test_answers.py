@@ -99,8 +99,16 @@ def test_the_prompt_numbers_the_entries_and_asks_for_the_number():
     lines = message["content"].splitlines()
     assert "by its number" in lines[0]
     assert lines[2:4] == ["[1] usr: binaries are in [/usr/bin]", "[2] a {title}: dict[str, int] :smile: {x}"]
-    assert lines[4] == f"[3] long: {'x' * ENTRY_CHARACTERS}"
+    assert lines[4] == f"[3] long: {'x' * ENTRY_CHARACTERS} ..."
     assert lines[-1] == "Question: which {question}?"
+
+
+def test_less_of_each_entry_is_read_where_the_context_is_small():
+    long = [hit("a", "x" * 10_000), hit("b", "short")]
+    (message,) = answer_prompt("which?", long, lambda prompt: len(prompt[0]["content"]) < 1500)
+    assert f"[1] a: {'x' * (ENTRY_CHARACTERS // 2)} ...\n[2] b: short\n" in message["content"]
+    (message,) = answer_prompt("which?", long, lambda prompt: False)
+    assert f"[1] a: {'x' * (ENTRY_CHARACTERS // 8)} ...\n" in message["content"]
 
 
 def test_a_table_shows_texts_of_others_as_they_are():

@@ -124,7 +124,7 @@ def test_chat_until_an_empty_line(checkpoint):
 
 def test_search_is_a_json_list_of_id_score_text(index, checkpoint):
     hits = json.loads(run("search", index, TEXTS[1], "-k", 3, "--json").stdout)
-    assert [set(hit) for hit in hits] == [{"id", "score", "text"}] * 3
+    assert [set(hit) for hit in hits] == [{"id", "score", "text", "title"}] * 3
     model = UBMoE(str(checkpoint))
     query, documents = model.encode_query([TEXTS[1]]), model.encode_document([f"the\n{text}" for text in TEXTS])
     scores = (query @ documents.T)[0]

@@ -562,10 +562,19 @@ def test_a_faiss_factory_is_tried_before_anything_is_embedded(tmp_path, factory)
 
 
 @pytest.mark.parametrize(
-    "factory", ["IVF4096,Flat", "OPQ6,IVF4096,PQ6x4fs", "IVF9000_HNSW16,PQ6", "PQ6x12", "LSHrt", "SQ4"]
+    "factory",
+    "IVF4096,Flat OPQ6,IVF4096,PQ6x4fs IVF9000_HNSW16,PQ6 PQ6x12 LSHrt SQ4 HNSW32 HNSW8,SQ8 PCA8,HNSW8".split(),
 )
 def test_a_faiss_factory_that_works_is_not_refused(factory):
     check_factory(f"faiss:{factory}", 24)
+
+
+@pytest.mark.parametrize("factory", ["HNSW32", "HNSW16,SQ8"])
+def test_a_graph_of_ones_own_finds_what_exact_search_does(tmp_path, encoder, factory):
+    index = EmbeddingIndex.build(encoder, rows(300), tmp_path / "i", kind=f"faiss:{factory}")
+    texts = [row["text"] for row in rows(300)][:20]
+    found, exact = index.search(texts, 10)[1], index.search(texts, 10, exact=True)[1]
+    assert np.mean([len({*a} & {*b}) for a, b in zip(found, exact)]) > 8
 
 
 def test_more_cells_than_rows_can_be_mended_without_embedding_again(tmp_path):

@@ -14,6 +14,7 @@ from helpers.encoders import HashEncoder
 from ubmoe_st.index import EmbeddingIndex
 from ubmoe_st.index.budget import MemoryBudget, parse_size, token_bytes
 from ubmoe_st.index.embedder import Embedder
+from ubmoe_st.index.hybrid import tokenize
 from ubmoe_st.index.kinds import KINDS, Request, choose, subquantizers_for, write_faiss
 from ubmoe_st.index.search import SearchSettings
 from ubmoe_st.index.store import Snapshot
@@ -461,6 +462,35 @@ def test_a_type_that_never_occurs_is_said(typed, caplog):
     assert typed[1].search("a query", 20, filter={"year": "1995", "even": True})[1] == [[]]
     assert "no value of 'year'" in caplog.text
     assert "they are like 2009, a int" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("query", "wanted"),
+    [("目录", "zh"), ("コピー", "ja"), ("โฟลเดอร์", "th"), ("폴더", "ko"), ("कॉपी", "hi"), ("木", "one"), ("été", "fr")],
+)
+def test_bm25_finds_words_of_scripts_without_spaces_and_with_marks(encoder, tmp_path, query, wanted):
+    pytest.importorskip("bm25s")
+    texts = {
+        "zh": "递归地复制整个目录",
+        "ja": "フォルダーを丸ごとコピーする",
+        "th": "คัดลอกโฟลเดอร์ทั้งหมด",
+        "ko": "폴더를 통째로 복사한다",
+        "hi": "पूरे फ़ोल्डर की कॉपी करें",
+        "one": "木",
+        "fr": "tout l'été",
+        "en": "copy a folder",
+    }
+    index = EmbeddingIndex.build(encoder, [{"id": i, "text": t} for i, t in texts.items()], tmp_path / "i")
+    index.build_bm25()
+    assert [hit.id for hit in index.search_entries(query, 5, mode="bm25")[0]] == [wanted]
+
+
+def test_words_are_those_of_bm25s_where_spaces_part_them():
+    bm25s = pytest.importorskip("bm25s")
+    texts = ["The cat sat; it's 2nd_x a b cd", "über straße x9", "Привет мир я", "مرحبا بالعالم", ""]
+    assert tokenize(texts, return_ids=False) == bm25s.tokenize(
+        texts, stopwords=None, show_progress=False, return_ids=False
+    )
 
 
 def test_rows_that_bm25_does_not_cover_are_told_of(encoder, tmp_path):

@@ -516,6 +516,26 @@ def test_a_search_reads_a_question_whole_or_is_told_to_cut_it(engine, model, tmp
         assert "several" in refused.json()["error"]["message"]
 
 
+def test_a_server_searches_what_was_written_after_it_began(engine, model, tmp_path, caplog):
+    rows = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
+    writer = EmbeddingIndex.build(model, rows, tmp_path / "index")
+    held = EmbeddingIndex.open(tmp_path / "index", model=model)
+
+    def first(client):
+        return client.post("/v1/search", json={"query": TEXTS[0], "k": 1}).json()["data"][0]["id"]
+
+    with TestClient(create_app(engine, index=held)) as client:
+        assert first(client) == "0"
+        writer.upsert([{"id": "new", "text": TEXTS[0]}])
+        writer.delete(["0"])
+        assert first(client) == "new"
+        asked = client.post("/v1/ask", json={"question": TEXTS[0], "k": 1, "max_tokens": 2}).json()
+        assert asked["entries"][0]["id"] == "new"
+        shutil.move(tmp_path / "index", tmp_path / "away")
+        assert first(client) == "new"
+    assert "searched as it was" in caplog.text
+
+
 # --- together --------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from ubmoe_st.index import EmbeddingIndex, Hit, IndexGroup
     from ubmoe_st.model import UBMoE
 
-ENTRY_CHARACTERS = 600
-"""How much of an entry is put into the prompt."""
+ENTRY_CHARACTERS = 2000
+"""How much of an entry is put into the prompt, where the context holds it: a chunk of 200 tokens has half of that."""
+_FEWEST_CHARACTERS = 250
+ANSWER_TOKENS = 160
+"""Room that is kept for an answer, as long as the entries can be read shorter."""
 SHOWN_CHARACTERS = 160
 """How much of an entry is shown in a table."""
 VECTORS_SHARE = 0.7
@@ -70,7 +73,12 @@ def answer(
     """
     if not hits:
         raise ValueError("no entry was found, so there is nothing to answer from")
-    prompt = answer_prompt(question, hits)
+
+    def fits(prompt: list[dict[str, str]]) -> bool:
+        room = _room(model, prompt)
+        return room is None or room >= ANSWER_TOKENS
+
+    prompt = answer_prompt(question, hits, fits)
     room = _room_for_answer(model, prompt, len(hits))
     if room is not None and not {"max_length", "generation_config"} & options.keys():
         limit = options.get("max_new_tokens")
@@ -87,34 +95,57 @@ def _own_limit(model: UBMoE) -> float:
     return own.get("max_new_tokens") or (math.inf if own.get("max_length") else DEFAULT_NEW_TOKENS)
 
 
-def _room_for_answer(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> int | None:
-    """Tokens that the model holds behind the prompt; None where it has no chat template to count with.
-
-    Raises:
-        ValueError: If there are none.
-    """
+def _room(model: UBMoE, prompt: list[dict[str, str]]) -> int | None:
+    """Tokens that the model holds behind the prompt, or lacks; None where it has no chat template to count with."""
     tokenizer: Any = getattr(model, "tokenizer", None)
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     from ubmoe_st.generation import ChatOptions, chat_text
 
     text = chat_text(tokenizer, prompt, ChatOptions())
-    size, room = len(model.token_ids(text)), model.generator.config.max_position_embeddings
-    if size >= room:
+    return int(model.generator.config.max_position_embeddings) - len(model.token_ids(text))
+
+
+def _room_for_answer(model: UBMoE, prompt: list[dict[str, str]], entries: int) -> int | None:
+    """As `_room`.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    room = _room(model, prompt)
+    if room is not None and room <= 0:
+        most = model.generator.config.max_position_embeddings
         raise ValueError(
-            f"the question and {entries} entries have {size} tokens, and the model holds {room} with its answer: ask "
-            "shorter, or of fewer entries with a smaller k"
+            f"the question and {entries} entries have {most - room} tokens, and the model holds {most} with its "
+            "answer: ask shorter, or of fewer entries with a smaller k"
         )
-    return room - size
+    return room
 
 
-def answer_prompt(question: str, hits: Sequence[Hit]) -> list[dict[str, str]]:
-    """A chat that asks for an answer from search results, numbered from 1."""
-    entries = "\n".join(
-        f"[{number}] {_words(hit.title or hit.id)}: {_words(hit.text)[:ENTRY_CHARACTERS]}"
-        for number, hit in enumerate(hits, 1)
-    )
-    return [{"role": "user", "content": _PROMPT.format(entries=entries, question=question)}]
+def answer_prompt(
+    question: str, hits: Sequence[Hit], fits: Callable[[list[dict[str, str]]], bool] = lambda prompt: True
+) -> list[dict[str, str]]:
+    """A chat that asks for an answer from search results, numbered from 1.
+
+    Args:
+        question: What to answer.
+        hits: The entries. Of each, the first `ENTRY_CHARACTERS` are read; what is left out is marked by dots.
+        fits: Whether a prompt leaves room for an answer; else less of each entry is read, down to an eighth.
+    """
+    characters = ENTRY_CHARACTERS
+    while True:
+        entries = "\n".join(
+            f"[{number}] {_words(hit.title or hit.id)}: {_beginning(_words(hit.text), characters)}"
+            for number, hit in enumerate(hits, 1)
+        )
+        prompt = [{"role": "user", "content": _PROMPT.format(entries=entries, question=question)}]
+        if characters <= _FEWEST_CHARACTERS or fits(prompt):
+            return prompt
+        characters //= 2
+
+
+def _beginning(text: str, characters: int) -> str:
+    return text if len(text) <= characters else f"{text[:characters]} ..."
 
 
 def hit_table(hits: Sequence[Hit], title: str | None = None) -> Table:

@@ -158,7 +158,9 @@ def encode(
             import numpy as np
 
             with open(temporary, "wb") as file:
-                np.save(file, vectors)
+                # Not by `np.save`, whose error on a full disk does not say that it is full.
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(vectors))
+                file.write(np.ascontiguousarray(vectors).view(np.uint8).data)
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq

@@ -148,7 +148,7 @@ def search(
         )
     hits = find(opened, query, k, **options)
     if as_json:
-        say_json([_hit_facts(hit) for hit in hits])
+        say_json([_hit_facts(hit, len(folders) > 1) for hit in hits])
     elif hits:
         out.print(hit_table(hits))
     else:
@@ -182,7 +182,7 @@ def ask(
         raise ValueError(f"no entry passes --filter {where}, so there is nothing to answer from")
     if as_json:
         text = answer(opened.model, question, hits, **options)
-        sources = [{"number": number, **_hit_facts(hit)} for number, hit in enumerate(hits, 1)]
+        sources = [{"number": number, **_hit_facts(hit, len(folders) > 1)} for number, hit in enumerate(hits, 1)]
         say_json({"question": question, "answer": text, "entries": sources})
         return
     say_stream(answer(opened.model, question, hits, stream=True, **options))
@@ -238,9 +238,11 @@ def _reranking(rerank: str | None, candidates: int | None) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _hit_facts(hit: Hit) -> dict[str, Any]:
-    facts = {"id": hit.id, "score": hit.score, "text": hit.text}
-    return facts | ({"metadata": hit.metadata} if hit.metadata else {})
+def _hit_facts(hit: Hit, several: bool) -> dict[str, Any]:
+    """Of a result for JSON: where it is from, if it is a chunk, or if there are several indexes."""
+    names = ["id", "score", "text", *(["parent", "start", "end"] if hit.parent is not None else [])]
+    names += [name for name in ("title", "metadata") if getattr(hit, name)] + (["index"] if several else [])
+    return {name: getattr(hit, name) for name in names}
 
 
 def _filter(text: str | None) -> dict[str, Any] | None:

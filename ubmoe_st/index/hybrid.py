@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import tempfile
+import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,64 @@ from .workplace import Workplace
 
 RRF_CONSTANT = 60
 """k of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): a list adds 1 / (k + rank)."""
+
+
+_UNSPACED = "".join(
+    f"{chr(first)}-{chr(last)}"
+    for first, last in (
+        (0x0E01, 0x0EFF),  # Thai, Lao
+        (0x1000, 0x109F),  # Burmese
+        (0x1780, 0x17D3),  # Khmer
+        (0x3041, 0x30FF),  # Kana
+        (0x3400, 0x4DBF),  # Han
+        (0x4E00, 0x9FFF),
+        (0xAC00, 0xD7A3),  # Hangul, whose particles stand at the word
+        (0xF900, 0xFAFF),
+        (0xFF66, 0xFF9D),
+        (0x20000, 0x323AF),
+    )
+)
+"""Scripts without a space between words, or between a word and what belongs to another."""
+_RUN = re.compile(f"[{_UNSPACED}]+")
+
+
+@cache
+def _marks() -> str:
+    return "".join(chr(code) for code in range(0x80, 0x10000) if unicodedata.category(chr(code))[0] == "M")
+
+
+@cache
+def _token_pattern() -> str:
+    """What bm25s takes for a word.
+
+    Two letters or digits or more, as it does by itself, with the marks that belong to letters: Hindi is in shreds
+    without. And a single character of a script without spaces.
+    """
+    return rf"\w(?:\w+|[{_marks()}])+|[{_UNSPACED}]"
+
+
+@cache
+def _letters() -> re.Pattern[str]:
+    return re.compile(f"[^{_marks()}][{_marks()}]*")
+
+
+def tokenize(texts: Iterable[str], **options: Any) -> Any:
+    """Words of texts as bm25s has them; a run of a script without spaces becomes its overlapping pairs of letters.
+
+    Args:
+        texts: N texts.
+        **options: As for `bm25s.tokenize`.
+    """
+    apart = [text if text.isascii() else _RUN.sub(_pairs, text) for text in texts]
+    return import_bm25s().tokenize(
+        apart, token_pattern=_token_pattern(), stopwords=None, show_progress=False, **options
+    )
+
+
+def _pairs(run: re.Match[str]) -> str:
+    letters = _letters().findall(run.group())
+    pairs = ["".join(pair) for pair in itertools.pairwise(letters)] or letters
+    return f" {' '.join(pairs)} "
 
 
 def import_bm25s() -> Any:
@@ -44,7 +106,7 @@ def write_bm25(snapshot: Snapshot, workplace: Workplace, version: int) -> Folder
         for batch in segment.entries.batches():
             titles, bodies = batch.column("title").to_pylist(), batch.column("text").to_pylist()
             texts.extend(f"{title}\n{body}" if title else body for title, body in zip(titles, bodies))
-    tokens: Any = bm25s.tokenize(texts, stopwords=None, show_progress=False)
+    tokens: Any = tokenize(texts)
     if not tokens.vocab:
         # No text has a word, of which bm25s cannot make an index: one that no query can hold.
         tokens = [["\0"]] * len(texts)
@@ -92,7 +154,7 @@ class KeywordSearch:
                 stacklevel=2,
             )
         weight = None if allowed is None else allowed[:covered].astype(np.float32)
-        tokens = bm25s.tokenize(list(queries), stopwords=None, show_progress=False, return_ids=False)
+        tokens = tokenize(queries, return_ids=False)
         found = []
         for words in tokens:
             scores = self._scores(words, covered)

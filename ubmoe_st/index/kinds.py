@@ -256,7 +256,7 @@ def check_factory(kind: str, dimension: int) -> None:
         if not index.is_trained:
             index.train(rows)
         index.add(rows)
-        index.sa_code_size()
+        _code_bytes(index)
         index = faiss.deserialize_index(faiss.serialize_index(index))
         candidates([(0, index)], rows[:2], 4, {}, None)
         del quantizer
@@ -268,6 +268,17 @@ def check_factory(kind: str, dimension: int) -> None:
             f"faiss cannot use {factory!r} for vectors of {dimension} dimensions ({reason}): expected a factory string "
             "of an index that takes rows by add() and can be written"
         ) from error
+
+
+def _code_bytes(index: Any) -> int:
+    """Bytes of a row in a faiss index; a graph, which has no code of its own, keeps its rows in another index."""
+    import faiss
+
+    inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    if isinstance(inner, faiss.IndexHNSW):
+        graph: Any = inner.hnsw
+        return int(faiss.downcast_index(inner.storage).sa_code_size() + 4 * graph.nb_neighbors(0))
+    return int(index.sa_code_size())
 
 
 def write_files(
@@ -285,7 +296,7 @@ def write_files(
         record = write_flat(workplace.folder / name, dimension, rows, snapshot.read_blocks(0, rows))
         return [FileRecord(name, 0, rows, **record)]
     index = train(choice, snapshot, budget.training_rows(dimension))
-    row_bytes = KINDS[choice.kind].bytes_per_row(dimension) if choice.kind in KINDS else index.sa_code_size() + 300
+    row_bytes = KINDS[choice.kind].bytes_per_row(dimension) if choice.kind in KINDS else _code_bytes(index) + 300
     count = math.ceil(rows / min(rows, budget.shard_rows(row_bytes)))
     empty: Any = faiss.serialize_index(index) if count > 1 else None
     borders = [rows * number // count for number in range(count + 1)]
