@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
 import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 pytest.importorskip("fastapi")
 
+import uvicorn
 from fastapi.testclient import TestClient
 
 from ubmoe_st import UBMoE
 from ubmoe_st.index import Hit
 from ubmoe_st.serving import Settings, TorchEngine, create_app, ray_app
 from ubmoe_st.serving.batching import Busy, Generations, within
+from ubmoe_st.serving.command import ending_server
+
+
+class Slow:
+    """An engine that generates one token after another until it is told to stop."""
+
+    def __init__(self, engine):
+        self._engine, self.running = engine, threading.Event()
+        self.context = 10**6
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def generate_tokens(self, ids, sampling, on_token):
+        self.running.set()
+        for _ in range(sampling.max_tokens):
+            time.sleep(0.01)
+            if not on_token(5):
+                break
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +55,9 @@ class HeldIndex:
 
     def __init__(self):
         self.free, self.began = threading.Event(), threading.Semaphore(0)
+
+    def refresh(self):
+        return False
 
     def search_entries(self, queries, k, **options):
         self.began.release()
@@ -196,3 +223,34 @@ def test_a_chat_template_may_break_loops_mark_answers_and_write_json():
     engine.parts.chat_template = "{% nothing %}"
     with pytest.raises(ValueError, match="the chat template does not take this chat"):
         engine._chat_text(said)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_server_that_ends_says_so_to_who_waits_for_a_text(engine, stream):
+    """Those whose text is generated, and those who wait for their turn."""
+    held = Slow(engine)
+    app = create_app(held, settings=Settings(generations=1))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=10)
+    server = ending_server(config, app.state.service.generations.end, 0.2)
+    serving = threading.Thread(target=server.run, daemon=True)
+    serving.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+    body = {"prompt": "the cat", "max_tokens": 10_000, "stream": stream}
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(httpx.post, url, json=body, timeout=30) for _ in range(2)]
+        assert held.running.wait(20)
+        while not app.state.service.generations.waiting:
+            time.sleep(0.01)
+        server.should_exit = True
+        answers = [one.result() for one in asked]
+    serving.join(20)
+    assert not serving.is_alive()
+    for answer in answers:
+        if stream:
+            last = answer.text.strip().rpartition("data: ")[2]
+            assert json.loads(last)["error"]["code"] == "server_ending"
+        else:
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "server_ending"

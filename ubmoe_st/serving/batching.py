@@ -26,6 +26,10 @@ class Busy(Exception):
     """The queue is full: the client has to come again later."""
 
 
+class Ending(Exception):
+    """The server shuts down: the client has to ask again, here or elsewhere."""
+
+
 async def within(work: Awaitable[T], seconds: float, *, give_back: Callable[[], None] | None = None) -> T:
     """The result of `work`. A cancellation always counts: `asyncio.wait_for` loses some before Python 3.12.
 
@@ -189,6 +193,13 @@ class Generations:
         self._cancelled: set[threading.Event] = set()
         self.waiting = 0
         self.running = 0
+        self._ending = False
+
+    def end(self) -> None:
+        """Stop what is generated and what waits, for the server ends: their requests get `Ending`."""
+        self._ending = True
+        for stopped in self._cancelled:
+            stopped.set()
 
     def check_room(self) -> None:
         """Refuse when as many requests wait as may.
@@ -231,6 +242,8 @@ class Generations:
                 piece = await within(pieces.get(), deadline - loop.time())
                 if isinstance(piece, BaseException):
                     raise piece
+                if self._ending and stopped.is_set():
+                    raise Ending("the server is shutting down")
                 yield piece
                 if piece.finish_reason is not None:
                     return
@@ -254,7 +267,10 @@ class Generations:
         self.check_room()
         try:
             work = await self._begin(lambda: self._engine.rank(reading, lambda: not stopped.is_set()), stopped)
-            return await within(asyncio.shield(work), deadline - asyncio.get_running_loop().time())
+            scores = await within(asyncio.shield(work), deadline - asyncio.get_running_loop().time())
+            if self._ending and stopped.is_set():  # not all of them
+                raise Ending("the server is shutting down")
+            return scores
         finally:
             stopped.set()
 
@@ -268,6 +284,9 @@ class Generations:
                 self.waiting -= 1
         else:
             await self._slots.acquire()  # At once: who has a turn never counts as waiting for it.
+        if self._ending:
+            self._slots.release()
+            raise Ending("the server is shutting down")
         self._cancelled.add(stopped)
         self.running += 1
         begun = asyncio.get_running_loop().run_in_executor(self._threads, work)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -103,4 +105,25 @@ def _serve_here(path: str, kind: Any, host: str, port: int, settings: Settings, 
         shown = f"[{host}]" if ":" in host else host
         say(f"http://{shown}:{listening.getsockname()[1]}/v1")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_S)
-        uvicorn.Server(config).run(sockets=[listening])
+        ending_server(config, app.state.service.generations.end, _SHUTDOWN_S - 2).run(sockets=[listening])
+
+
+def ending_server(config: Any, end: Callable[[], None], seconds: float) -> Any:
+    """A uvicorn server that tells its work to end before it cancels it, so that clients get an answer.
+
+    Args:
+        config: Of uvicorn.
+        end: Called once the server has begun to shut down.
+        seconds: So long after.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            later = asyncio.get_running_loop().call_later(seconds, end)
+            try:
+                await super().shutdown(sockets)
+            finally:
+                later.cancel()
+
+    return Server(config)

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from .batching import Busy
+from .batching import Busy, Ending
 
 logger = logging.getLogger("ubmoe_st.serving")
 
@@ -47,6 +47,8 @@ def body_of(error: BaseException) -> tuple[int, dict[str, Any]]:
         status, code, param, message = error.status, error.code, error.param, str(error)
     elif isinstance(error, Busy):
         status, code, message = 429, "server_busy", f"{error}; try again in a while"
+    elif isinstance(error, Ending):
+        status, code, message = 503, "server_ending", f"{error}; ask again when it is back"
     elif isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         status, code, message = 504, "timeout", "the request took longer than this server allows; ask for less at once"
     elif isinstance(error, HTTPException):
@@ -101,5 +103,14 @@ def add_handlers(app: FastAPI) -> None:
             )
         return response_of(error)
 
-    for kind in (ApiError, Busy, TimeoutError, asyncio.TimeoutError, HTTPException, RequestValidationError, Exception):
+    for kind in (
+        ApiError,
+        Busy,
+        Ending,
+        TimeoutError,
+        asyncio.TimeoutError,
+        HTTPException,
+        RequestValidationError,
+        Exception,
+    ):
         app.add_exception_handler(kind, answer)
