@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -43,6 +43,12 @@ class Slow:
             time.sleep(0.01)
             if not on_token(5):
                 break
+
+    def rank(self, reading, go_on):
+        self.running.set()
+        while go_on():
+            time.sleep(0.01)
+        raise CancelledError
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +231,15 @@ def test_a_chat_template_may_break_loops_mark_answers_and_write_json():
         engine._chat_text(said)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_server_that_ends_says_so_to_who_waits_for_a_text(engine, stream):
+WAITING = {
+    "completions": {"prompt": "the cat", "max_tokens": 10_000},
+    "streamed": {"prompt": "the cat", "max_tokens": 10_000, "stream": True},
+    "rerank": {"query": "the cat", "documents": ["a dog"]},
+}
+
+
+@pytest.mark.parametrize("kind", WAITING)
+def test_a_server_that_ends_says_so_to_who_waits(engine, kind):
     """Those whose text is generated, and those who wait for their turn."""
     held = Slow(engine)
     app = create_app(held, settings=Settings(generations=1))
@@ -236,10 +249,10 @@ def test_a_server_that_ends_says_so_to_who_waits_for_a_text(engine, stream):
     serving.start()
     while not server.started:
         time.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
-    body = {"prompt": "the cat", "max_tokens": 10_000, "stream": stream}
+    path = kind.replace("streamed", "completions")
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/{path}"
     with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(httpx.post, url, json=body, timeout=30) for _ in range(2)]
+        asked = [pool.submit(httpx.post, url, json=WAITING[kind], timeout=30) for _ in range(2)]
         assert held.running.wait(20)
         while not app.state.service.generations.waiting:
             time.sleep(0.01)
@@ -248,7 +261,7 @@ def test_a_server_that_ends_says_so_to_who_waits_for_a_text(engine, stream):
     serving.join(20)
     assert not serving.is_alive()
     for answer in answers:
-        if stream:
+        if kind == "streamed":
             last = answer.text.strip().rpartition("data: ")[2]
             assert json.loads(last)["error"]["code"] == "server_ending"
         else:

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -267,10 +267,11 @@ class Generations:
         self.check_room()
         try:
             work = await self._begin(lambda: self._engine.rank(reading, lambda: not stopped.is_set()), stopped)
-            scores = await within(asyncio.shield(work), deadline - asyncio.get_running_loop().time())
-            if self._ending and stopped.is_set():  # not all of them
-                raise Ending("the server is shutting down")
-            return scores
+            return await within(asyncio.shield(work), deadline - asyncio.get_running_loop().time())
+        except (asyncio.CancelledError, CancelledError):
+            if self._ending and work.done():
+                raise Ending("the server is shutting down") from None
+            raise
         finally:
             stopped.set()
 
