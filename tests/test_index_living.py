@@ -325,6 +325,16 @@ def test_the_same_rows_by_another_rule_are_no_repetition(tmp_path):
         EmbeddingIndex.build(encoder, bad, tmp_path / "bad")
 
 
+@pytest.mark.parametrize("change", [lambda i: i.delete(["a"]), lambda i: i.add([{"id": "c", "text": "cee"}])])
+def test_a_build_over_an_index_that_was_changed_says_so(tmp_path, change):
+    rows = [{"id": "a", "text": "a text"}, {"id": "b", "text": "bee"}]
+    index = EmbeddingIndex.build(HashEncoder(12), rows, tmp_path / "i")
+    change(index)
+    with pytest.raises(ValueError, match=r"has been changed since it was built.*build_bm25\(\)"):
+        EmbeddingIndex.build(HashEncoder(12), rows, tmp_path / "i")
+    assert len(EmbeddingIndex.open(tmp_path / "i")) == len(index)
+
+
 def test_an_addition_without_ids_is_resumed_under_the_same_ids(tmp_path):
     def texts():
         return [f"text {n}" for n in range(60)]

@@ -81,6 +81,13 @@ def build_index(
                 if run.is_current(request):
                     workplace.clear()
                     return Snapshot(folder)
+                held = Manifest.read(folder)
+                if held.edited or len(held.sources) > 1:
+                    raise ValueError(
+                        f"{folder} has been changed since it was built (rows added, replaced or deleted), which a "
+                        "build would lose: change it further by add(), upsert(), delete() or build_bm25() of "
+                        "EmbeddingIndex.open(...), give another folder, or replace it with overwrite=True"
+                    )
                 raise ValueError(
                     f"{folder} already holds an index of another corpus, model or options: give another folder, or "
                     "replace it with overwrite=True"
