@@ -159,8 +159,9 @@ def encode(
 
             with open(temporary, "wb") as file:
                 # Not by `np.save`, whose error on a full disk does not say that it is full.
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(vectors))
-                file.write(np.ascontiguousarray(vectors).view(np.uint8).data)
+                rows = np.ascontiguousarray(vectors)
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
+                file.write(rows.view(np.uint8).data)
         else:
             import pyarrow as pa
             import pyarrow.parquet as pq

@@ -29,6 +29,9 @@ class Busy(Exception):
 class Ending(Exception):
     """The server shuts down: the client has to ask again, here or elsewhere."""
 
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
 
 async def within(work: Awaitable[T], seconds: float, *, give_back: Callable[[], None] | None = None) -> T:
     """The result of `work`. A cancellation always counts: `asyncio.wait_for` loses some before Python 3.12.
@@ -223,6 +226,7 @@ class Generations:
 
         Raises:
             Busy: If too many requests wait already.
+            Ending: If the server shuts down meanwhile.
             TimeoutError: If it takes longer than the settings allow, waiting included.
         """
         loop = asyncio.get_running_loop()
@@ -243,7 +247,7 @@ class Generations:
                 if isinstance(piece, BaseException):
                     raise piece
                 if self._ending and stopped.is_set():
-                    raise Ending("the server is shutting down")
+                    raise Ending
                 yield piece
                 if piece.finish_reason is not None:
                     return
@@ -260,6 +264,7 @@ class Generations:
 
         Raises:
             Busy: If too many requests wait already.
+            Ending: If the server shuts down meanwhile.
             TimeoutError: If it takes longer than the settings allow, waiting included.
         """
         deadline = asyncio.get_running_loop().time() + self._settings.timeout_s
@@ -269,8 +274,8 @@ class Generations:
             work = await self._begin(lambda: self._engine.rank(reading, lambda: not stopped.is_set()), stopped)
             return await within(asyncio.shield(work), deadline - asyncio.get_running_loop().time())
         except (asyncio.CancelledError, CancelledError):
-            if self._ending and work.done():
-                raise Ending("the server is shutting down") from None
+            if self._ending:
+                raise Ending from None
             raise
         finally:
             stopped.set()
@@ -287,7 +292,7 @@ class Generations:
             await self._slots.acquire()  # At once: who has a turn never counts as waiting for it.
         if self._ending:
             self._slots.release()
-            raise Ending("the server is shutting down")
+            raise Ending
         self._cancelled.add(stopped)
         self.running += 1
         begun = asyncio.get_running_loop().run_in_executor(self._threads, work)
