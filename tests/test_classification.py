@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, TEXTS, save_with_head
+from helpers.models import ARCHITECTURES, TEXTS, random_experts, save_with_head
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -25,7 +25,7 @@ from ubmoe_st.checkpoint import HEAD_FILE, CheckpointError, check_checkpoint, fa
 from ubmoe_st.classification import ClassificationHead, last_states, read_head, save_head
 from ubmoe_st.compute import processor_flags
 from ubmoe_st.files import sha256_of
-from ubmoe_st.upcycling import export_experts
+from ubmoe_st.upcycling import HEAD_NAME, export_experts
 
 LAYER, SHARE, LENGTH, EXTRA = 2, 0.6, 3.0, 5
 
@@ -150,10 +150,10 @@ def test_fast_products_give_nearly_the_same(headed):
 
 def test_a_build_takes_the_head_that_lies_beside_the_experts(base, checkpoint, tmp_path):
     model = UBMoE(str(checkpoint), device="cpu")
-    rank2 = {name: (torch.randn(2, i) * 0.1, torch.randn(o, 2) * 0.1) for name, o, i in _ffn_shapes(model)}
+    rank2 = random_experts(model[0])
     model[0].set_low_rank_experts(rank2)
     experts = export_experts(model[0], tmp_path / "experts")
-    save_head(make_head(), experts / Path(HEAD_FILE).name, torch.float16)
+    save_head(make_head(), experts / HEAD_NAME, torch.float16)
     built = upcycle(base, experts, out=tmp_path / "built")
     again = upcycle(base, built, out=tmp_path / "again")
     for folder in (built, again):
@@ -163,11 +163,6 @@ def test_a_build_takes_the_head_that_lies_beside_the_experts(base, checkpoint, t
     opened[0].set_low_rank_experts(rank2)
     with pytest.raises(ValueError, match="has none"):  # it was fitted to the experts of before
         opened.encode(TEXTS, task="classification")
-
-
-def _ffn_shapes(model: UBMoE) -> list[tuple[str, int, int]]:
-    linears = [(n, m) for n, m in model[0].model.named_modules() if isinstance(m, nn.Linear) and ".mlp." in n]
-    return [(name, module.out_features, module.in_features) for name, module in linears]
 
 
 def test_what_cannot_be_asked_for_is_refused(checkpoint, headed):
@@ -275,18 +270,15 @@ def test_a_head_belongs_to_its_experts(base, checkpoint, tmp_path):
     """It goes with them as a folder and as a file, and not with others."""
     model = UBMoE(str(checkpoint), device="cpu")
     folders = []
-    for name in ("a", "b"):
-        model[0].set_low_rank_experts(
-            {name: (torch.randn(2, i) * 0.1, torch.randn(o, 2) * 0.1) for name, o, i in _ffn_shapes(model)}
-        )
+    for name, scale in (("a", 0.1), ("b", 0.2)):
+        model[0].set_low_rank_experts(random_experts(model[0], scale=scale))
         model[0].set_classification_head(make_head())
         folders.append(export_experts(model[0], tmp_path / name))
-    name = Path(HEAD_FILE).name
-    assert read_head(folders[0] / name).fitted_to == sha256_of(folders[0] / "bi_delta.safetensors")
+    assert read_head(folders[0] / HEAD_NAME).fitted_to == sha256_of(folders[0] / "bi_delta.safetensors")
     for number, experts in enumerate((folders[0], folders[0] / "bi_delta.safetensors")):
         built = upcycle(base, experts, out=tmp_path / f"built{number}")
         assert UBMoE(str(built), device="cpu").encode(TEXTS, task="classification").shape[1] == 32 + EXTRA
-    shutil.copy(folders[0] / name, folders[1] / name)
+    shutil.copy(folders[0] / HEAD_NAME, folders[1] / HEAD_NAME)
     with pytest.raises(ValueError, match="fitted to other experts"):
         upcycle(base, folders[1], out=tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()

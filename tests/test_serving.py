@@ -9,13 +9,13 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import numpy as np
 import pytest
 import torch
 from helpers.models import TEXTS, WORDS, save_with_head
+from helpers.servers import Slow, serving
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -39,21 +39,9 @@ KEY = "a-key-for-tests"
 client = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 
 
-@contextmanager
 def running(app, **options):
     """The app behind uvicorn on a free port of the loopback."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **options))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    return serving(uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", **options)))
 
 
 @pytest.fixture(scope="module")
@@ -582,26 +570,6 @@ def test_concurrent_requests_share_batches_and_get_their_own_vectors(engine, mod
     assert sum(counted.batches) == 60
     assert len(counted.batches) < 30
     assert said.strip() == model.generate("the cat", max_new_tokens=30).strip()
-
-
-class Slow:
-    """An engine that generates one token after another until it is told to stop."""
-
-    def __init__(self, engine, pause=0.01):
-        self._engine, self._pause = engine, pause
-        self.tokens, self.running, self.ended = 0, threading.Event(), threading.Event()
-
-    def __getattr__(self, name):
-        return getattr(self._engine, name)
-
-    def generate_tokens(self, ids, sampling, on_token):
-        self.running.set()
-        for _ in range(sampling.max_tokens):
-            time.sleep(self._pause)
-            self.tokens += 1
-            if not on_token(5):
-                break
-        self.ended.set()
 
 
 @pytest.mark.parametrize("stream", [True, False])

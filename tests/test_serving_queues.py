@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 import types
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from helpers.servers import Slow, serving
 
 pytest.importorskip("fastapi")
 
@@ -25,30 +26,6 @@ from ubmoe_st.index import Hit
 from ubmoe_st.serving import Settings, TorchEngine, create_app, ray_app
 from ubmoe_st.serving.batching import Busy, Generations, within
 from ubmoe_st.serving.command import ending_server
-
-
-class Slow:
-    """An engine that generates one token after another until it is told to stop."""
-
-    def __init__(self, engine):
-        self._engine, self.running = engine, threading.Event()
-        self.context = 10**6
-
-    def __getattr__(self, name):
-        return getattr(self._engine, name)
-
-    def generate_tokens(self, ids, sampling, on_token):
-        self.running.set()
-        for _ in range(sampling.max_tokens):
-            time.sleep(0.01)
-            if not on_token(5):
-                break
-
-    def rank(self, reading, go_on):
-        self.running.set()
-        while go_on():
-            time.sleep(0.01)
-        raise CancelledError
 
 
 @pytest.fixture(scope="module")
@@ -242,24 +219,18 @@ WAITING = {
 def test_a_server_that_ends_says_so_to_who_waits(engine, kind):
     """Those whose text is generated, and those who wait for their turn."""
     held = Slow(engine)
+    held.context = 10**6
     app = create_app(held, settings=Settings(generations=1))
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", timeout_graceful_shutdown=10)
     server = ending_server(config, app.state.service.generations.end, 0.2)
-    serving = threading.Thread(target=server.run, daemon=True)
-    serving.start()
-    while not server.started:
-        time.sleep(0.01)
     path = kind.replace("streamed", "completions")
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/{path}"
-    with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(httpx.post, url, json=WAITING[kind], timeout=30) for _ in range(2)]
+    with serving(server) as url, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(httpx.post, f"{url}/v1/{path}", json=WAITING[kind], timeout=30) for _ in range(2)]
         assert held.running.wait(20)
         while not app.state.service.generations.waiting:
             time.sleep(0.01)
         server.should_exit = True
         answers = [one.result() for one in asked]
-    serving.join(20)
-    assert not serving.is_alive()
     for answer in answers:
         if kind == "streamed":
             last = answer.text.strip().rpartition("data: ")[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.models import TEXTS
+from helpers.models import TEXTS, random_experts
 from sklearn.linear_model import Ridge
 from transformers import AutoModel, AutoTokenizer
 
@@ -72,12 +72,9 @@ def test_states_are_those_behind_the_prompt(checkpoint):
 
 def test_a_model_of_other_experts_is_refused(base, checkpoint, tmp_path):
     model = UBMoE(str(checkpoint), device="cpu")
-    linears = [(n, m) for n, m in model[0].model.named_modules() if isinstance(m, torch.nn.Linear) and ".mlp." in n]
     folders = []
-    for name in ("a", "b"):
-        model[0].set_low_rank_experts(
-            {n: (torch.randn(2, m.in_features) * 0.1, torch.randn(m.out_features, 2) * 0.1) for n, m in linears}
-        )
+    for name, scale in (("a", 0.1), ("b", 0.2)):
+        model[0].set_low_rank_experts(random_experts(model[0], scale=scale))
         folders.append(export_experts(model[0], tmp_path / name) / DELTA_FILE)
     built = UBMoE(str(upcycle(base, tmp_path / "a", out=tmp_path / "built", dtype="bfloat16")), device="cpu")
     check_experts(built[0], folders[0], "built")

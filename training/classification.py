@@ -25,7 +25,7 @@ from training.texts import read_corpus
 from ubmoe_st import UBMoE, UBMoETransformer
 from ubmoe_st.bases import resolve_base
 from ubmoe_st.classification import ClassificationHead, last_states, save_head
-from ubmoe_st.experts import load_low_rank
+from ubmoe_st.experts import load_low_rank, same_low_rank
 from ubmoe_st.files import sha256_of
 from ubmoe_st.upcycling import HEAD_NAME
 
@@ -117,12 +117,8 @@ def check_experts(module: UBMoETransformer, delta: Path, name: str) -> None:
     Raises:
         ValueError: Then.
     """
-    wanted, held = load_low_rank(delta)[0], module.low_rank or module.source.low_rank() or {}
-    if wanted.keys() != held.keys() or not all(
-        ours.shape == theirs.shape and (ours.float().cpu() - theirs.float()).norm() <= 0.01 * theirs.float().norm()
-        for key in wanted
-        for ours, theirs in zip(held[key], wanted[key], strict=True)
-    ):
+    held = module.low_rank or module.source.low_rank() or {}
+    if not same_low_rank(held, load_low_rank(delta)[0]):
         raise ValueError(f"{name} does not hold the experts of {delta.parent}: build it with them first")
 
 

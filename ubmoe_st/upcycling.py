@@ -27,6 +27,8 @@ from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
 
+DELTA_NAME = Path(checkpoint.DELTA_FILE).name
+"""The low-rank experts in a folder of their own."""
 _PROJECTION = "projection.safetensors"
 ROUTERS_FILE = "routers.safetensors"
 """Trained token routers beside low-rank experts."""
@@ -109,7 +111,7 @@ def upcycle(
         module.set_routers(state, router_kind or kind)
     head = recipe.get("classification")
     if head is None and bi_experts is not None:
-        head = _head_beside(bi_experts)
+        head = _head_beside(bi_experts if bi_experts.is_file() else beside / DELTA_NAME)
     module.set_classification_head(head)
     if modules is None:
         modules = recipe.get("modules") or _default_modules(module, recipe)
@@ -151,7 +153,7 @@ def export_experts(
     sha256 = model.base.sha256 if model.base else {}
     with replacing_folder(out, keep=checkpoint.is_of_others) as temporary:
         halves = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in low_rank.items()}
-        delta = temporary / Path(checkpoint.DELTA_FILE).name
+        delta = temporary / DELTA_NAME
         save_low_rank(halves, delta, {"base_sha256": sha256})
         if model.classification is not None and not model.has_adapter:
             head = copy.deepcopy(model.classification)
@@ -183,8 +185,7 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
         if found.trained_on is None:
             return {}
         return {**_recipe_of(found.trained_on), "classification": None}  # fitted to the experts of before
-    delta_name = Path(checkpoint.DELTA_FILE).name
-    file = path if path.is_file() else path / delta_name
+    file = path if path.is_file() else path / DELTA_NAME
     whole = checkpoint.is_checkpoint(path)
     if whole and checkpoint.check_checkpoint(path).expert_rank is not None:
         file = path / checkpoint.DELTA_FILE
@@ -206,14 +207,13 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
         module.set_dense_experts(read)
         return {}
     raise ValueError(
-        f"{path} holds no bi experts: expected {delta_name}, a PEFT adapter (adapter_config.json) or a model folder "
+        f"{path} holds no bi experts: expected {DELTA_NAME}, a PEFT adapter (adapter_config.json) or a model folder "
         "(config.json)"
     )
 
 
-def _head_beside(experts: Path) -> ClassificationHead | None:
-    """The classification head in the folder of experts, which have to be those that it was fitted to."""
-    delta = experts if experts.is_file() else experts / Path(checkpoint.DELTA_FILE).name
+def _head_beside(delta: Path) -> ClassificationHead | None:
+    """The classification head beside a file of experts, which have to be those that it was fitted to."""
     file = delta.with_name(HEAD_NAME)
     if not file.is_file():
         return None

@@ -250,7 +250,7 @@ def check_factory(kind: str, dimension: int) -> None:
     try:
         new_index(factory, dimension)
         index, quantizer = new_index(re.sub(r"IVF\d+", f"IVF{TRIAL_CELLS}", factory), dimension)
-        inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+        inner = _behind_transform(index)
         if hasattr(inner, "do_polysemous_training"):  # takes a minute, and cannot fail
             inner.do_polysemous_training = False
         if not index.is_trained:
@@ -270,11 +270,18 @@ def check_factory(kind: str, dimension: int) -> None:
         ) from error
 
 
+def _behind_transform(index: Any) -> Any:
+    """The index that gets the rows, behind a transform of them where there is one."""
+    import faiss
+
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
 def _code_bytes(index: Any) -> int:
     """Bytes of a row in a faiss index; a graph, which has no code of its own, keeps its rows in another index."""
     import faiss
 
-    inner: Any = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    inner = _behind_transform(index)
     if isinstance(inner, faiss.IndexHNSW):
         graph: Any = inner.hnsw
         return int(faiss.downcast_index(inner.storage).sa_code_size() + 4 * graph.nb_neighbors(0))
@@ -380,7 +387,7 @@ def cells_of(index: Any) -> int:
     """IVF cells of a faiss index; 0 for another."""
     import faiss
 
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    inner = _behind_transform(index)
     return int(inner.nlist) if isinstance(inner, faiss.IndexIVF) else 0
 
 
@@ -388,7 +395,7 @@ def can_select(index: Any) -> bool:
     """Whether the index searches among chosen rows only."""
     import faiss
 
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    inner = _behind_transform(index)
     return isinstance(inner, (faiss.IndexIVF, faiss.IndexHNSW, faiss.IndexFlat, faiss.IndexScalarQuantizer))
 
 
@@ -453,7 +460,7 @@ def parameter_grid(index: Any, rows: int) -> list[dict[str, int]]:
     """Search parameters worth trying, for `tune`."""
     import faiss
 
-    inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+    inner = _behind_transform(index)
     reranks = [1, 2, 4, 8, 16, 32, 64, 128]
     if isinstance(inner, faiss.IndexIVF):
         probes = [2**power for power in range(int(math.log2(inner.nlist)) + 1)]

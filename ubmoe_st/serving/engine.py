@@ -297,13 +297,11 @@ class TorchEngine:
     def embed(self, batch: Sequence[Tokens]) -> np.ndarray:
         """See `Engine`."""
         task = batch[0].task if batch else None
-        vectors = np.empty((len(batch), self.dimension), np.float32)
+        added = self._views.classification.linear.out_features if task else 0
+        vectors = np.empty((len(batch), self.dimension + added), np.float32)
         for length in {tokens.prompt_length for tokens in batch}:
             rows = [row for row, tokens in enumerate(batch) if tokens.prompt_length == length]
-            found = self._embed([batch[row].ids for row in rows], length, task)
-            if found.shape[1] != vectors.shape[1]:
-                vectors = np.empty((len(batch), found.shape[1]), np.float32)
-            vectors[rows] = found
+            vectors[rows] = self._embed([batch[row].ids for row in rows], length, task)
         return vectors if task else vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def _embed(self, rows: list[list[int]], prompt_length: int | None, task: str | None) -> np.ndarray:
@@ -318,7 +316,9 @@ class TorchEngine:
             features["prompt_length"] = prompt_length
         with torch.inference_mode():
             vectors = self.model(features, task=task)["sentence_embedding"]
-            return (vectors if task else vectors[:, : self.dimension]).float().cpu().numpy()  # cut by a `truncate_dim`
+            if task is None:
+                vectors = vectors[:, : self.dimension]  # of a `truncate_dim`
+            return vectors.float().cpu().numpy()
 
     def continuation_ids(self, prompt: str | list[Message]) -> list[int]:
         """See `Engine`."""
