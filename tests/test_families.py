@@ -25,7 +25,7 @@ from ubmoe_st.export import export
 from ubmoe_st.planning import Setting, plan
 from ubmoe_st.upcycling import export_experts
 
-FAMILIES = ["smollm2-135m", "gemma3-270m"]
+FAMILIES = ["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"]
 TEXTS = ["A man is playing a guitar.", "Someone makes music on an old instrument.", "The train is late."]
 PROMPTS = ["The capital of France is", "Once upon a time, in a very small village by the sea,"]
 

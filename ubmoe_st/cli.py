@@ -64,7 +64,9 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 @errors_in_one_line
 def build(
-    base: Annotated[str, typer.Argument(help="Folder, .gguf file, Hub id or `smollm2-135m`.", show_default=False)],
+    base: Annotated[
+        str, typer.Argument(help="Folder, .gguf file, Hub id or short name, e.g. `smollm2-135m`.", show_default=False)
+    ],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)],
     experts: Annotated[Path | None, typer.Option(help="Trained bi experts: folder, file or PEFT adapter.")] = None,
     routers: Annotated[Path | None, typer.Option(help="Trained token routers (.safetensors).")] = None,
