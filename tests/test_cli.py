@@ -50,7 +50,21 @@ def test_plan_counts_what_info_finds(base, checkpoint):
 
 def test_help_names_the_commands():
     text = subprocess.run([sys.executable, "-m", "ubmoe_st.cli", "--help"], capture_output=True, text=True).stdout
-    for name in ("build", "info", "encode", "generate", "index", "search", "ask", "tune", "verify", "plan"):
+    for name in (
+        "build",
+        "info",
+        "encode",
+        "generate",
+        "index",
+        "add",
+        "delete",
+        "compact",
+        "search",
+        "ask",
+        "tune",
+        "verify",
+        "plan",
+    ):
         assert name in text
 
 

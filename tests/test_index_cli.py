@@ -121,3 +121,51 @@ def test_what_does_not_fit_together_is_refused_in_one_line(made, checkpoint):
         assert "build_bm25" not in error
         assert "memory_budget" not in error
         assert len(error.strip().splitlines()) == 1
+
+
+def test_an_index_is_changed_from_the_command_line(checkpoint, tmp_path):
+    pytest.importorskip("bm25s")
+    for name, rows in {"first": ROWS[:3], "more": ROWS[3:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "other.jsonl").write_text(json.dumps({"key": "t0", "body": "a blue house"}) + "\n")
+    folder = tmp_path / "index"
+    run("index", tmp_path / "first.jsonl", "--model", checkpoint, "--out", folder, "--bm25")
+    first = json.loads(run("add", folder, tmp_path / "more.jsonl", "--json").stdout)
+    assert (first["added"], first["rows"]) == (len(ROWS) - 3, len(ROWS))
+    assert json.loads(run("add", folder, tmp_path / "more.jsonl", "--json").stdout) == first  # nothing was left to do
+    whole = tmp_path / "whole"
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run("index", tmp_path / "all.jsonl", "--model", checkpoint, "--out", whole, "--bm25")
+
+    def found(index, mode):
+        return json.loads(run("search", index, "a blue house", "-k", 4, "--mode", mode, "--json").stdout)
+
+    for mode in ("dense", "bm25", "hybrid"):
+        ours, expected = found(folder, mode), found(whole, mode)
+        assert [hit["id"] for hit in ours] == [hit["id"] for hit in expected]
+        assert [hit["score"] for hit in ours] == pytest.approx([hit["score"] for hit in expected], abs=1e-5)
+    assert found(folder, "bm25")[0]["id"] == ROWS[-2]["id"]
+
+    refused = run("delete", folder, ROWS[0]["id"], "absent", code=1)
+    assert "no entry has the id 'absent': nothing was deleted" in refused.output
+    assert len(EmbeddingIndex.open(folder)) == len(ROWS)
+    assert "1 entries deleted" in run("delete", folder, ROWS[-2]["id"], "absent", "--missing-ok").output
+    assert ROWS[-2]["id"] not in {hit["id"] for hit in found(folder, "dense")}
+    refused = run("add", folder, tmp_path / "other.jsonl", "--id", "key", "--text", "body", code=1)
+    assert "t0" in refused.output
+    run(
+        "add",
+        folder,
+        tmp_path / "other.jsonl",
+        "--id",
+        "key",
+        "--text",
+        "body",
+        "--on-duplicate",
+        "upsert",
+        "--no-bm25",
+    )
+    assert found(folder, "dense")[0]["id"] == "t0"
+    assert "t0" not in {hit["id"] for hit in found(folder, "bm25") if hit["text"] == "a blue house"}
+    assert json.loads(run("compact", folder, "--json").stdout)["rows"] == len(ROWS) - 1
+    assert found(folder, "bm25")[0]["id"] == "t0"

@@ -147,6 +147,9 @@ def test_an_addition_that_is_repeated_after_its_commit_is_done_already(tmp_path,
     with pytest.raises(CorpusError, match="'e0' is already there"):
         index.add(more[:59])
     assert index.discard_unfinished()
+    index.reindex("int8")
+    done = len(encoder.batches)
+    assert (index.add(more), index.version, len(encoder.batches)) == (60, 3, done), "that changes no row"
     index.delete("e5")
     with pytest.raises(CorpusError, match="'e0' is already there"):
         index.add(more)

@@ -1,4 +1,4 @@
-"""`ubmoe index`, `search`, `ask` and `tune`: their options, and what they print."""
+"""`ubmoe index`, `add`, `delete`, `compact`, `search`, `ask` and `tune`: their options, and what they print."""
 
 from __future__ import annotations
 
@@ -52,11 +52,16 @@ RerankOption = Annotated[
 ]
 CandidatesOption = Annotated[int | None, typer.Option(min=1, help="Number of results to rerank; by default 20.")]
 MovedModel = Annotated[str | None, typer.Option(help="Checkpoint folder or Hub id of the model, if it moved.")]
+Corpus = Annotated[
+    str, typer.Argument(help="Corpus: .jsonl, .csv or .parquet file, folder, hf:NAME#split.", show_default=False)
+]
+IndexFolder = Annotated[Path, typer.Argument(metavar="INDEX", help="Index folder.", show_default=False)]
+BadRow = Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unusable row.")]
 
 
 @errors_in_one_line
 def index(
-    corpus: Annotated[str, typer.Argument(help="Corpus: .jsonl, .csv or .parquet file, folder, hf:NAME#split.")],
+    corpus: Corpus,
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.", show_default=False)],
     out_dir: Annotated[Path, typer.Option("--out", help="Index folder to write.", show_default=False)],
     kind: Annotated[str, typer.Option(help="Kind of index: auto, flat, int8, hnsw, ivf-pq, binary, ...")] = "auto",
@@ -67,7 +72,7 @@ def index(
     overlap_tokens: Annotated[int, typer.Option(help="Number of tokens that neighbouring chunks share.")] = 0,
     late_chunking: Annotated[bool, typer.Option("--late-chunking", help="Pool chunks from whole documents.")] = False,
     on_duplicate: Annotated[Duplicate, typer.Option(help="What to do with a repeated id.")] = "raise",
-    on_bad_row: Annotated[Literal["raise", "skip"], typer.Option(help="What to do with an unusable row.")] = "raise",
+    on_bad_row: BadRow = "raise",
     truncate_dim: TruncateDim = None,
     memory_budget: Annotated[str | None, typer.Option("--memory", help="Memory budget of the build, e.g. 1GB.")] = None,
     faiss_file: Annotated[
@@ -113,10 +118,86 @@ def index(
     cut = sum(source.get("entries_cut", 0) for source in built.info["sources"])
     facts = {"index": str(out_dir), "rows": len(built), "dimension": built.dimension, "kind": built.kind, "cut": cut}
     if as_json:
-        say_json(facts)
+        say_json({**facts, "why": built.info["index"]["why"]})
     else:
         end = f"; of {cut:,} the model reads only the beginning: cut them with --chunk-tokens" if cut else ""
+        if kind not in ("auto", built.kind):
+            end += f"; {built.info['index']['why']}"
         say(f"{len(built):,} entries, {built.dimension} dimensions, {built.kind} -> {out_dir}{end}")
+
+
+@errors_in_one_line
+def add(
+    path: IndexFolder,
+    corpus: Corpus,
+    id_field: Annotated[str | None, typer.Option("--id", help="Field with the id; by default as built.")] = None,
+    text_field: Annotated[str | None, typer.Option("--text", help="Field with the text; by default as built.")] = None,
+    title_field: Annotated[str | None, typer.Option("--title", help="Field with the title; as built.")] = None,
+    on_duplicate: Annotated[
+        Duplicate, typer.Option(help="What to do with an id that is there; upsert replaces its entry.")
+    ] = "raise",
+    on_bad_row: BadRow = "raise",
+    bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Make the index's BM25 part anew, if any.")] = True,
+    model: MovedModel = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Add the rows of a corpus to an index, cut and embedded as it was built; run again, it goes on where it was."""
+    from ubmoe_st.index import EmbeddingIndex
+
+    opened = EmbeddingIndex.open(path)
+    opened.use_model(load_model(model or opened.find_model()))
+    new = opened.add(
+        corpus,
+        on_duplicate=on_duplicate,
+        on_bad_row=on_bad_row,
+        id_field=id_field,
+        text_field=text_field,
+        title_field=title_field,
+        progress=not as_json and err.is_terminal,
+    )
+    # By what the part covers, not by what was new: a run before may have been killed in between.
+    part = opened.info["bm25"]
+    if bm25 and part is not None and part["rows"] < sum(segment["rows"] for segment in opened.info["segments"]):
+        with status("making the BM25 part anew"):
+            opened.build_bm25()
+    _report_change(opened, {"added": new}, f"{new:,} entries added", as_json)
+
+
+@errors_in_one_line
+def delete(
+    path: IndexFolder,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids; a document's takes all its chunks.")],
+    missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Pass over ids that are not there.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Take entries out of an index by their ids. Nothing finds them any more; `ubmoe compact` gives the disk back."""
+    from ubmoe_st.index import EmbeddingIndex
+
+    opened = EmbeddingIndex.open(path)
+    gone = opened.delete(ids, missing_ok=missing_ok)
+    _report_change(opened, {"deleted": gone}, f"{gone:,} entries deleted", as_json)
+
+
+@errors_in_one_line
+def compact(
+    path: IndexFolder,
+    memory_budget: Annotated[str | None, typer.Option("--memory", help="Memory budget, e.g. 1GB.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write an index anew without deleted and replaced rows, and take added ones into its faiss and BM25 parts."""
+    from ubmoe_st.index import EmbeddingIndex
+
+    opened = EmbeddingIndex.open(path)
+    with status("writing the index anew"):
+        opened.compact(memory_budget=memory_budget)
+    _report_change(opened, {}, "written anew", as_json)
+
+
+def _report_change(index: Any, facts: dict[str, Any], said: str, as_json: bool) -> None:
+    if as_json:
+        say_json({"index": str(index.path), **facts, "rows": len(index), "version": index.version})
+    else:
+        say(f"{said}: {len(index):,} entries in {index.path}")
 
 
 @errors_in_one_line
@@ -193,7 +274,7 @@ def ask(
 
 @errors_in_one_line
 def tune(
-    path: Annotated[Path, typer.Argument(metavar="INDEX", help="Index folder.")],
+    path: IndexFolder,
     recall: Annotated[float, typer.Option(min=0.0, max=1.0, help="Recall@k to reach, against brute force.")] = 0.95,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of results that recall looks at.")] = 10,
     as_json: JsonFlag = False,

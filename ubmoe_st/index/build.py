@@ -190,7 +190,7 @@ class Build:
         )
 
     def entries_if_repeated(self, base: Manifest) -> int | None:
-        """How many entries this addition made, if it was the last thing done to the index; None if it was not.
+        """How many entries this addition made, if it was the last thing done to the rows; None if it was not.
 
         A corpus that can be read only once is never taken for a repeated one.
         """

@@ -151,7 +151,7 @@ def compact(folder: Path, budget: MemoryBudget) -> Snapshot:
 def reindex(folder: Path, request: Request) -> Snapshot:
     """The next version, with another kind of index over the same rows."""
     with writing(folder) as (workplace, base):
-        manifest = base.manifest.next_version()
+        manifest = base.manifest.next_version(same_rows=True)
         manifest.index = write_faiss(base, request, workplace, manifest.version)
         return publish(workplace, manifest)
 
@@ -159,7 +159,7 @@ def reindex(folder: Path, request: Request) -> Snapshot:
 def build_bm25(folder: Path) -> Snapshot:
     """The next version, with a BM25 part over all rows."""
     with writing(folder) as (workplace, base):
-        manifest = base.manifest.next_version()
+        manifest = base.manifest.next_version(same_rows=True)
         manifest.bm25 = write_bm25(base, workplace, manifest.version)
         return publish(workplace, manifest)
 
@@ -171,7 +171,7 @@ def keep_parameters(folder: Path, report: TuningReport, tuned: Manifest) -> Snap
         ValueError: If the index was made anew meanwhile.
     """
     with writing(folder) as (workplace, base):
-        manifest = base.manifest.next_version()
+        manifest = base.manifest.next_version(same_rows=True)
         if manifest.index.files != tuned.index.files:
             raise ValueError("the index was made anew meanwhile: tune it again")
         manifest.index.parameters = dict(report.chosen.parameters)

@@ -354,10 +354,16 @@ class Manifest:
         """The JSON form."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **_json(self)}
 
-    def next_version(self) -> Manifest:
-        """A copy to change and publish."""
+    def next_version(self, *, same_rows: bool = False) -> Manifest:
+        """A copy to change and publish.
+
+        Args:
+            same_rows: Whether the change is of no row, so that the last corpus stays the last thing done to them.
+        """
         changed = self._of(json.loads(json.dumps(self.as_dict())))
         changed.version += 1
+        if same_rows and changed.sources[-1].version == self.version:
+            changed.sources[-1].version = changed.version
         return changed
 
     def _folders(self) -> list[FolderRecord]:
