@@ -1,9 +1,11 @@
 """What `docs/scaling.md` says of memory, measured.
 
     python -m benchmarks.scaling build --folder runs/scaling     # 2.4B in five bf16 shards, under a limit of memory
+    python -m benchmarks.scaling build --folder runs/scaling-1.5b --base qwen2.5-coder-1.5b --limit-gb 2   # a real one
     python -m benchmarks.scaling memory --base smollm2-135m --checkpoint models/ubmoe-135m    # against `ubmoe plan`
 
-`build` writes 4.7 GB of synthetic weights and 13 GB of checkpoint and export into the folder, for you to delete.
+`build` writes 4.7 GB of synthetic weights and 13 GB of checkpoint and export into the folder, for you to delete; of a
+real base 2.7 times its size.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.process import status_bytes
 from ubmoe_st import UBMoE, UBMoETransformer, shards, upcycle
+from ubmoe_st.bases import Base, resolve_base, stock_config
 from ubmoe_st.experts import save_low_rank
 from ubmoe_st.export import export
 from ubmoe_st.planning import Setting, Shape, plan
@@ -41,13 +44,14 @@ SIZES: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 SHARD_BYTES = 1_000_000_000
+EXPERTS_FILE = "experts.safetensors"
 
 
 def make_base(folder: Path, tokenizer: Path) -> Path:
-    """A synthetic base of 2.4B parameters in shards, and low-rank experts of rank 16 beside it.
+    """A synthetic base of 2.4B parameters in shards.
 
     Args:
-        folder: Gets `base/` and `experts.safetensors`.
+        folder: Gets `base/`.
         tokenizer: Folder of a tokenizer to copy.
     """
     from transformers import LlamaConfig
@@ -77,15 +81,28 @@ def make_base(folder: Path, tokenizer: Path) -> Path:
         shards.write_tensors(base / shard, shards.LazyTensors(part))
         places |= dict.fromkeys(part, shard)
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    experts = {
-        name: (torch.full((16, wide), 0.01).half(), torch.full((out, 16), 0.01).half())
-        for name, (wide, out) in shape.linears.items()
-    }
-    save_low_rank(experts, folder / "experts.safetensors", {})
     return base
 
 
-def measure_build(folder: Path, base: Path, limit_gb: float) -> None:
+def make_experts(base: Path, file: Path) -> None:
+    """Low-rank experts of rank 16 for a base, of random numbers that change its vectors and leave their size.
+
+    Args:
+        base: Folder of the base.
+        file: To write.
+    """
+    generator = torch.Generator().manual_seed(0)
+    experts = {
+        name: (
+            (torch.randn(16, wide, generator=generator) / wide**0.5).half(),
+            (torch.randn(out, 16, generator=generator) * 0.01).half(),
+        )
+        for name, (wide, out) in Shape(stock_config(base)).linears.items()
+    }
+    save_low_rank(experts, file, {})
+
+
+def measure_build(folder: Path, base: Base, limit_gb: float) -> None:
     """Upcycle and export under a limit of private memory; prints a line of JSON for each.
 
     Args:
@@ -99,7 +116,7 @@ def measure_build(folder: Path, base: Path, limit_gb: float) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     before, out = status_bytes("VmHWM"), folder / "checkpoint"
     for step, work in (
-        ("upcycle", lambda: upcycle(base, folder / "experts.safetensors", out=out, overwrite=True)),
+        ("upcycle", lambda: upcycle(base, folder / EXPERTS_FILE, out=out, overwrite=True)),
         ("export hf", lambda: export(out, folder / "encoder", overwrite=True)),
     ):
         start = time.process_time()
@@ -214,6 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="memory of building and exporting")
     build.add_argument("--folder", type=Path, required=True)
+    build.add_argument("--base", help="folder, Hub id or short name; by default one of 2.4B is made")
     build.add_argument("--tokenizer", type=Path, default=Path("models/ubmoe-135m"), help="folder of any tokenizer")
     build.add_argument("--limit-gb", type=float, default=1.4, help="of private memory, beside the libraries")
     peaks = commands.add_parser("memory", help="memory of training, encoding and generating against the plan")
@@ -224,9 +242,12 @@ def main(arguments: list[str] | None = None) -> None:
     peaks.add_argument("--context", type=int, default=512)
     options = parser.parse_args(arguments)
     if options.command == "build":
-        base = options.folder / "base"
-        if not (base / "model.safetensors.index.json").is_file():
+        made = options.folder / "base"
+        if not options.base and not (made / "model.safetensors.index.json").is_file():
             make_base(options.folder, options.tokenizer)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        base = resolve_base(options.base or made)
+        make_experts(base.path, options.folder / EXPERTS_FILE)
         measure_build(options.folder, base, options.limit_gb)
     else:
         setting = Setting(batch=options.batch, text_tokens=options.tokens, context_tokens=options.context)

@@ -351,7 +351,9 @@ def _finish(recipe: ContrastiveRecipe, run: Run, base: Base, corpus: Corpus | No
     """What a finished training leaves behind: its parameters and summary, and the experts and checkpoint of FFNs."""
     out = Path(recipe.out)
     if recipe.components and corpus is not None:
-        shares = turn_to_components(run.model, _sample(recipe, corpus)[1], recipe.prompt)
+        args = run.trainer.args
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            shares = turn_to_components(run.model, _sample(recipe, corpus)[1], recipe.prompt)
         logger.info("the first 128 dimensions hold %.1f %% of the vectors", 100 * shares[:128].sum())
     save_trained(run.model, out)
     _write_summary(recipe, run.trainer, out / SUMMARY_FILE)

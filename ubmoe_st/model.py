@@ -338,7 +338,8 @@ class UBMoE(SentenceTransformer):
         Both views then are those of the equally quantised base. For use, not for saving.
 
         Args:
-            config: Of torchao, e.g. `Int4WeightOnlyConfig()`. None: 8-bit weights.
+            config: Of torchao, e.g. `Int4WeightOnlyConfig()` on a GPU; for 4 bits on a CPU see docs/serving.md. None:
+                8-bit weights.
 
         Raises:
             ImportError: If torchao is absent.

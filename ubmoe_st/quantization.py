@@ -18,7 +18,8 @@ def quantize_base(views: UBMoETransformer, config: Any = None) -> None:
 
     Args:
         views: In low-memory form.
-        config: Of torchao, e.g. `Int4WeightOnlyConfig()`. None: `Int8WeightOnlyConfig()`.
+        config: Of torchao, e.g. `Int4WeightOnlyConfig()` on a GPU; for 4 bits on a CPU see docs/serving.md. None:
+            `Int8WeightOnlyConfig()`.
 
     Raises:
         ImportError: If torchao is absent.
