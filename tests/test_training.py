@@ -175,6 +175,21 @@ def test_an_embedder_teaches_and_is_named(similarity, checkpoint, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_titles_learn_to_find_their_own_passage(similarity):
+    """The trainer logs the term, which is there in most batches, and it falls."""
+    weights = SimilarityWeights(contrastive=1.0, temperature=0.2)
+    trainer = {"max_steps": 40, "learning_rate_mapping": {"lora_B": 2e-2}}
+    run = train(similarity(similarity=weights, batch_tokens=240, trainer=trainer), export=False)
+    losses = [entry["contrastive"] for entry in run.trainer.state.log_history if "contrastive" in entry]
+    assert len(losses) == 40
+    assert np.count_nonzero(losses) > 20
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    plain = train(
+        similarity(out=str(Path(run.trainer.args.output_dir).parent / "plain"), trainer={"max_steps": 1}), export=False
+    )
+    assert all("contrastive" not in entry for entry in plain.trainer.state.log_history)
+
+
 def test_a_student_with_the_teachers_head_searches_the_teachers_index(similarity, checkpoint):
     """`head: output`: vectors in the space of the teacher, compared with the teacher's own ones."""
     run = train(similarity(head="output", trainer={"max_steps": 60}))

@@ -246,6 +246,8 @@ def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
         (["project=true", "components=0"], "at least 1"),
         (["components=true"], "components turns the layer of `project: true`"),
         (["groups=null", "similarity.within=0.5"], "needs `groups`"),
+        (["similarity.contrastive=0.5"], "needs `texts` with passages"),
+        (["similarity.contrastive=-1"], "similarity: contrastive must be at least 0"),
         (["pairs=x"], "exactly one of"),
         (["texts.count=null"], "needs `count`"),
     ],

@@ -384,6 +384,12 @@ class ContrastiveRecipe:
             raise ValueError("groups make batches of batch_tokens; set it")
         if self.similarity.within and self.groups is None:
             raise ValueError("similarity.within is a share of the pairs of one group; it needs `groups`")
+        sources = self.texts.sources if self.texts is not None else []
+        if self.similarity.contrastive and not any(source.title_apart or source.query for source in sources):
+            raise ValueError(
+                "similarity.contrastive is of titles and questions and their passages; it needs `texts` with "
+                "passages that have `title_apart` or `query`"
+            )
 
     @property
     def _unused(self) -> dict[str, str]:
