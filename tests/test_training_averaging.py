@@ -64,6 +64,16 @@ def test_experts_are_the_mean_as_far_as_the_rank_goes(folders, tmp_path, share):
     assert json.loads((tmp_path / "out" / "recipe.json").read_text()) == {"name": "a"}
 
 
+def test_other_prompts_are_told(folders, tmp_path, caplog):
+    average(tmp_path / "a", tmp_path / "b", 0.5, tmp_path / "out")
+    assert not caplog.records
+    (tmp_path / "b" / "recipe.json").write_text(json.dumps({"prompts": {"query": "q: "}}))
+    average(tmp_path / "a", tmp_path / "b", 0.5, tmp_path / "out")
+    assert [record.getMessage().partition("differ in ")[2] for record in caplog.records] == [
+        "prompts; the mean has that of the first"
+    ]
+
+
 def test_the_second_may_be_of_another_rank(folders, tmp_path):
     experts, metadata = load_low_rank(folders[1] / DELTA_FILE)
     save_low_rank({name: (a[:2], b[:, :2]) for name, (a, b) in experts.items()}, folders[1] / DELTA_FILE, metadata)

@@ -9,6 +9,7 @@ turned to the first (orthogonal Procrustes), which changes no cosine of it.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training.command import one_line_errors
+from training.command import RECIPE_FILE, one_line_errors
 from training.student import DELTA_FILE, PROJECTION_FILE
 from ubmoe_st.checkpoint import save_tensors
 from ubmoe_st.experts import LowRank, load_low_rank, save_low_rank
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 def average(folder: str | Path, other: str | Path, share: float, out: str | Path) -> float:
     """Write the weighted mean of two folders of experts; the rest of the folder is that of the first.
+
+    A warning is logged where they were trained with another pooling or other prompts.
 
     Args:
         folder: From `export_experts`.
@@ -57,6 +60,8 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
     widths = [{name: (a.shape[1], b.shape[0]) for name, (a, b) in one.items()} for one in (first, second)]
     if widths[0] != widths[1]:
         raise ValueError(f"{folder} and {other} differ in their layers; average experts of one base")
+    for name in _differing(folder, other):
+        logger.warning("%s and %s differ in %s; the mean has that of the first", folder, other, name)
     mean, lost = mean_of(first, second, share)
     projections = [one / PROJECTION_FILE for one in (folder, other)]
     if projections[0].is_file() != projections[1].is_file():
@@ -71,6 +76,13 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
         if projection is not None:
             save_tensors(projection, temporary / PROJECTION_FILE)
     return lost
+
+
+def _differing(folder: Path, other: Path) -> list[str]:
+    """What two folders of experts say of how texts are read, where they say different things."""
+    files = [one / RECIPE_FILE for one in (folder, other)]
+    told = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
+    return [name for name in ("pooling", "prompts", "default_prompt_name") if told[0].get(name) != told[1].get(name)]
 
 
 def mean_of(first: LowRank, second: LowRank, share: float) -> tuple[LowRank, float]:
