@@ -37,7 +37,8 @@ def url(checkpoint):
         os.environ.setdefault(name, value)
     paths = os.pathsep.join([str(os.getcwd()), os.environ.get("PYTHONPATH", "")])
     environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}}
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    # A cluster of its own: another test may have one on this machine.
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         deployment = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 1}, "health_check_period_s": 1}
