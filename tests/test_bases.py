@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import sys
 from types import SimpleNamespace
 
 import pytest
 from helpers.gguf import bpe_tokenizer
+from helpers.packages import pretend_installed
 from transformers import AutoTokenizer
 
 from ubmoe_st import bases
@@ -102,12 +102,7 @@ def pieces(tmp_path, monkeypatch):
         file.write_bytes(bytes([number]) * number)
         installed[package] = SimpleNamespace(files=[file.with_name("__init__.py"), file], locate_file=lambda file: file)
 
-    def distribution(name):
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    pretend_installed(monkeypatch, installed)
     monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bases, "_from_gguf", lambda file, name: (file, name))
     return installed

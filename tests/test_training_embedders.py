@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import zipfile
 from types import SimpleNamespace
 
 import pytest
+from helpers.packages import pretend_installed
 
 from training import embedders
 from training.embedders import MINILM, MPNET, embedder_path
@@ -32,12 +32,7 @@ def install(monkeypatch, tmp_path, *, parts=PARTS, weights=WEIGHTS):
         file.write_bytes(content[number * size : (number + 1) * size])
         found[part] = SimpleNamespace(files=[file], locate_file=lambda file: file)
 
-    def distribution(name):
-        if name not in parts:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found[name]
-
-    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    pretend_installed(monkeypatch, {part: found[part] for part in parts})
     monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedders, "_MPNET_WEIGHTS_SHA256", sha256_of(_file(tmp_path / "right", WEIGHTS)))
 

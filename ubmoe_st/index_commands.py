@@ -157,7 +157,7 @@ def add(
     )
     # By what the part covers, not by what was new: a run before may have been killed in between.
     part = opened.info["bm25"]
-    if bm25 and part is not None and part["rows"] < sum(segment["rows"] for segment in opened.info["segments"]):
+    if bm25 and part is not None and part["rows"] < opened.info["stored_rows"]:
         with status("making the BM25 part anew"):
             opened.build_bm25()
     _report_change(opened, {"added": new}, f"{new:,} entries added", as_json)
