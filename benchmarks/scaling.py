@@ -47,7 +47,7 @@ SHARD_BYTES = 1_000_000_000
 EXPERTS_FILE = "experts.safetensors"
 
 
-def make_base(folder: Path, tokenizer: Path) -> Path:
+def make_base(folder: Path, tokenizer: Path) -> None:
     """A synthetic base of 2.4B parameters in shards.
 
     Args:
@@ -81,7 +81,6 @@ def make_base(folder: Path, tokenizer: Path) -> Path:
         shards.write_tensors(base / shard, shards.LazyTensors(part))
         places |= dict.fromkeys(part, shard)
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return base
 
 
 def make_experts(base: Path, file: Path) -> None:

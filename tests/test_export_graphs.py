@@ -54,6 +54,18 @@ def test_graph_of_the_encoder(format, architecture, checkpoint_of, tmp_path):
 @pytest.mark.parametrize(
     "format", [pytest.param("onnx", marks=needs_onnx), pytest.param("openvino", marks=needs_openvino)]
 )
+def test_a_graph_gives_the_dimensions_that_the_checkpoint_keeps(format, checkpoint, tmp_path):
+    UBMoE(str(checkpoint), truncate_dim=8).save(str(tmp_path / "cut"))
+    export(tmp_path / "cut", tmp_path / "out", format=format)
+    found = np.array(in_process(ENGINES[format] + ENCODE, tmp_path / "out", json.dumps(TEXTS))["vectors"])
+    expected = UBMoE(str(tmp_path / "cut")).encode(TEXTS)
+    assert found.shape == expected.shape == (len(TEXTS), 8)
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "format", [pytest.param("onnx", marks=needs_onnx), pytest.param("openvino", marks=needs_openvino)]
+)
 def test_graph_of_the_generator(format, checkpoint, base, tmp_path):
     export(checkpoint, tmp_path / "out", view="generator", format=format)
     ids = [[4, 5, 6, 7, 8], [9, 8, 7, 6, 5], [4, 4, 4, 4, 4]]

@@ -13,9 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training.averaging import average, main
-from training.student import DELTA_FILE, PROJECTION_FILE
 from ubmoe_st.experts import load_low_rank, save_low_rank
-from ubmoe_st.upcycling import HEAD_NAME
+from ubmoe_st.upcycling import DELTA_NAME, HEAD_NAME, PROJECTION_NAME
 
 RANK, WIDTH, INNER, SIZE = 3, 10, 14, 6
 
@@ -35,14 +34,14 @@ def folders(tmp_path):
     layers = ({"weight": weight, "bias": bias}, {"weight": 2 * turn @ weight, "bias": 2 * turn @ bias})
     for name, experts, layer in zip(("a", "b"), (first, second), layers):
         (tmp_path / name).mkdir()
-        save_low_rank(experts, tmp_path / name / DELTA_FILE, {"base_sha256": {"x": "1"}})
-        save_file(layer, tmp_path / name / PROJECTION_FILE)
+        save_low_rank(experts, tmp_path / name / DELTA_NAME, {"base_sha256": {"x": "1"}})
+        save_file(layer, tmp_path / name / PROJECTION_NAME)
         (tmp_path / name / "recipe.json").write_text(json.dumps({"name": name}))
     return tmp_path / "a", tmp_path / "b"
 
 
 def products(folder):
-    return {name: (b @ a).numpy() for name, (a, b) in load_low_rank(folder / DELTA_FILE)[0].items()}
+    return {name: (b @ a).numpy() for name, (a, b) in load_low_rank(folder / DELTA_NAME)[0].items()}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -60,7 +59,7 @@ def test_experts_are_the_mean_as_far_as_the_rank_goes(folders, tmp_path, share):
         squares, whole = squares + (s[RANK:] ** 2).sum(), whole + (s**2).sum()
     assert lost == pytest.approx((squares / whole) ** 0.5, abs=1e-6)
     assert (lost > 1e-3) == (share == 0.3)
-    assert load_low_rank(tmp_path / "out" / DELTA_FILE)[1] == {"base_sha256": {"x": "1"}}
+    assert load_low_rank(tmp_path / "out" / DELTA_NAME)[1] == {"base_sha256": {"x": "1"}}
     assert json.loads((tmp_path / "out" / "recipe.json").read_text()) == {"name": "a"}
 
 
@@ -75,8 +74,8 @@ def test_other_prompts_are_told(folders, tmp_path, caplog):
 
 
 def test_the_second_may_be_of_another_rank(folders, tmp_path):
-    experts, metadata = load_low_rank(folders[1] / DELTA_FILE)
-    save_low_rank({name: (a[:2], b[:, :2]) for name, (a, b) in experts.items()}, folders[1] / DELTA_FILE, metadata)
+    experts, metadata = load_low_rank(folders[1] / DELTA_NAME)
+    save_low_rank({name: (a[:2], b[:, :2]) for name, (a, b) in experts.items()}, folders[1] / DELTA_NAME, metadata)
     assert average(*folders, 0.0, tmp_path / "out") < 1e-6
     average(*folders, 0.4, tmp_path / "out")
     first, second, found = (products(folder) for folder in (*folders, tmp_path / "out"))
@@ -88,7 +87,7 @@ def test_the_second_may_be_of_another_rank(folders, tmp_path):
 
 def test_a_turned_projection_is_turned_back(folders, tmp_path):
     average(*folders, 0.5, tmp_path / "out")
-    found, first = (load_file(folder / PROJECTION_FILE) for folder in (tmp_path / "out", folders[0]))
+    found, first = (load_file(folder / PROJECTION_NAME) for folder in (tmp_path / "out", folders[0]))
     for key in first:  # the second is the first, turned and longer: so the mean is the first
         assert torch.allclose(found[key], first[key], atol=1e-5)
 
@@ -100,15 +99,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(folders, tmp_path, 
     with pytest.raises(FileNotFoundError, match=r"expected a folder with bi_delta"):
         average(first, tmp_path, 0.5, tmp_path / "out")
     shutil.copytree(second, tmp_path / "bare")
-    (tmp_path / "bare" / PROJECTION_FILE).unlink()
+    (tmp_path / "bare" / PROJECTION_NAME).unlink()
     with pytest.raises(ValueError, match=r"only one of .* has projection"):
         average(first, tmp_path / "bare", 0.5, tmp_path / "out")
-    experts, metadata = load_low_rank(second / DELTA_FILE)
-    save_low_rank(experts, tmp_path / "bare" / DELTA_FILE, {**metadata, "base_sha256": {"x": "2"}})
+    experts, metadata = load_low_rank(second / DELTA_NAME)
+    save_low_rank(experts, tmp_path / "bare" / DELTA_NAME, {**metadata, "base_sha256": {"x": "2"}})
     with pytest.raises(ValueError, match="trained on different weights"):
         average(first, tmp_path / "bare", 0.5, tmp_path / "out")
     narrow = {name: (a[:, :5], b) for name, (a, b) in experts.items()}
-    save_low_rank(narrow, second / DELTA_FILE, metadata)
+    save_low_rank(narrow, second / DELTA_NAME, metadata)
     with pytest.raises(SystemExit):
         main([str(first), str(second), "--out", str(tmp_path / "out")])
     assert "differ in their layers" in capsys.readouterr().err

@@ -10,9 +10,8 @@ from sklearn.linear_model import Ridge
 from transformers import AutoModel, AutoTokenizer
 
 from training.classification import STRENGTH, check_experts, fit_head, inner_states
-from training.student import DELTA_FILE
 from ubmoe_st import UBMoE, upcycle
-from ubmoe_st.upcycling import export_experts
+from ubmoe_st.upcycling import DELTA_NAME, export_experts
 
 
 def test_states_are_those_of_stock_transformers(checkpoint):
@@ -75,7 +74,7 @@ def test_a_model_of_other_experts_is_refused(base, checkpoint, tmp_path):
     folders = []
     for name, scale in (("a", 0.1), ("b", 0.2)):
         model[0].set_low_rank_experts(random_experts(model[0], scale=scale))
-        folders.append(export_experts(model[0], tmp_path / name) / DELTA_FILE)
+        folders.append(export_experts(model[0], tmp_path / name) / DELTA_NAME)
     built = UBMoE(str(upcycle(base, tmp_path / "a", out=tmp_path / "built", dtype="bfloat16")), device="cpu")
     check_experts(built[0], folders[0], "built")
     with pytest.raises(ValueError, match=r"built does not hold the experts of .*b: build it"):

@@ -218,6 +218,39 @@ def test_an_embedder_computes_in_bf16_where_it_is_told_to_or_the_processor_can(b
     assert errors[False, True] == errors["auto", False] < 1e-3 < errors["auto", True] == errors[True, False]
 
 
+def test_an_embedder_whose_memory_runs_out_goes_on_in_smaller_batches(base, checkpoint, embedder, monkeypatch, caplog):
+    from sentence_transformers import SentenceTransformer
+
+    expected = SentenceTransformer(str(checkpoint), device="cpu").encode(SENTENCES)
+    load, asked = stage.Embedder.load, []
+
+    def small(teacher, device="cpu", most=2):
+        model = load(teacher, device)
+        encode = model.model.encode
+
+        def limited(texts, **options):
+            asked.append(options["batch_size"])
+            if options["batch_size"] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.76 GiB.")
+            return encode(texts, **options)
+
+        model.model.encode = limited
+        return model
+
+    monkeypatch.setattr(stage.Embedder, "load", small)
+    embedder.batch_size = 9
+    found = teacher_vectors(base, embedder, SENTENCES)
+    assert np.abs(found - expected).max() < 2e-3
+    assert asked == [9, 4, 2]
+    assert "batches of 2 texts now" in caplog.text
+    embedder.folder += "-none"
+    monkeypatch.setattr(stage.Embedder, "load", lambda *args: small(*args, most=0))
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        teacher_vectors(base, embedder, SENTENCES)
+    assert asked[3:] == [9, 4, 2, 1]
+    assert not (Path(embedder.folder) / "teacher.json").exists()
+
+
 @pytest.mark.parametrize(("given", "read"), [("true", True), ("false", False), ("auto", "auto"), ("half", None)])
 def test_a_recipe_says_in_what_an_embedder_computes(given, read):
     from training.command import read_recipe

@@ -20,11 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.command import RECIPE_FILE, one_line_errors
-from training.student import DELTA_FILE, PROJECTION_FILE
 from ubmoe_st.checkpoint import save_tensors
 from ubmoe_st.experts import LowRank, load_low_rank, save_low_rank
 from ubmoe_st.files import replacing_folder
-from ubmoe_st.upcycling import HEAD_NAME
+from ubmoe_st.upcycling import DELTA_NAME, HEAD_NAME, PROJECTION_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +50,10 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share}")
     for one in (folder, other):
-        if not (one / DELTA_FILE).is_file():
-            raise FileNotFoundError(f"expected a folder with {DELTA_FILE}, got {one}; give folders of experts")
-    first, metadata = load_low_rank(folder / DELTA_FILE)
-    second, of_second = load_low_rank(other / DELTA_FILE)
+        if not (one / DELTA_NAME).is_file():
+            raise FileNotFoundError(f"expected a folder with {DELTA_NAME}, got {one}; give folders of experts")
+    first, metadata = load_low_rank(folder / DELTA_NAME)
+    second, of_second = load_low_rank(other / DELTA_NAME)
     if metadata != of_second:
         raise ValueError(f"{folder} and {other} were trained on different weights; average experts of one base")
     widths = [{name: (a.shape[1], b.shape[0]) for name, (a, b) in one.items()} for one in (first, second)]
@@ -63,18 +62,18 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
     for name in _differing(folder, other):
         logger.warning("%s and %s differ in %s; the mean has that of the first", folder, other, name)
     mean, lost = mean_of(first, second, share)
-    projections = [one / PROJECTION_FILE for one in (folder, other)]
+    projections = [one / PROJECTION_NAME for one in (folder, other)]
     if projections[0].is_file() != projections[1].is_file():
-        raise ValueError(f"only one of {folder} and {other} has {PROJECTION_FILE}; give both or neither")
+        raise ValueError(f"only one of {folder} and {other} has {PROJECTION_NAME}; give both or neither")
     projection = None
     if projections[0].is_file():
         projection = mean_projection(load_file(projections[0]), load_file(projections[1]), share)
     with replacing_folder(out) as temporary:
         # Not the head, which was fitted to the first alone.
         shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(HEAD_NAME))
-        save_low_rank(mean, temporary / DELTA_FILE, metadata)
+        save_low_rank(mean, temporary / DELTA_NAME, metadata)
         if projection is not None:
-            save_tensors(projection, temporary / PROJECTION_FILE)
+            save_tensors(projection, temporary / PROJECTION_NAME)
     return lost
 
 

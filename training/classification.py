@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from training.command import has_bf16, one_line_errors, read_recipe, recipe_parser
 from training.recipe import ContrastiveRecipe
-from training.student import DELTA_FILE, principal_components, ridge
+from training.student import principal_components, ridge
 from training.teacher import targets
 from training.texts import read_corpus
 from ubmoe_st import UBMoE, UBMoETransformer
@@ -27,7 +27,7 @@ from ubmoe_st.bases import resolve_base
 from ubmoe_st.classification import ClassificationHead, last_states, save_head
 from ubmoe_st.experts import load_low_rank, same_low_rank
 from ubmoe_st.files import sha256_of
-from ubmoe_st.upcycling import HEAD_NAME
+from ubmoe_st.upcycling import DELTA_NAME, HEAD_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if not (options.out / DELTA_FILE).is_file():
+    if not (options.out / DELTA_NAME).is_file():
         raise FileNotFoundError(
             f"expected a folder of experts, got {options.out}; give the one the model was built with"
         )
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = sorted(random.Random(0).sample(short, min(options.texts, len(short))))
     model = UBMoE(options.model, device=options.device)
     module = cast("UBMoETransformer", model[0])
-    check_experts(module, options.out / DELTA_FILE, options.model)
+    check_experts(module, options.out / DELTA_NAME, options.model)
     layers = module.model.config.num_hidden_layers
     layer = max(1, round(layers * 2 / 3)) if options.layer is None else options.layer
     if not 1 <= layer <= layers:
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompt = model.prompts.get(model.default_prompt_name or "")  # as plain `encode` puts it
     states = inner_states(module, [corpus.texts[row] for row in rows], layer, prompt=prompt)
     head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share, options.length)
-    head.fitted_to = sha256_of(options.out / DELTA_FILE)
+    head.fitted_to = sha256_of(options.out / DELTA_NAME)
     save_head(head, options.out / HEAD_NAME, torch.float16)
     logger.info("a head on layer %d, of %d texts, in %s", layer, len(rows), options.out)
 

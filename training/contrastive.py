@@ -292,7 +292,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     if recipe.components and corpus is not None:
         _check_components(recipe, model, corpus)
     if last is None:
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        with uncompiled(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             start(recipe, model, corpus, found)
     collator = None
     if recipe.rough:

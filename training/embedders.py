@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ubmoe_st.bases import cache_folder
 from ubmoe_st.files import replacing_by_name
-from ubmoe_st.wheels import Pieces, check_published
+from ubmoe_st.wheels import Pieces, check_published, join_pieces
 
 MINILM = "all-MiniLM-L6-v2"
 MPNET = "all-mpnet-base-v2"
@@ -53,13 +53,14 @@ def _mpnet_folder() -> Path | None:
     folder = cache_folder() / "embedders" / MPNET
     if folder.is_dir():
         return folder
-    if _MPNET_PIECES.found() is None:
+    pieces = _MPNET_PIECES.found()
+    if pieces is None:
         return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing_by_name(folder, unique=True, first_wins=True) as temporary:
         temporary.mkdir()
         whole = temporary / ".whole.zip"
-        _MPNET_PIECES.write(whole)
+        join_pieces(pieces, whole)
         _unpack(whole, temporary)
         whole.unlink()
         check_published(temporary / "model.safetensors", _MPNET_WEIGHTS_SHA256, MPNET)

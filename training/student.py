@@ -22,11 +22,10 @@ from ubmoe_st import UBMoETransformer
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.experts import find_ffns, is_ffn_key, load_low_rank
 from ubmoe_st.padding import group_by_length
+from ubmoe_st.upcycling import DELTA_NAME, PROJECTION_NAME
 
 logger = logging.getLogger(__name__)
 
-DELTA_FILE = "bi_delta.safetensors"
-PROJECTION_FILE = "projection.safetensors"
 _PASS_TOKENS = {"cpu": UBMoETransformer.pass_tokens}
 """What one more pass of the encoder costs, in tokens: on a CPU it reads all weights again."""
 _PASS_TOKENS_BF16 = 256
@@ -200,14 +199,14 @@ def start_from(model: SentenceTransformer, folder: Path) -> list[Dense]:
         ValueError: If what it holds does not fit.
     """
     layers = {f"{n}.linear.": module for n, module in enumerate(model) if isinstance(module, Dense)}
-    if (folder / TRAINED_FILE).is_file() or not (folder / DELTA_FILE).is_file():
+    if (folder / TRAINED_FILE).is_file() or not (folder / DELTA_NAME).is_file():
         loaded = load_trained(model, folder, optional=r"\d+\.linear\.")
         return [module for prefix, module in layers.items() if not any(name.startswith(prefix) for name in loaded)]
-    _load_experts(encoder_of(model), folder / DELTA_FILE)
+    _load_experts(encoder_of(model), folder / DELTA_NAME)
     kept = next((module for module in layers.values() if module.module_output_name != HEAD), None)
-    if kept is None or not (folder / PROJECTION_FILE).is_file():
+    if kept is None or not (folder / PROJECTION_NAME).is_file():
         return list(layers.values())
-    _load_projection(kept, folder / PROJECTION_FILE)
+    _load_projection(kept, folder / PROJECTION_NAME)
     return [module for module in layers.values() if module is not kept]
 
 

@@ -122,6 +122,10 @@ class Embedder:
 
     model: Any
     teacher: EmbedderTeacher
+    _batch_size: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._batch_size = self.teacher.batch_size
 
     @classmethod
     def load(cls, teacher: EmbedderTeacher, device: str = "cpu") -> Embedder:
@@ -161,17 +165,31 @@ class Embedder:
         out: np.ndarray | None = None
         for prompt in dict.fromkeys(prompts):
             rows = [row for row, own in enumerate(prompts) if own == prompt]
-            found = self.model.encode(
-                [texts[row] for row in rows],
-                prompt=prompt,
-                batch_size=self.teacher.batch_size,
-                normalize_embeddings=True,
-                show_progress_bar=False,
-            ).astype(np.float32)
+            found = self._encode([texts[row] for row in rows], prompt).astype(np.float32)
             if out is None:
                 out = np.zeros((len(texts), found.shape[1]), np.float32)
             out[rows] = found
         return out if out is not None else np.zeros((0, self.model.get_embedding_dimension()), np.float32)
+
+    def _encode(self, texts: list[str], prompt: str | None) -> np.ndarray:
+        """The stock one; where memory runs out, in batches of half as many texts from then on."""
+        from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+        while True:
+            try:
+                return self.model.encode(
+                    texts,
+                    prompt=prompt,
+                    batch_size=self._batch_size,
+                    normalize_embeddings=True,
+                    show_progress_bar=False,
+                )
+            except RuntimeError as error:
+                if self._batch_size == 1 or not should_reduce_batch_size(error):
+                    raise
+            self._batch_size //= 2
+            clear_device_cache(garbage_collection=True)
+            logger.warning("%s ran out of memory: batches of %d texts now", self.teacher.label, self._batch_size)
 
     def prompt(self, kind: str) -> str | None:
         """The prompt of a kind of text; None: the model's own default."""

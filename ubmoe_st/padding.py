@@ -20,18 +20,22 @@ def group_by_length(lengths: Sequence[int], pass_tokens: int) -> list[list[int]]
     Returns:
         Positions of the rows, longest first. The cost of a group is its rows times its longest one.
     """
-    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    longest = np.asarray(lengths, np.int64)[order]
-    best = np.zeros(len(order) + 1)
-    begins = np.zeros(len(order) + 1, np.int64)
-    for end in range(1, len(order) + 1):
-        costs = best[:end] + longest[:end] * (end - np.arange(end)) + pass_tokens
+    sizes = np.asarray(lengths, np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    longest, counts = np.unique(-sizes, return_counts=True)
+    longest = -longest
+    # Rows of one length are never worth telling apart, so a group begins where the length changes.
+    starts = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
+    best = np.zeros(len(longest) + 1)
+    begins = np.zeros(len(longest) + 1, np.int64)
+    for end in range(1, len(longest) + 1):
+        costs = best[:end] + longest[:end] * (starts[end] - starts[:end]) + pass_tokens
         begins[end] = costs.argmin()
         best[end] = costs[begins[end]]
     groups = []
-    end = len(order)
+    end = len(longest)
     while end:
-        groups.append(order[begins[end] : end].tolist())
+        groups.append(order[starts[begins[end]] : starts[end]].tolist())
         end = int(begins[end])
     return groups[::-1]
 

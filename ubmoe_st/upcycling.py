@@ -29,7 +29,8 @@ from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, d
 
 DELTA_NAME = Path(checkpoint.DELTA_FILE).name
 """The low-rank experts in a folder of their own."""
-_PROJECTION = "projection.safetensors"
+PROJECTION_NAME = "projection.safetensors"
+"""A linear layer behind the pooling, beside them."""
 ROUTERS_FILE = "routers.safetensors"
 """Trained token routers beside low-rank experts."""
 HEAD_NAME = Path(checkpoint.HEAD_FILE).name
@@ -161,7 +162,7 @@ def export_experts(
             save_head(head, temporary / HEAD_NAME, dtype)
         if projection is not None:
             state = {key: tensor.to(dtype) for key, tensor in projection.linear.state_dict().items()}
-            checkpoint.save_tensors(state, temporary / _PROJECTION)
+            checkpoint.save_tensors(state, temporary / PROJECTION_NAME)
         (temporary / "recipe.json").write_text(json.dumps(dict(recipe or {}), indent=2) + "\n", encoding="utf-8")
     return Path(out)
 
@@ -286,8 +287,8 @@ def _default_modules(module: UBMoETransformer, recipe: Mapping[str, Any]) -> lis
         Pooling(dimension, pooling.get("mode", "mean"), include_prompt=pooling.get("include_prompt", True))
     ]
     folder = recipe.get("folder")
-    if folder is not None and (folder / _PROJECTION).is_file():
-        state = load_file(folder / _PROJECTION)
+    if folder is not None and (folder / PROJECTION_NAME).is_file():
+        state = load_file(folder / PROJECTION_NAME)
         out_features, in_features = state["weight"].shape
         dense = Dense(in_features, out_features, bias="bias" in state, activation_function=torch.nn.Identity())
         dense.linear.load_state_dict(state)

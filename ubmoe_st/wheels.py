@@ -49,19 +49,13 @@ class Pieces:
             raise ImportError(f"a part of {self.what} is missing: {self.install}")
         return [piece for piece in found if piece is not None]
 
-    def write(self, out: Path) -> None:
-        """Join the pieces.
 
-        Raises:
-            ImportError: If the packages are not all installed.
-        """
-        pieces = self.found()
-        if pieces is None:
-            raise ImportError(f"{self.what} is not installed: {self.install}")
-        with out.open("wb") as whole:
-            for piece in pieces:
-                with piece.open("rb") as part:
-                    shutil.copyfileobj(part, whole, _COPIED)
+def join_pieces(pieces: Sequence[Path], out: Path) -> None:
+    """Write one file that holds what the pieces hold, in order."""
+    with out.open("wb") as whole:
+        for piece in pieces:
+            with piece.open("rb") as part:
+                shutil.copyfileobj(part, whole, _COPIED)
 
 
 def put_together(pieces: Pieces, file: Path, sha256: str) -> Path | None:
@@ -78,11 +72,12 @@ def put_together(pieces: Pieces, file: Path, sha256: str) -> Path | None:
     """
     if file.is_file():
         return file
-    if pieces.found() is None:
+    found = pieces.found()
+    if found is None:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing_by_name(file, unique=True, first_wins=True) as whole:
-        pieces.write(whole)
+        join_pieces(found, whole)
         check_published(whole, sha256, pieces.what)
     return file
 

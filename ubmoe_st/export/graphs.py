@@ -66,6 +66,7 @@ class EncoderGraph(nn.Module):
         views: Any = model[0]
         self.network = views.model
         self.behind = nn.ModuleList(list(model)[1:])
+        self.truncate_dim = model.truncate_dim
         self.outputs = ["last_hidden_state", "sentence_embedding"]
         leaves_out = any(isinstance(module, Pooling) and not module.include_prompt for module in self.behind)
         if leaves_out and any(model.prompts.values()):
@@ -73,7 +74,7 @@ class EncoderGraph(nn.Module):
             self.outputs = ["last_hidden_state"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """(B, T), (B, T) -> hidden states (B, T, D), and vectors (B, D')."""
+        """(B, T), (B, T) -> hidden states (B, T, D), and the vectors that `encode` gives, (B, D')."""
         hidden = self.network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         if len(self.outputs) == 1:
             return (hidden,)
@@ -81,7 +82,7 @@ class EncoderGraph(nn.Module):
         module: Any
         for module in self.behind:
             features = module(features)
-        return hidden, features["sentence_embedding"]
+        return hidden, features["sentence_embedding"][:, : self.truncate_dim]
 
 
 class GeneratorGraph(nn.Module):
