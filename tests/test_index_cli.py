@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers.encoders import HashEncoder
 from helpers.models import TEXTS
 from typer.testing import CliRunner
 
@@ -169,3 +170,20 @@ def test_an_index_is_changed_from_the_command_line(checkpoint, tmp_path):
     assert "t0" not in {hit["id"] for hit in found(folder, "bm25") if hit["text"] == "a blue house"}
     assert json.loads(run("compact", folder, "--json").stdout)["rows"] == len(ROWS) - 1
     assert found(folder, "bm25")[0]["id"] == "t0"
+
+
+def test_an_unfinished_addition_is_thrown_away_from_the_command_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "a", "text": "the cat"}\n')
+    (tmp_path / "b.jsonl").write_text(
+        "".join(f'{{"id": "b{n}", "text": "a dog"}}\n' for n in range(9000)) + '{"id": "z"}\n'
+    )
+    folder = tmp_path / "i"
+    EmbeddingIndex.build(HashEncoder(16), tmp_path / "a.jsonl", folder)
+    with pytest.raises(ValueError, match="needs a string"):
+        EmbeddingIndex.open(folder, model=HashEncoder(16)).add(tmp_path / "b.jsonl")
+    result = CliRunner().invoke(app, ["delete", str(folder), "a"])
+    assert result.exit_code == 1
+    assert "`ubmoe discard`" in result.output
+    assert "thrown away: 1 entries" in run("discard", folder).stdout
+    assert "no unfinished addition" in run("discard", folder).stdout
+    assert json.loads(run("delete", folder, "a", "--json").stdout)["rows"] == 0

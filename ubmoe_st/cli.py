@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ubmoe_st.files import replacing_by_name
-from ubmoe_st.index_commands import INDEX_FILE, add, ask, compact, delete, index, search, tune
+from ubmoe_st.index_commands import INDEX_FILE, add, ask, compact, delete, discard, index, search, tune
 from ubmoe_st.plan_command import plan
 from ubmoe_st.serving.command import ComputeOption, serve
 from ubmoe_st.serving.loading import Dtype
@@ -215,7 +215,7 @@ def generate(
         say_stream(model.generate(request, stream=True, **options))
 
 
-for command in (index, add, delete, compact, search, ask, tune):
+for command in (index, add, delete, compact, discard, search, ask, tune):
     app.command()(command)
 
 

@@ -1,4 +1,4 @@
-"""`ubmoe index`, `add`, `delete`, `compact`, `search`, `ask` and `tune`: their options, and what they print."""
+"""`ubmoe index`, `search`, `ask`, `tune` and the changes of an index: their options, and what they print."""
 
 from __future__ import annotations
 
@@ -191,6 +191,16 @@ def compact(
     with status("writing the index anew"):
         opened.compact(memory_budget=memory_budget)
     _report_change(opened, {}, "written anew", as_json)
+
+
+@errors_in_one_line
+def discard(path: IndexFolder, as_json: JsonFlag = False) -> None:
+    """Throw away an addition that was stopped and is not to be finished. What is committed stays."""
+    from ubmoe_st.index import EmbeddingIndex
+
+    opened = EmbeddingIndex.open(path)
+    there = opened.discard_unfinished()
+    _report_change(opened, {"discarded": there}, "thrown away" if there else "there is no unfinished addition", as_json)
 
 
 def _report_change(index: Any, facts: dict[str, Any], said: str, as_json: bool) -> None:

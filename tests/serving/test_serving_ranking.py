@@ -174,3 +174,11 @@ def test_a_server_searches_what_was_written_after_it_began(engine, model, tmp_pa
         shutil.move(tmp_path / "index", tmp_path / "away")
         assert first(client) == "new"
     assert "searched as it was" in caplog.text
+
+
+@pytest.mark.parametrize(("field", "said"), [('"\\ud800"', "half a character"), ("NaN", "not JSON compliant")])
+def test_a_field_that_cannot_come_back_is_refused(url, field, said):
+    body = f'{{"query": "the cat", "documents": [{{"text": "the dog", "x": {field}}}], "return_documents": true}}'
+    answer = client.post(f"{url}/v1/rerank", content=body.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]

@@ -26,6 +26,7 @@ from .embedder import Embedder, TokenCounter, check_probes, weights_fingerprint
 from .kinds import Request, check_factory, write_faiss
 from .late import check_late
 from .manifest import (
+    DISCARD,
     FaissRecord,
     FileRecord,
     Journal,
@@ -187,7 +188,16 @@ class Build:
             and (manifest.index.requested, manifest.index.faiss_file) == (request.kind, request.faiss_file)
             and (request.kind != "auto" or manifest.index.memory_mb == request.memory_mb)
             and self._took_in(manifest.sources[0], self._corpus)
+            and self._made_its_vectors(manifest)
         )
+
+    def _made_its_vectors(self, manifest: Manifest) -> bool:
+        """Whether the model gives the vectors of the index that is there: pooling is no part of the weights."""
+        try:
+            check_probes(self._probes, Snapshot(self._folder, manifest).probes)
+        except ValueError:
+            return False
+        return True
 
     def entries_if_repeated(self, base: Manifest) -> int | None:
         """How many entries this addition made, if it was the last thing done to the rows; None if it was not.
@@ -258,7 +268,7 @@ class Build:
 
     def _otherwise(self) -> str:
         """What to do about a stopped run that is not to be finished."""
-        return "begin again with overwrite=True" if self._base is None else "throw it away with discard_unfinished()"
+        return "begin again with overwrite=True" if self._base is None else f"throw it away with {DISCARD}"
 
     def _resume(self) -> None:
         journal = Journal.read(self._folder)
@@ -297,6 +307,7 @@ class Build:
         """
         journal = self.journal
         dead = CommitLog(self._work / "dead.bin", journal.dead_bytes)
+        replaced = CommitLog(self._work / "replaced.bin", journal.replaced_bytes or 0)
         bad = CommitLog(self._work / "bad_rows.txt", journal.bad_bytes)
         reading = Reading(
             corpus=self._corpus,
@@ -318,7 +329,7 @@ class Build:
         parts: Any = self._made_here(reading, maker) if self.engine is None else self._made_by_engine(reading, maker)
         with contextlib.closing(parts):
             for part in parts:
-                self._commit(part, dead, bad)
+                self._commit(part, dead, replaced, bad)
         if not journal.rows and not (self._base is not None and journal.position.row):
             reasons = f"{journal.bad_rows} bad rows were left out" if journal.bad_rows else "no row"
             raise CorpusError(f"the corpus {self._corpus.name} is empty: {reasons}, nothing to index")
@@ -371,14 +382,15 @@ class Build:
             )
         )
 
-    def _commit(self, part: Part, dead: CommitLog, bad: CommitLog) -> None:
+    def _commit(self, part: Part, dead: CommitLog, replaced: CommitLog, bad: CommitLog) -> None:
         """Make a part count: the logs, then the journal."""
         if part.error is not None:
             raise ValueError(part.error)
         journal = self.journal
         if part.record.files:
             journal.parts.append(part.record)
-        dead.append(np.asarray(part.dead, "<i8").tobytes())
+        dead.append((-1 - np.asarray(part.dead, "<i8")).tobytes())
+        replaced.append(np.asarray(part.replaced, "<i8").tobytes())
         bad.append("".join(f"{reason}\n" for reason in part.bad).encode("utf-8", "backslashreplace"))
         for reason in part.bad:
             logger.warning("row left out: %s", reason)
@@ -387,6 +399,7 @@ class Build:
         journal.rows += part.record.rows
         journal.tokens += part.tokens
         journal.dead_bytes, journal.bad_bytes = dead.length, bad.length
+        journal.replaced_bytes = replaced.length or None
         journal.bad_rows += len(part.bad)
         journal.duplicates += part.duplicates
         journal.cut = ((journal.cut or 0) + part.cut) or None
@@ -459,10 +472,11 @@ class Build:
             versions=library_versions(),
         )
         snapshot = Snapshot(self._folder, manifest)
-        manifest.dead = write_dead(self._workplace, self._dead_rows(snapshot), version)
+        dead = self._dead_rows(snapshot)
+        manifest.dead = write_dead(self._workplace, dead, version)
         self._report("index", 1.0)
         manifest.index = write_faiss(snapshot, request, self._workplace, version)
-        manifest.sources = [self._source(version)]
+        manifest.sources = [self._source(version, journal.rows - len(dead))]
         return publish(self._workplace, manifest)
 
     def publish_addition(self, base: Snapshot) -> Snapshot:
@@ -471,9 +485,10 @@ class Build:
         manifest.committed = self.journal.token
         manifest.segments += self.journal.segments
         manifest.dead = None
-        dead = rows_union([base.dead, self._dead_rows(Snapshot(self._folder, manifest))])
-        manifest.dead = write_dead(self._workplace, dead, manifest.version)
-        manifest.sources.append(self._source(manifest.version))
+        dead = self._dead_rows(Snapshot(self._folder, manifest))
+        manifest.dead = write_dead(self._workplace, rows_union([base.dead, dead]), manifest.version)
+        entries = self.journal.rows - int((dead >= base.stored_rows).sum())
+        manifest.sources.append(self._source(manifest.version, entries))
         return publish(self._workplace, manifest)
 
     def _dead_rows(self, snapshot: Snapshot) -> np.ndarray:
@@ -483,18 +498,32 @@ class Build:
             snapshot: The index with the new segments.
         """
         logged = np.fromfile(self._work / "dead.bin", "<i8", count=self.journal.dead_bytes // 8)
+        lost = set((-1 - logged[logged < 0]).tolist())
+        pairs: Any = []
+        if self.journal.replaced_bytes:  # there is no such file in a run that an earlier version began
+            pairs = np.fromfile(self._work / "replaced.bin", "<i8", count=self.journal.replaced_bytes // 8)
+            pairs = pairs.reshape(-1, 2).tolist()
+        kept: dict[int, int] = {}  # documents that stay, by those that would have replaced them and have no vector
+
+        def document(first: int) -> range:
+            return range(first, snapshot.end_of_document(first))
 
         def rows() -> Iterator[int]:
-            for value in logged:
-                if value < 0:  # one row without a vector
-                    yield -1 - int(value)
-                else:  # a replaced document
-                    yield from range(int(value), snapshot.end_of_document(int(value)))
+            yield from lost
+            for old in logged[logged >= 0].tolist():  # an earlier version replaced documents here
+                yield from document(old)
+            for old, new in pairs:
+                if new in lost and lost.issuperset(document(new)):
+                    kept[new] = kept.get(old, old)
+                    continue
+                yield from document(old)
+                if old in kept:
+                    yield from document(kept[old])
 
         return np.unique(np.fromiter(rows(), np.int64))
 
-    def _source(self, version: int) -> SourceRecord:
-        """What the index remembers of the corpus."""
+    def _source(self, version: int, entries: int) -> SourceRecord:
+        """What the index remembers of the corpus, of which so many entries are there."""
         journal = self.journal
         if journal.cut:
             logger.warning(
@@ -510,7 +539,7 @@ class Build:
             name=self._corpus.name,
             corpus_rows=journal.position.row,
             sha256_of_rows=journal.position.digest,
-            entries=journal.rows,
+            entries=entries,
             tokens=journal.tokens,
             bad_rows=journal.bad_rows,
             bad_rows_file=self._keep_bad_rows(version),

@@ -16,7 +16,7 @@ from .corpus import Corpus, CorpusFields
 from .embedder import Embedder, check_probes
 from .hybrid import write_bm25
 from .kinds import Request, write_faiss
-from .manifest import FaissRecord, Manifest, SourceRecord
+from .manifest import DISCARD, FaissRecord, Manifest, SourceRecord
 from .progress import ProgressCallback, show
 from .store import Namespace, Snapshot, publish, rows_union, write_dead, write_segment
 from .tuning import TuningReport
@@ -39,7 +39,7 @@ def writing(folder: Path) -> Iterator[tuple[Workplace, Snapshot]]:
         if workplace.begun():
             raise ValueError(
                 f"a build or an addition in {folder} has not finished: repeat it to finish it, or throw it away with "
-                "discard_unfinished()"
+                f"{DISCARD}"
             )
         yield workplace, Snapshot(folder)
 
@@ -82,7 +82,8 @@ def add(
         check_probes(embedder.probes_now(), base.probes)
         run.begin(restart=False)
         run.run()
-        return run.publish_addition(base), run.journal.rows
+        added = run.publish_addition(base)
+        return added, added.manifest.sources[-1].entries
 
 
 def _rows_before(sources: list[SourceRecord]) -> int:

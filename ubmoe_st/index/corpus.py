@@ -15,7 +15,7 @@ import logging
 import numbers
 import os
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
@@ -308,7 +308,8 @@ class Corpus:
                     )
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
 
-        reader = csv.reader(physical_lines(), delimiter=delimiter, strict=True)
+        lines = _Lines(physical_lines())
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(reader, None)
         except csv.Error as error:
@@ -321,18 +322,16 @@ class Corpus:
             )
         if len(set(header)) != len(header):
             raise CorpusError(f"{name} has columns of the same name, its header is {header}: rename them")
-        end = reader.line_num
         while True:
-            place = f"{name} line {end + 1}"
+            place = f"{name} line {lines.begin() + 1}"
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                end = reader.line_num
+                lines.only_first()
                 yield place, BadRow(place, f"is not a {name.rsplit('.', 1)[-1]} row ({error})")
                 continue
-            end = reader.line_num
             if not values:
                 continue
             if len(values) != len(header):
@@ -416,6 +415,8 @@ class Corpus:
         kept = [key for key in row if key not in own] if fields.metadata is None else fields.metadata
         try:
             found = {str(key): _known(row[key]) for key in kept if key in row} if kept else {}
+            if len(found) < len(kept) and len({str(key) for key in row}) < len(row):
+                return BadRow(place, "has two fields whose names are one as text")
             values = {key: value for key, value in found.items() if value is not None} if found else found
             metadata = _json(values) if values else None
             size = utf8_bytes(identity) + utf8_bytes(text) + utf8_bytes(title or "") + utf8_bytes(metadata or "")
@@ -426,6 +427,34 @@ class Corpus:
         if size > fields.max_row_bytes:
             return BadRow(place, self._too_large(size))
         return Document(place, identity, text, title or None, metadata)
+
+
+class _Lines:
+    """Lines of which those of a record that is none, but for its first one, can be read once more."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines, self._again = lines, deque[str]()
+        self._record: list[str] = []
+        self._read = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines)
+        self._record.append(line)
+        return line
+
+    def begin(self) -> int:
+        """A record begins; how many lines are before it."""
+        self._read += len(self._record)
+        self._record.clear()
+        return self._read
+
+    def only_first(self) -> None:
+        """An open quote has swallowed the lines behind the first one of the record: they are lines of their own."""
+        self._again.extendleft(reversed(self._record[1:]))
+        del self._record[1:]
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .core import EmbeddingIndex
+from .embedder import check_probes
 from .filters import Filter
 from .rerank import Method, Reranking
 from .search import Hit, Searcher, check_k
@@ -38,12 +39,7 @@ class IndexGroup:
             if not isinstance(index, EmbeddingIndex):
                 raise TypeError(f"a group is of open indexes, got {index!r}: open folders with IndexGroup.open([...])")
         self.indexes = indexes
-        first = self.indexes[0]
-        for index in self.indexes[1:]:
-            try:
-                index.check_same_model(first)
-            except ValueError as error:
-                raise ValueError(f"{index.path} cannot be searched together with {first.path}: {error}") from error
+        self._searchers()
 
     @classmethod
     def open(cls, paths: Sequence[str | os.PathLike[str]], *, model: Any = None, verify: bool = False) -> IndexGroup:
@@ -131,8 +127,19 @@ class IndexGroup:
         ]
 
     def _searchers(self) -> list[Searcher]:
-        """Of the versions that the indexes read now: one search stays with them."""
-        return [index.searcher for index in self.indexes]
+        """Of the versions that the indexes read now: one search stays with them.
+
+        Raises:
+            ValueError: If they are of different models, as after one was built anew.
+        """
+        searchers = [index.searcher for index in self.indexes]
+        first = searchers[0].snapshot
+        for other in (one.snapshot for one in searchers[1:]):
+            try:
+                check_probes(other.probes, first.probes)
+            except ValueError as error:
+                raise ValueError(f"{other.folder} cannot be searched together with {first.folder}: {error}") from error
+        return searchers
 
     def _reranked(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import tempfile
@@ -166,14 +167,15 @@ class KeywordSearch:
         return found
 
     def _opened(self, bm25s: Any, folder: Path) -> Any:
-        """The BM25 part; from what the snapshot holds of it, where a writer has removed the folder since."""
-        try:
-            return bm25s.BM25.load(str(folder), mmap=True)
-        except FileNotFoundError:
-            with tempfile.TemporaryDirectory(prefix="ubmoe-index-", ignore_cleanup_errors=True) as copy:
-                for name, content in self._snapshot.bm25_files.items():
-                    (Path(copy) / name).write_bytes(content)
-                return bm25s.BM25.load(copy, mmap=True)
+        """The BM25 part; from what the snapshot holds of it, where the folder was removed or written anew since."""
+        with contextlib.suppress(FileNotFoundError):
+            found = bm25s.BM25.load(str(folder), mmap=True)
+            if self._snapshot.has_its_bm25_files():
+                return found
+        with tempfile.TemporaryDirectory(prefix="ubmoe-index-", ignore_cleanup_errors=True) as copy:
+            for name, content in self._snapshot.bm25_files.items():
+                (Path(copy) / name).write_bytes(content)
+            return bm25s.BM25.load(copy, mmap=True)
 
     def _scores(self, words: list[str], rows: int) -> np.ndarray:
         known = [word for word in words if word in self._engine.vocab_dict]

@@ -23,6 +23,8 @@ INFO_FILE = "index_info.json"
 LOCK_FILE = ".lock"
 FORMAT = "ubmoe-embedding-index"
 FORMAT_VERSION = 1
+DISCARD = "discard_unfinished() or `ubmoe discard`"
+"""What throws an unfinished addition away."""
 
 Record = dict[str, Any]
 """Size and SHA-256 of a file: {"bytes", "sha256"}."""
@@ -37,7 +39,7 @@ OWN_NAMES = re.compile(
     | bm25-[0-9]{6,}b*(\.tmp | /[A-Za-z0-9_][^/]*)?
     | ((dead|probes)(-[0-9]{6,}b*)?\.npy | bad_rows(-[0-9]{6,}b*)?\.txt
        | index(-[0-9]{6,}b*)?(\.[0-9]+b*)?\.faiss)(\.tmp)?
-    | build/((journal|index_names)\.json | probes\.npy | dead\.bin | bad_rows\.txt | seen
+    | build/((journal|index_names)\.json | probes\.npy | (dead|replaced)\.bin | bad_rows\.txt | seen
              | part-[0-9]{8,}(-[0-9a-f]{8})?\.(npy|arrow))(\.tmp)?""",
     re.VERBOSE,
 )
@@ -432,6 +434,7 @@ class Journal:
     duplicates: int = 0
     cut: int | None = None
     """Entries of which the model reads only the beginning."""
+    replaced_bytes: int | None = None
     finished: bool = False
 
     @staticmethod
@@ -462,4 +465,7 @@ class Journal:
 
     def write(self, folder: Path) -> None:
         """Replace the journal of an index folder."""
-        write_json(self.path(folder), {"format_version": 1, **_json(self)})
+        values = _json(self)
+        if self.replaced_bytes is None:
+            del values["replaced_bytes"]  # as earlier versions wrote it
+        write_json(self.path(folder), {"format_version": 1, **values})

@@ -320,10 +320,12 @@ class Snapshot:
         if self.probes.ndim != 3 or self.probes.shape[::2] != (2, self.dimension) or self.probes.dtype.kind != "f":
             raise ValueError(f"{folder / probes.file} holds no probe vectors of {self.dimension} dimensions")
         self.bm25_files: dict[str, Any] = {}
+        self._bm25_inodes: dict[Path, int] = {}
         if (bm25 := self.manifest.bm25) is not None:
             for name, record in bm25.files.items():
                 check_size(folder / bm25.folder / name, record)
-                self.bm25_files[name] = map_file(folder / bm25.folder / name)
+                self.bm25_files[name] = map_file(file := folder / bm25.folder / name)
+                self._bm25_inodes[file] = file.stat().st_ino
         self._alive: np.ndarray | None = None
 
     @cached_property
@@ -342,6 +344,13 @@ class Snapshot:
             alive[self.dead] = False
             self._alive = alive
         return self._alive
+
+    def has_its_bm25_files(self) -> bool:
+        """Whether the files of the BM25 part are still those of `bm25_files`, by name: a mapped inode stays taken."""
+        try:
+            return all(file.stat().st_ino == inode for file, inode in self._bm25_inodes.items())
+        except FileNotFoundError:
+            return False
 
     def is_alive(self, row: int) -> bool:
         """Whether a row is neither deleted nor replaced."""

@@ -57,8 +57,10 @@ def held_back_queries(searcher: Searcher, count: int, seed: int) -> tuple[np.nda
         Vectors, (Q, D), and rows, (Q,).
     """
     snapshot = searcher.snapshot
-    rows = np.random.default_rng(seed).choice(snapshot.stored_rows, min(count, snapshot.stored_rows), replace=False)
-    rows = np.array([row for row in np.sort(rows).tolist() if snapshot.is_alive(row)], np.int64)
+    alive = snapshot.alive
+    live: Any = snapshot.stored_rows if alive is None else np.flatnonzero(alive)
+    rows = np.random.default_rng(seed).choice(live, min(count, len(snapshot)), replace=False)
+    rows = np.sort(rows).astype(np.int64)
     return snapshot.vectors_at(rows), rows
 
 
@@ -79,7 +81,8 @@ def tune(
 
     Raises:
         TypeError: If `count` is no whole number.
-        ValueError: If the index is flat (its recall is 1), or `recall`, `k` or `count` is out of range.
+        ValueError: If the index is flat (its recall is 1), there are no queries, or `recall`, `k` or `count` is out of
+            range.
     """
     check_k(k)
     check_count("held_back", count)
@@ -89,6 +92,10 @@ def tune(
     if not shards:
         raise ValueError("this index is flat: every search is exact, there is nothing to tune")
     snapshot = searcher.snapshot
+    if queries is not None and not len(queries):
+        raise ValueError("tuning needs queries, got none: give some, or leave them out, and rows are held back")
+    if queries is None and len(snapshot) < 2:
+        raise ValueError(f"the index has {len(snapshot)} entries: there is nothing to search for a held-back one")
     own: np.ndarray | None = None
     source = "given"
     if queries is None:
@@ -101,7 +108,8 @@ def tune(
         _, rows = searcher.search(queries, wanted, snapshot.alive, exact=exact, parameters=parameters)
         seconds = time.perf_counter() - began
         if own is not None:
-            rows = np.stack([line[line != row][:k] for line, row in zip(rows, own)])
+            others = min(k, len(snapshot) - 1)
+            rows = np.stack([line[line != row][:others] for line, row in zip(rows, own)])
         return rows, len(queries) / seconds
 
     truth, flat_speed = run(True, None)

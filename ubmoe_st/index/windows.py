@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sqlite3
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..files import disk_full_explained, remove
+from ..files import remove
 from .budget import BATCH_TOKENS, WINDOW_BYTES, WINDOW_ROWS, WINDOW_TOKENS
-from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, key_of, utf8_bytes
+from .corpus import BadRow, Corpus, CorpusChangedError, CorpusError, Document, utf8_bytes
 from .embedder import Embedder, TokenCounter, chunk_spans
 from .late import Pass, late_vectors, passes_of
-from .manifest import Manifest, PartRecord, Position
-from .storage import full_table_told, write_npy
+from .manifest import DISCARD, Manifest, PartRecord, Position
+from .seen import SeenIds
+from .storage import write_npy
 from .store import Entry, EntryFile, Snapshot, entry_batch, names_in, write_entries
 
 OnDuplicate = Literal["raise", "skip", "upsert"]
@@ -34,16 +34,12 @@ OnBadRow = Literal["raise", "skip"]
 BatchCallback = Callable[[int, int, float | None], None]
 """Called after a batch with its rows, its tokens and the part of the corpus that has been read."""
 
-SEEN_CACHE_KIB = 8192
-"""Memory for the table of known ids."""
 SPARE_TOKENS = 8
 """Tokens a chunk may have more when it is tokenised by itself; so close to the limit, chunks are counted again."""
 TITLE_SHARE = 4
 """A title leaves at least one token in so many to the text of a chunk."""
 TOKENISE_ROWS = 128
 """Rows tokenised in one call of the tokenizer."""
-_ASKED_TOGETHER = TOKENISE_ROWS
-"""Ids looked up in one statement."""
 TOKENISE_CHARACTERS = 1 << 20
 """Characters tokenised in one call of the tokenizer, at most (one row may have more)."""
 
@@ -108,8 +104,8 @@ class Window:
     """Tokens of each entry as the model reads it."""
     passes: list[Pass] = field(default_factory=list)
     """What the model reads, with late chunking: whole documents, their chunks by position in `entries`."""
-    dead: list[int] = field(default_factory=list)
-    """Rows of the index, first of their document, that this window replaces."""
+    replaced: list[tuple[int, int]] = field(default_factory=list)
+    """Rows of the index that this window replaces, and those that take their place: the first of each document."""
     bad: list[str] = field(default_factory=list)
     """Reports of the bad rows met since the last window."""
     duplicates: int = 0
@@ -140,83 +136,13 @@ def token_batches(lengths: Sequence[int], batch_tokens: int, batch_rows: int) ->
         begin = end
 
 
-@dataclass
-class KnownIds:
-    """Some ids, with the rows they begin at as far as they are known."""
-
-    keys: dict[str, bytes]
-    found: dict[bytes, int]
-    writer: Callable[[Iterable[tuple[bytes, int]]], None]
-    moved: dict[bytes, int] = field(default_factory=dict)
-
-    def row_of(self, identity: str) -> int | None:
-        """Where an id begins; None if it is new."""
-        return self.found.get(self.keys[identity])
-
-    def move(self, identity: str, row: int) -> None:
-        """An id begins at this row from now on."""
-        key = self.keys[identity]
-        self.found[key] = self.moved[key] = row
-
-    def write(self) -> None:
-        """Put what was told into the table.
-
-        Raises:
-            OSError: If the disk is full.
-        """
-        self.writer(self.moved.items())
-
-
-class SeenIds:
-    """Every document id met so far and the row it begins at, in a table on disk with a cache of fixed size.
-
-    Ids are compared by 128 bits of their hash. A thread other than the one that made it may use it.
-
-    Args:
-        folder: Where the table goes; nothing in it needs to survive.
-        cache_kib: Memory for it.
-    """
-
-    def __init__(self, folder: Path, cache_kib: int = SEEN_CACHE_KIB) -> None:
-        with disk_full_explained(folder), full_table_told():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._table = sqlite3.connect(folder / "seen.sqlite", isolation_level=None, check_same_thread=False)
-            for setting in ("journal_mode = OFF", "synchronous = OFF", f"cache_size = -{cache_kib}"):
-                self._table.execute(f"PRAGMA {setting}")
-            self._table.execute("CREATE TABLE IF NOT EXISTS seen (key BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
-            self._table.execute("BEGIN")
-
-    def known(self, identities: Sequence[str]) -> KnownIds:
-        """What is known of some ids, to be asked and told of them one by one and then written."""
-        keys = [key_of(identity) for identity in identities]
-        found: dict[bytes, int] = {}
-        for begin in range(0, len(keys), _ASKED_TOGETHER):
-            some = keys[begin : begin + _ASKED_TOGETHER]
-            marks = ", ".join("?" * len(some))
-            with full_table_told():  # a page that is read may put a changed one out of the cache
-                found.update(self._table.execute(f"SELECT key, row FROM seen WHERE key IN ({marks})", some))
-        return KnownIds(dict(zip(identities, keys)), found, self._write)
-
-    def move_all(self, begins: Iterable[tuple[str, int]]) -> None:
-        """Remember that ids begin at rows from now on, known or not."""
-        self._write((key_of(identity), row) for identity, row in begins)
-
-    def _write(self, pairs: Iterable[tuple[bytes, int]]) -> None:
-        with full_table_told():
-            self._table.executemany("REPLACE INTO seen VALUES (?, ?)", pairs)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._table.close()
-
-
 class _Done(NamedTuple):
     """Where the corpus stands after an entry."""
 
     row: int
     chunk: int
-    item: Document | BadRow | None
-    """The row that is done with it, if one is."""
+    item: Document | BadRow
+    """The row that is done with it, or, where `chunk` is not 0, of which so many chunks are."""
 
 
 def _digest_bytes(item: Document | BadRow) -> bytes:
@@ -252,7 +178,7 @@ class WindowMaker:
         self._corpus, self._options, self._counter, self._seen = corpus, options, counter, seen
         self._start, self._row, self._number = position, first_row, number
         # Of the rows that are behind `_at`: rows are read ahead, and only what is in a window counts.
-        self._digest, self._at = hashlib.sha256(), (position.row, position.chunk)
+        self._digest, self._at = hashlib.sha256(), _Done(position.row, position.chunk, BadRow("", ""))
 
     def __iter__(self) -> Iterator[Window]:
         window = Window(self._number, self._row, position=self._start)
@@ -272,7 +198,7 @@ class WindowMaker:
             window.passes.extend(one.moved(len(window.entries)) for one in passes)
             window.cut += limit is not None and size_in_tokens > limit
             if replaced is not None:
-                window.dead.append(replaced)
+                window.replaced.append((replaced, window.first_row + len(window.entries)))
             window.entries.append(entry)
             window.lengths.append(length)
             self._pass(done)
@@ -293,13 +219,19 @@ class WindowMaker:
 
     def _pass(self, done: _Done) -> None:
         """Go on to where the corpus stands after an entry."""
-        self._at = (done.row, done.chunk)
-        if done.item is not None:
+        self._at = done
+        if not done.chunk:
             self._digest.update(_digest_bytes(done.item))
 
     def _position(self) -> Position:
-        row, chunk = self._at
-        return Position(row, chunk, self._digest.hexdigest() if row else "")
+        row, chunk, item = self._at
+        return Position(row, chunk, self._digest_with(item if chunk else None) if row or chunk else "")
+
+    def _digest_with(self, begun: Document | BadRow | None) -> str:
+        """Of the rows that are behind, and of one that is begun."""
+        digest = self._digest.copy()
+        digest.update(_digest_bytes(begun) if begun is not None else b"")
+        return digest.hexdigest()
 
     def _measured(self) -> Iterator[Any]:
         """Items of `_rows` with the token count of each entry; tokenises many rows at once."""
@@ -343,7 +275,7 @@ class WindowMaker:
                     self._digest.update(_digest_bytes(item))
                     continue
                 if number == start:
-                    self._compare(number)
+                    self._compare(number, item if self._start.chunk else None)
                 block.append((number, item))
                 characters += len(item.text) if type(item) is Document else 0
                 if len(block) >= TOKENISE_ROWS or characters >= TOKENISE_CHARACTERS:
@@ -353,7 +285,7 @@ class WindowMaker:
             yield block
             raise
         if number < start:
-            self._compare(number + 1)
+            self._compare(number + 1, None)
         yield block
 
     def _rows(self) -> Iterator[Any]:
@@ -404,17 +336,20 @@ class WindowMaker:
                     passes = passes_of(item.text, spans, item.title if options.with_title else None, self._counter)
                 for chunk in range(skip, len(spans)):
                     entry = self._entry(item, chunk, *spans[chunk])
-                    done = after if chunk == len(spans) - 1 else _Done(number, chunk + 1, None)
+                    done = after if chunk == len(spans) - 1 else _Done(number, chunk + 1, item)
                     yield entry, entry.model_input(options.with_title), replaced, done, passes
                     replaced, passes = None, ()
                     self._row += 1
             known.write()
 
-    def _compare(self, number: int) -> None:
-        if (self._digest.hexdigest() if number else "") != self._start.digest or number != self._start.row:
+    def _compare(self, number: int, begun: Document | BadRow | None) -> None:
+        # Builds that an earlier version began have no digest of a row that is begun.
+        fitting = {self._digest_with(row) for row in (None, begun)} if number else {"", self._digest_with(begun)}
+        start = self._start
+        if number != start.row or start.digest not in fitting or (begun is None and start.chunk):
             raise CorpusChangedError(
                 f"the corpus is not the one this build began with: among its first {self._start.row:,} rows something "
-                "changed; give the same corpus, or begin again with overwrite=True (an addition: discard_unfinished())"
+                f"changed; give the same corpus, or begin again with overwrite=True (an addition: {DISCARD})"
             )
 
     def _room(self, document: Document) -> int | None:
@@ -529,8 +464,10 @@ class Part:
     position: Position
     fraction: float | None
     duplicates: int
+    replaced: list[tuple[int, int]] = field(default_factory=list)
+    """As of the window."""
     dead: list[int] = field(default_factory=list)
-    """First rows of replaced documents, and -1 - row for a row without a vector."""
+    """Rows without a vector."""
     bad: list[str] = field(default_factory=list)
     """Reports of rows that were left out."""
     cut: int = 0
@@ -578,7 +515,14 @@ class PartMaker:
         record = PartRecord(f"part-{window.number:08d}{self.suffix}", len(window.entries), {})
         tokens = sum(lengths)
         part = Part(
-            window.number, record, tokens, window.position, window.fraction, window.duplicates, window.dead, window.bad
+            window.number,
+            record,
+            tokens,
+            window.position,
+            window.fraction,
+            window.duplicates,
+            window.replaced,
+            bad=window.bad,
         )
         part.cut = window.cut
         for position in np.flatnonzero(np.isnan(vectors).any(axis=1)).tolist():
@@ -587,7 +531,7 @@ class PartMaker:
                 part.error = f"{reason} (leave such rows out with on_bad_row='skip')"
                 return part
             vectors[position] = 0.0
-            part.dead.append(-1 - window.first_row - position)
+            part.dead.append(window.first_row + position)
             part.bad.append(reason)
         if window.entries:
             record.files = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -177,6 +178,15 @@ class RerankDocument(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     text: Text
+
+    @model_validator(mode="after")
+    def _comes_back(self) -> RerankDocument:
+        """Refuse what JSON cannot give back."""
+        try:
+            json.dumps(self.model_extra, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a field holds half a character, a lone surrogate") from error
+        return self
 
 
 class RerankRequest(Request):
