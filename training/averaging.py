@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training.command import RECIPE_FILE, one_line_errors
-from ubmoe_st.checkpoint import save_tensors
+from ubmoe_st.checkpoint import is_of_others, save_tensors
 from ubmoe_st.experts import LowRank, load_low_rank, save_low_rank
 from ubmoe_st.files import replacing_folder
 from ubmoe_st.upcycling import DELTA_NAME, HEAD_NAME, PROJECTION_NAME
@@ -68,7 +68,7 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
     projection = None
     if projections[0].is_file():
         projection = mean_projection(load_file(projections[0]), load_file(projections[1]), share)
-    with replacing_folder(out) as temporary:
+    with replacing_folder(out, keep=is_of_others) as temporary:
         # Not the head, which was fitted to the first alone.
         shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(HEAD_NAME))
         save_low_rank(mean, temporary / DELTA_NAME, metadata)

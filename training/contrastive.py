@@ -53,7 +53,9 @@ from training.recipe import ContrastiveRecipe, EmbedderTeacher
 from training.resume import (
     TRAINED_FILE,
     SaveByTime,
+    SaveWhenEvaluated,
     TrainedOnly,
+    check_finite,
     checkpoint_to_resume,
     keep_steps,
     load_trained,
@@ -320,6 +322,8 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
     if recipe.save_minutes is not None:
         trainer.add_callback(SaveByTime(recipe.save_minutes))
+    if args.load_best_model_at_end:
+        trainer.add_callback(SaveWhenEvaluated())
     if last is not None:
         logger.info("going on from %s", last)
     trainer.train(resume_from_checkpoint=last)
@@ -350,6 +354,7 @@ def _read(
 def _finish(recipe: ContrastiveRecipe, run: Run, base: Base, corpus: Corpus | None, *, export: bool) -> None:
     """What a finished training leaves behind: its parameters and summary, and the experts and checkpoint of FFNs."""
     out = Path(recipe.out)
+    check_finite(run.model)
     if recipe.components and corpus is not None:
         args = run.trainer.args
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):

@@ -93,7 +93,8 @@ def neighbour_groups(vectors: Tensor, corpus: Corpus, settings: Groups) -> list[
                 part = cluster_members[start : start + most]
                 rows = [row for position in part for row in corpus.bundles[bundles[position]]]
                 if bundles is passages:
-                    rows += [first[joining[joined[position]]] for position in part if position in joined]
+                    own = [corpus.bundles[joining[joined[position]]] for position in part if position in joined]
+                    rows += [row for bundle in own for row in bundle]
                 groups.append(rows)
     return groups
 

@@ -92,7 +92,8 @@ class TextSource:
     that are near none are left out."""
 
     skip: dict[str, list[str]] = field(default_factory=dict)
-    """Rows to pass over: by column, its values. For what is held out, e.g. `{category: [closed_qa]}`."""
+    """Rows to pass over: by column, its values as text; numbers and truth values as JSON writes them. For what is held
+    out, e.g. `{category: [closed_qa]}`."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "count", "lengths")

@@ -33,6 +33,12 @@ _OTHER_BATCHES = {
 # --- teachers ---------------------------------------------------------------------------------------------------
 
 
+def _refuse_output_dir(trainer: dict[str, Any]) -> None:
+    """Checkpoints lie where a run that goes on, and the check of its recipe, look for them."""
+    if "output_dir" in trainer:
+        raise ValueError(f"checkpoints go to `out`, got trainer.output_dir={trainer['output_dir']!r}; leave it out")
+
+
 @dataclass
 class PromptedTeacher:
     """How the base is asked, and how its answer becomes a target.
@@ -303,6 +309,7 @@ class ContrastiveRecipe:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        _refuse_output_dir(self.trainer)
         if self.train not in get_args(Trained):
             raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}")
         if self.loss not in get_args(LossName):
@@ -524,6 +531,7 @@ class RouterRecipe:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "held_out")
+        _refuse_output_dir(self.trainer)
         shares(self, "balance_target")
         at_least(self, 1, "count", "max_tokens")
         if self.kind not in ROUTER_KINDS:

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,13 +161,16 @@ def save_trained(model: nn.Module, folder: Path) -> None:
         save_file(trained_parameters(model), temporary)
 
 
-def load_trained(model: nn.Module, folder: Path, optional: str | None = None) -> set[str]:
+def load_trained(
+    model: nn.Module, folder: Path, optional: str | None = None, renamed: Mapping[str, str] | None = None
+) -> set[str]:
     """Put back what `trained_parameters` gave.
 
     Args:
         model: What trains.
         folder: With `trained.safetensors`.
         optional: Pattern of the names of parameters that only one of both may have. None: they have the same.
+        renamed: Other beginnings of the stored names, by those that they have.
 
     Returns:
         The names of the parameters that were put back.
@@ -179,6 +182,10 @@ def load_trained(model: nn.Module, folder: Path, optional: str | None = None) ->
     if not (folder / TRAINED_FILE).is_file():
         raise FileNotFoundError(f"expected {TRAINED_FILE} of a finished training in {folder}; run that recipe first")
     stored = load_file(folder / TRAINED_FILE)
+    moved: dict[str, torch.Tensor] = {}
+    for old, new in (renamed or {}).items():
+        moved |= {new + name.removeprefix(old): stored.pop(name) for name in list(stored) if name.startswith(old)}
+    stored |= moved
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     odd = sorted(name for name in set(own) ^ set(stored) if optional is None or not re.match(optional, name))
     if odd:
@@ -194,6 +201,28 @@ def load_trained(model: nn.Module, folder: Path, optional: str | None = None) ->
         for name in common:
             own[name].copy_(stored[name])
     return common
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse trained parameters that are no numbers.
+
+    Raises:
+        ValueError: If one is NaN or infinite.
+    """
+    for name, tensor in trained_parameters(model).items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"the training has diverged: {name} is NaN or infinite, so nothing is released; lower "
+                "trainer.learning_rate, or set trainer.max_grad_norm"
+            )
+
+
+class SaveWhenEvaluated(TrainerCallback):
+    """Asks for a checkpoint at each evaluation: the best parameters can only be those of a step that was saved."""
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for one."""
+        control.should_save = True
 
 
 class SaveByTime(TrainerCallback):

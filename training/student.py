@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from training.command import RECIPE_FILE
 from training.recipe import ContrastiveRecipe, PromptedTeacher, Trained
 from training.resume import TRAINED_FILE, load_trained
 from ubmoe_st import UBMoETransformer
@@ -200,14 +202,52 @@ def start_from(model: SentenceTransformer, folder: Path) -> list[Dense]:
     """
     layers = {f"{n}.linear.": module for n, module in enumerate(model) if isinstance(module, Dense)}
     if (folder / TRAINED_FILE).is_file() or not (folder / DELTA_NAME).is_file():
-        loaded = load_trained(model, folder, optional=r"\d+\.linear\.")
+        before = _recipe_of_run(folder)
+        loaded = load_trained(model, folder, optional=r"\d+\.linear\.", renamed=_by_role(layers, before))
+        if before.get("rank") is not None:
+            _keep_products(encoder_of(model), before)
         return [module for prefix, module in layers.items() if not any(name.startswith(prefix) for name in loaded)]
     _load_experts(encoder_of(model), folder / DELTA_NAME)
     kept = next((module for module in layers.values() if module.module_output_name != HEAD), None)
-    if kept is None or not (folder / PROJECTION_NAME).is_file():
+    if not (folder / PROJECTION_NAME).is_file():
         return list(layers.values())
+    if kept is None:
+        raise ValueError(f"{folder} has a {PROJECTION_NAME}, and the recipe no layer for it; set project: true")
     _load_projection(kept, folder / PROJECTION_NAME)
     return [module for module in layers.values() if module is not kept]
+
+
+def _recipe_of_run(folder: Path) -> dict[str, Any]:
+    """The recipe of a finished run, or of the run that a checkpoint is of. Empty where there is none."""
+    for file in (folder / RECIPE_FILE, folder.parent.parent / RECIPE_FILE):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return {}
+
+
+def _by_role(layers: Mapping[str, Dense], before: Mapping[str, Any]) -> dict[str, str]:
+    """Beginnings of the names of a run's linear layers, as the layers of the same role are named now.
+
+    What has no layer of its role now has a name that no parameter has.
+    """
+    if "head" not in before:
+        return {}
+    roles = (["head"] if before["head"] is not None else []) + (["project"] if before.get("project") else [])
+    now = {"head" if m.module_output_name == HEAD else "either": prefix for prefix, m in layers.items()}
+    single = "head" if before["head"] == "output" else "project"  # of a layer that is part of the model
+    now = {single if role == "either" else role: prefix for role, prefix in now.items()}
+    return {f"{n}.linear.": now.get(role, f"{1000 + n}.linear.") for n, role in enumerate(roles, 2)}
+
+
+def _keep_products(module: UBMoETransformer, before: Mapping[str, Any]) -> None:
+    """Scale adapters that were trained with another `alpha`, so that what they add stays what it was."""
+    from peft.tuners.lora import LoraLayer
+
+    alpha = before["rank"] if before.get("alpha") is None else before["alpha"]
+    layers: list[Any] = [layer for layer in module.model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        for name, lora in layer.lora_B.items():
+            lora.weight.data *= alpha / before["rank"] ** 0.5 / layer.scaling[name]
 
 
 def _load_projection(layer: Dense, file: Path) -> None:
@@ -242,7 +282,10 @@ def _load_experts(module: UBMoETransformer, file: Path) -> None:
     """
     from peft.tuners.lora import LoraLayer
 
-    low_rank, _ = load_low_rank(file)
+    low_rank, metadata = load_low_rank(file)
+    trained_on: Any = metadata.get("base_sha256")
+    if module.base is not None and trained_on and set(trained_on.values()) != set(module.base.sha256.values()):
+        logger.warning("%s was trained on other weights than %s: it may not fit them", file, module.base.name)
     adapted: dict[str, Any] = {n: layer for n, layer in module.model.named_modules() if isinstance(layer, LoraLayer)}
     if set(adapted) != set(low_rank):
         odd = sorted(set(adapted) ^ set(low_rank))[:1] or ["nothing"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +16,8 @@ from training.data import data_folder, read_jsonl, read_lines, read_sentences
 from training.mixtures import Texts, TextSource
 from training.recipe import ContrastiveRecipe
 from training.variants import content_words, contrasts, corrupt, has_contrast, roughen
+
+logger = logging.getLogger(__name__)
 
 HUB = "hf:"
 
@@ -119,7 +123,7 @@ def _unseen(rows: Iterator[Mapping[str, Any]], column: str, seen: set[str]) -> I
 
 def _rows(source: TextSource, folder: Path | None) -> Iterator[Mapping[str, Any]]:
     """Rows of a source without those to skip; a line of a text file is a row with one column."""
-    checked = False
+    checked, skipped = False, 0
     for row in _all_rows(source, folder):
         if not checked:
             wanted = [source.column, source.title, source.query, *source.skip]
@@ -127,8 +131,17 @@ def _rows(source: TextSource, folder: Path | None) -> Iterator[Mapping[str, Any]
             if absent is not None:
                 raise ValueError(f"{source.file}: expected a column {absent!r}, got {', '.join(map(str, row))}")
             checked = True
-        if not any(row.get(column) in values for column, values in source.skip.items()):
+        if any(_as_text(row.get(column)) in values for column, values in source.skip.items()):
+            skipped += 1
+        else:
             yield row
+    if source.skip and not skipped:
+        logger.warning("%s: no row has a value of `skip` (%s); all of them can be drawn", source.file, source.skip)
+
+
+def _as_text(value: Any) -> str:
+    """A value as `skip` says it: a text, or as JSON writes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _all_rows(source: TextSource, folder: Path | None) -> Iterable[Mapping[str, Any]]:

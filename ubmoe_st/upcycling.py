@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Module
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from sentence_transformers.util import import_from_string
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,8 @@ from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, d
 
 DELTA_NAME = Path(checkpoint.DELTA_FILE).name
 """The low-rank experts in a folder of their own."""
+_NO_LIMIT = 10**9
+"""Tokenizers without a limit say a number beyond it."""
 PROJECTION_NAME = "projection.safetensors"
 """A linear layer behind the pooling, beside them."""
 ROUTERS_FILE = "routers.safetensors"
@@ -105,8 +108,9 @@ def upcycle(
     length = recipe.get("max_seq_length") if max_seq_length is None else max_seq_length
     if length is not None:
         module.max_seq_length = int(length)
-    if routers is None and bi_experts is not None and (beside / ROUTERS_FILE).is_file():
-        routers = beside / ROUTERS_FILE
+    if routers is None and bi_experts is not None:
+        file = beside / (checkpoint.ROUTER_FILE if checkpoint.is_checkpoint(beside) else ROUTERS_FILE)
+        routers = file if file.is_file() else None
     if routers is not None:
         state, kind = load_routers(Path(routers))
         module.set_routers(state, router_kind or kind)
@@ -154,6 +158,9 @@ def export_experts(
     sha256 = model.base.sha256 if model.base else {}
     with replacing_folder(out, keep=checkpoint.is_of_others) as temporary:
         halves = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in low_rank.items()}
+        broken = next((name for name, pair in halves.items() if not all(bool(t.isfinite().all()) for t in pair)), None)
+        if broken is not None:
+            raise ValueError(f"the experts of {broken} are NaN or infinite in {dtype}; train with a lower rate")
         delta = temporary / DELTA_NAME
         save_low_rank(halves, delta, {"base_sha256": sha256})
         if model.classification is not None and not model.has_adapter:
@@ -183,9 +190,9 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
     if is_adapter(path):
         found = read_adapter(module, base, path, allow_mismatch=allow_mismatch)
         module.set_dense_experts(found.ffn, found.low_rank)
-        if found.trained_on is None:
-            return {}
-        return {**_recipe_of(found.trained_on), "classification": None}  # fitted to the experts of before
+        before = {} if found.trained_on is None else _recipe_of(found.trained_on)
+        # A head was fitted to the experts of before.
+        return {**before, **_saved_around(path), "classification": None}
     file = path if path.is_file() else path / DELTA_NAME
     whole = checkpoint.is_checkpoint(path)
     if whole and checkpoint.check_checkpoint(path).expert_rank is not None:
@@ -225,6 +232,31 @@ def _head_beside(delta: Path) -> ClassificationHead | None:
             "training.classification`, or take the file away"
         )
     return head
+
+
+def _saved_around(adapter: Path) -> dict[str, Any]:
+    """What `UBMoE.save` wrote around an adapter: modules behind the encoder, prompts, length, dimensions.
+
+    Nothing for an adapter that was saved alone.
+    """
+    if not (adapter / "modules.json").is_file():
+        return {}
+    entries = json.loads((adapter / "modules.json").read_text(encoding="utf-8"))
+    settings = json.loads((adapter / "config_sentence_transformers.json").read_text(encoding="utf-8"))
+    tokenizer = json.loads((adapter / entries[0]["path"] / "tokenizer_config.json").read_text(encoding="utf-8"))
+    foreign = next((e["type"] for e in entries[1:] if not e["type"].startswith("sentence_transformers.")), None)
+    if foreign is not None:
+        raise ValueError(
+            f"{adapter} has a module {foreign}, which is none of sentence-transformers; give modules=[...]"
+        )
+    names = ("prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name")
+    length = tokenizer.get("model_max_length")  # where `max_seq_length` of a model is kept
+    kinds: list[Any] = [import_from_string(entry["type"]) for entry in entries[1:]]
+    return {
+        "modules": [kind.load(str(adapter), subfolder=e["path"]) for kind, e in zip(kinds, entries[1:])],
+        "max_seq_length": length if length is not None and length < _NO_LIMIT else None,
+        **{name: settings.get(name) for name in names},
+    }
 
 
 def _recipe_of(path: Path) -> dict[str, Any]:

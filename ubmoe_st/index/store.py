@@ -324,8 +324,8 @@ class Snapshot:
         if (bm25 := self.manifest.bm25) is not None:
             for name, record in bm25.files.items():
                 check_size(folder / bm25.folder / name, record)
-                self.bm25_files[name] = map_file(file := folder / bm25.folder / name)
-                self._bm25_inodes[file] = file.stat().st_ino
+                self.bm25_files[name] = map_file(place := folder / bm25.folder / name)
+                self._bm25_inodes[place] = place.stat().st_ino
         self._alive: np.ndarray | None = None
 
     @cached_property
