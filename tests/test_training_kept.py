@@ -18,6 +18,7 @@ from training.averaging import average
 from training.contrastive import train
 from training.groups import neighbour_groups
 from training.mixtures import Groups, Texts, TextSource
+from training.resume import trained_parameters
 from training.student import HEAD, _by_role, build_model, start_from
 from training.texts import Corpus, draw
 from ubmoe_st import UBMoE, UBMoETransformer, upcycle
@@ -167,3 +168,52 @@ def test_routers_of_a_checkpoint_come_with_its_experts(base, checkpoint, tmp_pat
     wanted, found = (load_file(tmp_path / name / router) for name in ("routed", "out"))
     assert wanted
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
+
+
+def test_a_rate_that_was_lowered_counts_when_the_run_goes_on(make, tmp_path):
+    steps = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    first = train(make(trainer={**steps, "max_steps": 4, "learning_rate": 1e-2}), export=False)
+    then = train(make(trainer={**steps, "max_steps": 8, "learning_rate": 1e-4, "weight_decay": 0.1}), export=False)
+    rates = {entry["step"]: entry["learning_rate"] for entry in then.trainer.state.log_history if "loss" in entry}
+    assert {rates[step] for step in (1, 2, 3, 4)} == {1e-2}
+    assert {rates[step] for step in (5, 6, 7, 8)} == {1e-4}
+    assert {group["weight_decay"] for group in then.trainer.optimizer.param_groups} >= {0.1}
+    pairs = zip(trained_parameters(first.model).values(), trained_parameters(then.model).values())
+    assert 0 < max(float((a - b).abs().max()) for a, b in pairs) < 1e-3
+
+
+def test_vectors_of_an_embedder_whose_pooling_changed_are_not_taken_for_its_own(checkpoint, tmp_path):
+    import shutil
+
+    from training.recipe import EmbedderTeacher
+    from training.teacher import teacher_vectors
+
+    shutil.copytree(checkpoint, tmp_path / "model")
+    teacher = EmbedderTeacher(str(tmp_path / "model"), folder=str(tmp_path / "vectors"))
+    expected = teacher_vectors("x", teacher, TEXTS)
+    assert np.array_equal(teacher_vectors("x", teacher, TEXTS, compute=False), expected)
+    stored = tmp_path / "vectors" / "teacher.json"
+    known = json.loads(stored.read_text())
+    config = tmp_path / "model" / "1_Pooling" / "config.json"
+    config.write_text(config.read_text().replace('"mean"', '"lasttoken"'))
+    with pytest.raises(ValueError, match="another settings_sha256"):
+        teacher_vectors("x", teacher, TEXTS)
+    known.pop("settings_sha256")  # of a folder from before this was written down
+    stored.write_text(json.dumps(known))
+    assert np.array_equal(teacher_vectors("x", teacher, TEXTS), expected)
+
+
+def test_experts_of_a_checkpoint_are_exported_as_they_are(base, tmp_path):
+    from helpers.models import make_checkpoint
+
+    from ubmoe_st.experts import load_low_rank
+    from ubmoe_st.upcycling import export_experts
+
+    folder = make_checkpoint(base, tmp_path / "low", low_rank=True)
+    out = export_experts(UBMoE(str(folder), device="cpu")[0], tmp_path / "out", dtype=torch.float32)
+    wanted = load_low_rank(folder / "generator" / DELTA_NAME)[0]
+    found = load_low_rank(out / DELTA_NAME)[0]
+    assert set(found) == set(wanted)
+    for name, (a, b) in wanted.items():
+        assert torch.equal(found[name][0], a.float())
+        assert torch.equal(found[name][1], b.float())

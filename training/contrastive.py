@@ -191,6 +191,7 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         "remove_unused_columns": False,
         "save_total_limit": 2,
         "ddp_find_unused_parameters": False,
+        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
     }
     values |= recipe.trainer
     if recipe.batch_tokens is not None:

@@ -284,7 +284,8 @@ class ContrastiveRecipe:
     """Batches of texts of similar length, unless `trainer` names a `batch_sampler`. Not with `shuffle_buffer`."""
 
     batch_tokens: int | None = None
-    """Tokens of a batch in each process, padding included, instead of the trainer's `per_device_train_batch_size`."""
+    """Tokens of a batch in each process, padding included, of one view and without `prompt`; instead of the trainer's
+    `per_device_train_batch_size`."""
 
     evaluate: dict[str, int | None] = field(default_factory=lambda: {"STSB-dev": None})
     """Development sets, and how many of their pairs (None: all). With trainer.eval_strategy; the first one then chooses

@@ -109,6 +109,8 @@ class TrainedOnly:
     args: Any
     state: Any
     train_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
     begun: int | None = None
     """Processes that began the run, see `keep_steps`. None: those of now."""
 
@@ -142,6 +144,20 @@ class TrainedOnly:
                 "processes; lower trainer.per_device_train_batch_size"
             )
         return loader
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The stock one; rates and weight decay are those of the recipe as it is now, at the place of the schedule."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        now = [(group["initial_lr"], group["weight_decay"]) for group in groups if "initial_lr" in group]
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or len(now) != len(groups):
+            return
+        for group, (rate, decay) in zip(self.optimizer.param_groups, now):
+            group["lr"] *= rate / group["initial_lr"] if group["initial_lr"] else 1.0
+            group["initial_lr"], group["weight_decay"] = rate, decay
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        scheduler.base_lrs = [rate for rate, _ in now]
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))

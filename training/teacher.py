@@ -8,6 +8,7 @@ side. `targets` makes of them what a loss compares with.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from training.prompted import PromptedReader, special_start
 from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
 from training.texts import Corpus, read_corpus
 from ubmoe_st.bases import Base, resolve_base
-from ubmoe_st.files import write_json
+from ubmoe_st.files import sha256_of, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ VECTORS = "vectors.f16"
 DONE = "done.u8"
 CHUNK = 1024
 _FIT_ROWS = 6000
+_READ_BESIDE = (".json", ".txt", ".model", ".bin")
+"""What else of an embedder's folder decides its vectors: modules, pooling, tokenizer, weights of another form."""
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -330,6 +333,10 @@ def _asked(
         weights = [Base(path, teacher.model, "folder", (file,)) for file in sorted(path.rglob("*.safetensors"))]
         # None of a Hub id: its name stands for it.
         asked["model_sha256"] = [digest for weight in weights for digest in weight.sha256.values()]
+        settings = hashlib.sha256()
+        for file in sorted(file for file in path.rglob("*") if file.suffix in _READ_BESIDE):
+            settings.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
+        asked["settings_sha256"] = settings.hexdigest()
         if set(teacher.prompts) - {"default"}:
             asked["kinds_sha256"] = texts_sha256(kinds)
         return {**asked, "sentences_sha256": texts_sha256(texts)}
@@ -354,6 +361,8 @@ def _stored(folder: Path, asked: dict[str, Any], key: str) -> tuple[int, ...] | 
         return None
     old = json.loads(file.read_text(encoding="utf-8"))
     shape = tuple(old.pop("shape"))
+    if "settings_sha256" not in old:  # of a folder from before this key
+        asked = {name: value for name, value in asked.items() if name != "settings_sha256"}
     other = next((name for name in (*asked, *old) if old.get(name) != asked.get(name)), None)
     if other is not None:
         raise ValueError(

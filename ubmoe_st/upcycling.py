@@ -152,7 +152,7 @@ def export_experts(
             word on how they were made.
         dtype: Of the stored experts.
     """
-    low_rank = adapter_experts(model) if model.has_adapter else model.low_rank
+    low_rank = adapter_experts(model) if model.has_adapter else model.low_rank or model.source.low_rank()
     if not low_rank:
         raise ValueError("the module has neither a PEFT adapter nor low-rank experts")
     sha256 = model.base.sha256 if model.base else {}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -227,8 +228,11 @@ def test_an_index_can_be_searched_with_it(native, files, tmp_path):
 
     rows = [{"id": str(number), "text": text} for number, text in enumerate(TEXTS)]
     EmbeddingIndex.build(UBMoE(str(files[0]), device="cpu"), rows, tmp_path / "index")
-    index = EmbeddingIndex.open(tmp_path / "index", model=native)
-    assert index.search_entries(TEXTS[2], 1)[0][0].id == "2"
+    with pytest.raises(ValueError, match="the model reads 64 tokens, the index was built with 128"):
+        EmbeddingIndex.open(tmp_path / "index", model=native)
+    with closing(NativeUBMoE.from_checkpoint(files[0], gguf=files[1], threads=1)) as whole:
+        index = EmbeddingIndex.open(tmp_path / "index", model=whole)
+        assert index.search_entries(TEXTS[2], 1)[0][0].id == "2"
 
 
 def test_no_torch_is_loaded(files, tmp_path):
@@ -291,3 +295,27 @@ def test_what_llama_cpp_cannot_do_is_refused(files, tmp_path):
     (prompted / "config_sentence_transformers.json").write_text('{"prompts": {"query": "find: "}}')
     with pytest.raises(ValueError, match="engine torch"):
         NativeUBMoE.from_checkpoint(prompted, gguf=base)
+
+
+def test_an_index_counts_by_its_tokens(files, tmp_path):
+    from ubmoe_st import EmbeddingIndex
+
+    with closing(NativeUBMoE.from_checkpoint(files[0], gguf=files[1], threads=1, longest_text=64)) as short:
+        assert short.max_seq_length == 64
+        rows = [{"id": "a", "text": "cat " * 100 + "dog " * 50}, {"id": "b", "text": "a cat"}]
+        cut = EmbeddingIndex.build(short, rows, tmp_path / "cut")
+        assert cut.info["sources"][0]["entries_cut"] == 1
+        chunks = EmbeddingIndex.build(short, rows, tmp_path / "chunks", chunk_tokens=40)
+        assert len(chunks.texts("a")) > 2
+        assert max(map(len, short.tokenizer(chunks.texts("a"))["input_ids"])) <= 64
+        with pytest.raises(ValueError, match="chunk_tokens=200 does not fit: the model reads 64 tokens"):
+            EmbeddingIndex.build(short, rows, tmp_path / "no", chunk_tokens=200)
+        with pytest.warns(UserWarning, match="1 of 1 queries are longer than the 64 tokens"):
+            cut.search("cat " * 100, 1)
+    with closing(NativeUBMoE.from_checkpoint(files[0], gguf=files[1], threads=1, longest_text=128)) as whole:
+        index = EmbeddingIndex.build(whole, rows[1:], tmp_path / "long")
+    with (
+        closing(NativeUBMoE.from_checkpoint(files[0], gguf=files[1], threads=1, longest_text=64)) as short,
+        pytest.raises(ValueError, match="the model reads 64 tokens, the index was built with 128"),
+    ):
+        index.use_model(short)

@@ -297,9 +297,9 @@ class EmbeddingIndex:
         """
         stored = self._snapshot.manifest.model
         embedder = Embedder(model, truncate_dim=stored.truncate_dim)
-        limit = stored.max_tokens
-        if limit is not None and embedder.max_tokens is not None and embedder.max_tokens < limit:
-            raise ValueError(f"the model reads {embedder.max_tokens} tokens, the index was built with {limit}")
+        limit, mine = stored.max_tokens, embedder.max_tokens
+        if limit is not None and mine is not None and mine < limit:
+            raise ValueError(f"the model reads {mine} tokens, the index was built with {limit}: set its max_seq_length")
         check_probes(embedder.probes(), self._snapshot.probes)
         self._embedder = embedder
 

@@ -278,6 +278,24 @@ class NativeUBMoE:
             found.append(Tokens(ids[: self.longest_text], cut=len(ids) > self.longest_text))
         return found
 
+    @property
+    def max_seq_length(self) -> int:
+        """`longest_text`, under the name by which indexes ask for it."""
+        return self.longest_text
+
+    def tokenizer(self, texts: Sequence[str], truncation: bool = False) -> dict[str, list[list[int]]]:
+        """Token ids of texts with special tokens, as a tokenizer of transformers gives them: indexes count by them.
+
+        Args:
+            texts: N texts.
+            truncation: Only what `encode` reads of each.
+
+        Returns:
+            `input_ids`, N lists.
+        """
+        read = self.longest_text if truncation else None
+        return {"input_ids": [self._token_ids(text)[:read] for text in texts]}
+
     def _end_token(self) -> int:
         # As in the torch encoder: a text without tokens is embedded as one end token.
         return int(self._library.lib.llama_vocab_eos(self._vocab))
