@@ -442,3 +442,14 @@ def test_a_folder_that_was_no_checkpoint_keeps_its_licence_and_readme(checkpoint
     UBMoE(str(tmp_path)).save(str(tmp_path), create_model_card=False)
     assert not (tmp_path / "README.md").exists()  # of a checkpoint, it would speak of an older one
     assert (tmp_path / "LICENSE").read_text() == "mine"  # by now given along with the model
+
+
+def test_what_a_plain_model_around_the_module_saves_is_opened(base, tmp_path):
+    modules = [UBMoETransformer.from_base(base), Pooling(32, "mean"), Normalize()]
+    plain = SentenceTransformer(modules=modules, device="cpu")
+    plain.save_pretrained(str(tmp_path / "plain"))
+    found = UBMoE(str(tmp_path / "plain"), device="cpu")
+    assert np.abs(found.encode(TEXTS) - plain.encode(TEXTS)).max() < 1e-6
+    found.save(str(tmp_path / "again"))
+    stock = SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    assert np.abs(stock.encode(TEXTS) - plain.encode(TEXTS)).max() < 1e-5

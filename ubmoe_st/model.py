@@ -42,6 +42,7 @@ REQUIREMENTS = {
 }
 _TRUNCATE_DIM = list(inspect.signature(SentenceTransformer.encode).parameters).index("truncate_dim") - 1
 """Place of `truncate_dim` in a call of `encode` without keywords."""
+_OWN_TRANSFORMER = f"{UBMoETransformer.__module__}.{UBMoETransformer.__qualname__}"
 _STOCK_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__qualname__}"
 
 
@@ -111,6 +112,8 @@ class UBMoE(SentenceTransformer):
         return cast("UBMoETransformer", self[0])
 
     def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> type:
+        if class_ref == _OWN_TRANSFORMER:  # as a plain SentenceTransformer around the module has saved it
+            return UBMoETransformer
         found = super()._load_module_class_from_ref(class_ref, *args, **kwargs)
         return UBMoETransformer if found is Transformer else found
 
