@@ -141,3 +141,35 @@ def test_a_recipe_without_a_prompted_teacher_is_refused(recipe, base):
     recipe.loss = "MultipleNegativesRankingLoss"
     with pytest.raises(ValueError, match="kind prompted-base"):
         choosing.choose(recipe, resolve_base(base))
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        "  prefix: a\n  suffix: b\n  layers: [0.5,\n    0.7]\n",
+        "  prefix: a\n    and more\n  suffix: b\n  layers: [1]\n",
+        '  prefix: "a\n    and more"\n  suffix: b\n  layers: [1]\n',
+        "  prefix: >2\n     a\n  suffix: b\n  layers: [1]\n",
+        "  prefix: |+\n    a\n  suffix: b\n  layers: [1]\n",
+    ],
+)
+def test_values_over_several_lines_are_not_half_replaced(teacher, tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text(f"teacher:\n{teacher}other: 1\n")
+    before = file.read_text()
+    assert yaml.safe_load(before)["other"] == 1
+    choice = choosing.Choice("x", make_teacher(tmp_path / "t"), (1,), {"STSB-dev": 1.0})
+    with pytest.raises(ValueError, match="nothing was written"):
+        choosing.write(choice, file)
+    assert file.read_text() == before
+
+
+def test_a_comment_behind_a_value_stays_and_a_number_sign_in_a_text_is_none(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text('teacher:\n  prefix: a # why\n  suffix: "b # c"\n  layers: [1]  # these\n')
+    choice = choosing.Choice("x", make_teacher(tmp_path / "t"), (1,), {"STSB-dev": 1.0})
+    choosing.write(choice, file)
+    lines = file.read_text().splitlines()
+    assert (lines[1].endswith(" # why"), lines[2].endswith('"'), lines[3].endswith("  # these")) == (True, True, True)
+    found = yaml.safe_load(file.read_text())["teacher"]
+    assert (found["prefix"], found["suffix"]) == (choice.teacher.prefix, choice.teacher.suffix)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 
 from training.averaging import average
-from training.contrastive import train
+from training.contrastive import train, training_arguments
 from training.groups import neighbour_groups
 from training.mixtures import Groups, Texts, TextSource
 from training.resume import trained_parameters
@@ -125,9 +125,13 @@ def test_corruptions_follow_their_sentence_to_the_passage_it_joins():
     assert neighbour_groups(vectors, corpus, Groups(passages=1)) == [[0, 1, 2, 3]]
 
 
-def test_checkpoints_lie_where_they_are_looked_for(make):
+def test_what_a_recipe_says_elsewhere_is_no_argument_of_its_trainer(make):
     with pytest.raises(ValueError, match="checkpoints go to `out`"):
         make(trainer={"output_dir": "elsewhere"})
+    with pytest.raises(ValueError, match="use `prompt` or `prompts`"):
+        make(trainer={"prompts": "query: "})
+    args = training_arguments(make(batch_tokens=60, trainer={"accelerator_config": {"split_batches": True}}))
+    assert (args.accelerator_config.split_batches, args.accelerator_config.even_batches) == (True, False)
 
 
 def test_dimensions_that_no_vector_has_are_refused(make):

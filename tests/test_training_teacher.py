@@ -303,7 +303,8 @@ def test_texts_longer_than_the_teacher_reads_are_counted(base, checkpoint, embed
     assert np.abs(found[4] - found[5]).max() < 2e-3
 
 
-def test_what_is_no_embedder_is_refused(base, embedder):
+def test_what_is_no_embedder_is_refused(base, embedder, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # pauses between attempts to reach a Hub
     for model in (str(base), "nobody/nothing"):
         embedder.model = model
         with pytest.raises(ValueError, match="expected a sentence-transformers model"):

@@ -11,9 +11,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,13 +190,43 @@ def write(choice: Choice, file: Path) -> None:
     Raises:
         ValueError: If the file does not have each key once, on a line of its own; nothing is written.
     """
-    text = file.read_text(encoding="utf-8")
+    import yaml
+
+    before = text = file.read_text(encoding="utf-8")
+    refused = ValueError(
+        f"{file}: expected {', '.join(keys(choice))} once, each on a line of its own; nothing was written, put in the "
+        "printed lines"
+    )
     for key, line in keys(choice).items():
         found = list(re.finditer(rf"^( *){key}:[ \t]*\S.*$", text, re.MULTILINE))
-        if len(found) != 1 or found[0].group().rstrip().endswith(("|", ">", "|-", ">-", "\\")):
-            raise ValueError(
-                f"{file}: expected `{key}:` once, on a line of its own; nothing was written, put in the printed lines"
-            )
+        if len(found) != 1:
+            raise refused
+        comment = re.search(r"[ \t]+#.*$", found[0].group())
+        # A number sign in a text begins no comment: then the line says something else without it.
+        if comment and _read(found[0].group().strip()) == _read(found[0].group()[: comment.start()].strip()):
+            line += comment.group()
         text = text[: found[0].start()] + found[0][1] + line + text[found[0].end() :]
+    try:
+        same = _others(yaml.safe_load(before), keys(choice)) == _others(yaml.safe_load(text), keys(choice))
+    except yaml.YAMLError:
+        same = False
+    if not same:  # a value went on over further lines
+        raise refused
     with replacing(file, unique=True) as out:
         out.write(text.encode())
+
+
+def _read(line: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(line)
+    except yaml.YAMLError:
+        return line
+
+
+def _others(values: Any, left_out: Container[str]) -> Any:
+    """Values of a recipe without those of some keys, however deep."""
+    if isinstance(values, dict):
+        return {key: _others(value, left_out) for key, value in values.items() if key not in left_out}
+    return [_others(value, left_out) for value in values] if isinstance(values, list) else values

@@ -196,10 +196,10 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
     values |= recipe.trainer
     if recipe.batch_tokens is not None:
         # Batches differ in size, and the sampler sees to it that all processes get as many.
-        values["accelerator_config"] = {"even_batches": False}
+        values["accelerator_config"] = {**(values.get("accelerator_config") or {}), "even_batches": False}
     elif recipe.shuffle_buffer is not None:
         # Each process reads all rows and keeps its own: the same batches on any number of processes that fits.
-        values["accelerator_config"] = {"dispatch_batches": False}
+        values["accelerator_config"] = {**(values.get("accelerator_config") or {}), "dispatch_batches": False}
     elif recipe.length_buckets:
         values.setdefault("batch_sampler", LengthBuckets)
     if recipe.prompt:

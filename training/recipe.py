@@ -33,10 +33,16 @@ _OTHER_BATCHES = {
 # --- teachers ---------------------------------------------------------------------------------------------------
 
 
-def _refuse_output_dir(trainer: dict[str, Any]) -> None:
-    """Checkpoints lie where a run that goes on, and the check of its recipe, look for them."""
-    if "output_dir" in trainer:
-        raise ValueError(f"checkpoints go to `out`, got trainer.output_dir={trainer['output_dir']!r}; leave it out")
+_ELSEWHERE = {
+    "output_dir": "checkpoints go to `out`, where a run that goes on looks for them",
+    "prompts": "the released model would not know them; use `prompt` or `prompts` of the recipe",
+}
+"""Arguments of a trainer that a recipe says in another place."""
+
+
+def _refuse_elsewhere(trainer: dict[str, Any]) -> None:
+    for key in _ELSEWHERE.keys() & trainer.keys():
+        raise ValueError(f"trainer.{key}={trainer[key]!r}: {_ELSEWHERE[key]}")
 
 
 @dataclass
@@ -310,7 +316,7 @@ class ContrastiveRecipe:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        _refuse_output_dir(self.trainer)
+        _refuse_elsewhere(self.trainer)
         if self.train not in get_args(Trained):
             raise ValueError(f"train must be one of {', '.join(get_args(Trained))}, got {self.train!r}")
         if self.loss not in get_args(LossName):
@@ -532,7 +538,7 @@ class RouterRecipe:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "held_out")
-        _refuse_output_dir(self.trainer)
+        _refuse_elsewhere(self.trainer)
         shares(self, "balance_target")
         at_least(self, 1, "count", "max_tokens")
         if self.kind not in ROUTER_KINDS:
