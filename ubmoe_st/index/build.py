@@ -193,8 +193,9 @@ class Build:
 
     def _made_its_vectors(self, manifest: Manifest) -> bool:
         """Whether the model gives the vectors of the index that is there: pooling is no part of the weights."""
+        stored = Snapshot(self._folder, manifest).probes
         try:
-            check_probes(self._probes, Snapshot(self._folder, manifest).probes)
+            check_probes(self._probes, stored)
         except ValueError:
             return False
         return True
