@@ -193,11 +193,12 @@ def write(choice: Choice, file: Path) -> None:
     import yaml
 
     before = text = file.read_text(encoding="utf-8")
+    lines = keys(choice)
     refused = ValueError(
-        f"{file}: expected {', '.join(keys(choice))} once, each on a line of its own; nothing was written, put in the "
+        f"{file}: expected {', '.join(lines)} once, each on a line of its own; nothing was written, put in the "
         "printed lines"
     )
-    for key, line in keys(choice).items():
+    for key, line in lines.items():
         found = list(re.finditer(rf"^( *){key}:[ \t]*\S.*$", text, re.MULTILINE))
         if len(found) != 1:
             raise refused
@@ -207,7 +208,7 @@ def write(choice: Choice, file: Path) -> None:
             line += comment.group()
         text = text[: found[0].start()] + found[0][1] + line + text[found[0].end() :]
     try:
-        same = _others(yaml.safe_load(before), keys(choice)) == _others(yaml.safe_load(text), keys(choice))
+        same = _others(yaml.safe_load(before), lines) == _others(yaml.safe_load(text), lines)
     except yaml.YAMLError:
         same = False
     if not same:  # a value went on over further lines

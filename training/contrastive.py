@@ -67,6 +67,7 @@ from training.student import (
     causal_model,
     encoder_of,
     modules_behind,
+    released_layer,
     start_from,
     start_layers,
     turn_to_components,
@@ -194,12 +195,13 @@ def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTraining
         "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
     }
     values |= recipe.trainer
+    own = values.get("accelerator_config") or {}
     if recipe.batch_tokens is not None:
         # Batches differ in size, and the sampler sees to it that all processes get as many.
-        values["accelerator_config"] = {**(values.get("accelerator_config") or {}), "even_batches": False}
+        values["accelerator_config"] = {**own, "even_batches": False}
     elif recipe.shuffle_buffer is not None:
         # Each process reads all rows and keeps its own: the same batches on any number of processes that fits.
-        values["accelerator_config"] = {**(values.get("accelerator_config") or {}), "dispatch_batches": False}
+        values["accelerator_config"] = {**own, "dispatch_batches": False}
     elif recipe.length_buckets:
         values.setdefault("batch_sampler", LengthBuckets)
     if recipe.prompt:
@@ -470,7 +472,7 @@ def released_projection(recipe: ContrastiveRecipe, model: SentenceTransformer) -
     Raises:
         ValueError: If the recipe asks for more components than there are outputs.
     """
-    trained = next((module for module in modules_behind(model) if isinstance(module, Dense)), None)
+    trained = released_layer(model)
     if trained is None or isinstance(recipe.components, bool):
         return trained
     width, kept = trained.linear.out_features, recipe.components

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -13,12 +12,12 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.modules import Dense, Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.recipe import ContrastiveRecipe, DistillationWeights, SimilarityWeights
-from training.student import HEAD, encoder_of, forward_in_parts, modules_behind
+from training.student import HEAD, encoder_of, forward_in_parts, released_layer
 
 
 class DistillationLoss(nn.Module):
@@ -238,8 +237,8 @@ def build_loss(
         raise ValueError(f"loss: {recipe.loss} needs the teacher's targets")
     if recipe.loss == "distillation":
         return DistillationLoss(model, targets[0], recipe.distillation, recipe.scale)
-    behind: list[Any] = [module for module in modules_behind(model) if isinstance(module, Dense)]
-    width = behind[-1].linear.out_features if behind else encoder_of(model).get_embedding_dimension()
+    layer = released_layer(model)
+    width = encoder_of(model).get_embedding_dimension() if layer is None else layer.linear.out_features
     if recipe.matryoshka_dims and max(recipe.matryoshka_dims) > width:
         raise ValueError(f"matryoshka_dims: {max(recipe.matryoshka_dims)} is more than the {width} dimensions trained")
     if recipe.loss == "similarity":

@@ -284,7 +284,7 @@ def _load_experts(module: UBMoETransformer, file: Path) -> None:
 
     low_rank, metadata = load_low_rank(file)
     trained_on: Any = metadata.get("base_sha256")
-    if module.base is not None and trained_on and set(trained_on.values()) != set(module.base.sha256.values()):
+    if module.base is not None and trained_on and not module.base.has_weights(trained_on):
         logger.warning("%s was trained on other weights than %s: it may not fit them", file, module.base.name)
     adapted: dict[str, Any] = {n: layer for n, layer in module.model.named_modules() if isinstance(layer, LoraLayer)}
     if set(adapted) != set(low_rank):
@@ -405,6 +405,11 @@ def modules_behind(model: SentenceTransformer) -> list[Any]:
     return [m for m in list(model)[1:] if not isinstance(m, Dense) or m.module_output_name != HEAD]
 
 
+def released_layer(model: SentenceTransformer) -> Dense | None:
+    """The linear layer behind the pooling that the released model has. None where it has none."""
+    return next((module for module in modules_behind(model) if isinstance(module, Dense)), None)
+
+
 def turn_to_components(model: SentenceTransformer, texts: Sequence[str], prompt: str | None = None) -> Tensor:
     """Turn the projection so that its outputs are principal components of the vectors, the largest first.
 
@@ -420,9 +425,11 @@ def turn_to_components(model: SentenceTransformer, texts: Sequence[str], prompt:
         The share of the squared length of the sample's vectors in each dimension, (D,), falling.
 
     Raises:
-        ValueError: If there are fewer texts than dimensions.
+        ValueError: If there are fewer texts than dimensions, or no projection.
     """
-    projection = next(m for m in modules_behind(model) if isinstance(m, Dense))
+    projection = released_layer(model)
+    if projection is None:
+        raise ValueError("the model has no linear layer behind its pooling to turn; set project: true")
     width = projection.linear.out_features
     if len(texts) < width:
         raise ValueError(f"{width} principal components need as many texts, got {len(texts)}; give more texts")

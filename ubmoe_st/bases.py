@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +72,10 @@ class Base:
     def sha256(self) -> dict[str, str]:
         """SHA-256 of each source weight file, by file name."""
         return {file.name: sha256_of(file) for file in self.source_files}
+
+    def has_weights(self, recorded: Mapping[str, str]) -> bool:
+        """Whether its weight files are the recorded ones, whatever they are called."""
+        return set(recorded.values()) == set(self.sha256.values())
 
 
 def cache_folder() -> Path:

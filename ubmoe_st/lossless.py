@@ -62,8 +62,8 @@ def check_lossless(views: UBMoETransformer, base: str | os.PathLike[str] | Base 
     reference: Any = AutoModelForCausalLM.from_pretrained(
         found.path, dtype=views.model.dtype, attn_implementation=attention
     )
-    recorded = set(config.base_sha256.values()) if config else set()
-    same_files = set(found.sha256.values()) == recorded if recorded else None
+    recorded = config.base_sha256 if config else {}
+    same_files = found.has_weights(recorded) if recorded else None
     checks = compare(views.generator(), reference.to(views.model.device).eval())
     checks |= {"encoder sees later tokens": _full(views.model)}
     return LosslessReport(found.name, same_files, checks)

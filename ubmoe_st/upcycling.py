@@ -23,7 +23,7 @@ from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.classification import ClassificationHead, read_head, save_head
 from ubmoe_st.configuration import RouterKind, check_count
 from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
-from ubmoe_st.files import replacing_folder, sha256_of
+from ubmoe_st.files import read_json, replacing_folder, sha256_of
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
@@ -242,8 +242,8 @@ def _saved_around(adapter: Path) -> dict[str, Any]:
     if not (adapter / "modules.json").is_file():
         return {}
     entries = json.loads((adapter / "modules.json").read_text(encoding="utf-8"))
-    settings = json.loads((adapter / "config_sentence_transformers.json").read_text(encoding="utf-8"))
-    tokenizer = json.loads((adapter / entries[0]["path"] / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings = read_json(adapter / "config_sentence_transformers.json")
+    tokenizer = read_json(adapter / entries[0]["path"] / "tokenizer_config.json")
     foreign = next((e["type"] for e in entries[1:] if not e["type"].startswith("sentence_transformers.")), None)
     if foreign is not None:
         raise ValueError(
@@ -278,7 +278,7 @@ def _recipe_of(path: Path) -> dict[str, Any]:
 def _check_base(base: Base, recorded: object, file: str, allow_mismatch: bool) -> None:
     if not isinstance(recorded, Mapping) or not recorded or allow_mismatch:
         return
-    if set(recorded.values()) != set(base.sha256.values()):
+    if not base.has_weights(recorded):
         raise ValueError(
             f"{file} was trained on other base weights: expected sha256 {sorted(recorded.values())[0][:16]}..., "
             f"got {sorted(base.sha256.values())[0][:16]}... from {base.name}; give that base, or pass "

@@ -182,10 +182,7 @@ class RerankDocument(BaseModel):
     @model_validator(mode="after")
     def _comes_back(self) -> RerankDocument:
         """Refuse what JSON cannot give back."""
-        try:
-            json.dumps(self.model_extra, ensure_ascii=False, allow_nan=False).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("a field holds half a character, a lone surrogate") from error
+        _whole_characters(json.dumps(self.model_extra, ensure_ascii=False, allow_nan=False))
         return self
 
 
