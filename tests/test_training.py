@@ -33,6 +33,7 @@ from training.student import build_model, start_from
 from training.teacher import main as teacher_vectors_main
 from training.texts import read_corpus
 from ubmoe_st import UBMoE, upcycle
+from ubmoe_st.checkpoint import read_config
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -103,6 +104,18 @@ def similarity(recipe, checkpoint, data, tmp_path):
         return recipe(**{**values, **changes})
 
     return make
+
+
+def test_a_checkpoint_that_taught_itself_goes_on_as_self_distilled(similarity, tmp_path):
+    first = train(similarity(trainer={"max_steps": 1}, out=str(tmp_path / "first")))
+    assert read_config(first.checkpoint).training == "distilled from tiny"
+    config = json.loads((first.checkpoint / "generator" / "config.json").read_text())
+    config["ubmoe"]["training"] = "self-distilled"
+    (first.checkpoint / "generator" / "config.json").write_text(json.dumps(config))
+    teacher = EmbedderTeacher(str(first.checkpoint), str(tmp_path / "vectors"), center=True)
+    run = train(similarity(trainer={"max_steps": 1}, teacher=[teacher], out=str(tmp_path / "second")))
+    assert read_config(run.checkpoint).training == "self-distilled"
+    assert "teachers" not in json.loads((run.experts / "recipe.json").read_text())
 
 
 def test_a_number_of_components_is_released(similarity, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import training.teacher as stage
 from training.mixtures import Mixture
 from training.prompted import special_start
 from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher
-from training.teacher import embedder_targets, targets, teacher_targets, teacher_vectors
+from training.teacher import embedder_targets, other_models, targets, teacher_targets, teacher_vectors
 from training.texts import Corpus
 from ubmoe_st.bases import resolve_base
 
@@ -216,6 +217,47 @@ def test_an_embedder_computes_in_bf16_where_it_is_told_to_or_the_processor_can(b
         errors[bf16, can] = np.abs(found.astype(np.float32) - expected).max()
         assert (found.astype(np.float32) * expected).sum(1).min() > 0.999
     assert errors[False, True] == errors["auto", False] < 1e-3 < errors["auto", True] == errors[True, False]
+
+
+def test_a_prompted_base_computes_in_bf16_where_it_is_told_to(base, teacher, monkeypatch):
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **kwargs: make_tokenizer())
+    expected, folder = teacher_vectors(base, teacher, SENTENCES).astype(np.float32), teacher.folder
+    errors = {}
+    for bf16 in (False, True):
+        teacher.folder, teacher.bf16 = f"{folder}-{bf16}", bf16
+        found = teacher_vectors(base, teacher, SENTENCES).astype(np.float32)
+        errors[bf16] = np.abs(found - expected).max() / np.abs(expected).max()
+    assert errors[False] == 0
+    assert 0 < errors[True] < 0.03
+    teacher.folder = folder  # vectors of both kinds may stand in one folder
+    assert np.array_equal(teacher_vectors(base, teacher, SENTENCES).astype(np.float32), expected)
+
+
+def test_what_the_same_base_alone_has_taught_is_no_other_model(base, base_of, checkpoint, embedder, tmp_path):
+    """A student of itself teaches itself; of another base, or taught by others, it is another model."""
+    named = EmbedderTeacher("a/b", str(tmp_path / "n"))
+    asked = PromptedTeacher(prefix="p", suffix="s", layers=[1], folder="y")
+    recipe = ContrastiveRecipe(
+        str(base), "x", sentences=Mixture({"x": 1}), teacher=asked, loss="similarity", head="training"
+    )
+
+    def others(training, base):
+        folder = tmp_path / str(training)
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "generator" / "config.json").read_text())
+        config["ubmoe"]["training"] = training
+        (folder / "generator" / "config.json").write_text(json.dumps(config))
+        embedder.model = str(folder)
+        recipe.teacher = [asked, embedder, named]
+        return other_models(recipe, resolve_base(base))
+
+    assert others("self-distilled", base) == [named]
+    assert others("self-distilled", base_of("qwen2-sliding")) == [embedder, named]
+    assert others("distilled from a and b", base) == [embedder, named]
+    assert others(None, base) == [embedder, named]
+    recipe.teacher = [asked]
+    assert other_models(recipe, resolve_base(base)) == []
+    assert (recipe.supervision_by([]), recipe.supervision_by([named])) == ("self-distilled", "distilled from b")
 
 
 def test_an_embedder_whose_memory_runs_out_goes_on_in_smaller_batches(base, checkpoint, embedder, monkeypatch, caplog):

@@ -49,7 +49,7 @@ from training.command import (
 from training.data import DOLLY_DEV, data_folder, dolly_dev, read_rows, stream_rows, sts_pairs
 from training.groups import group_numbers, kept_groups
 from training.losses import build_loss
-from training.recipe import ContrastiveRecipe, EmbedderTeacher
+from training.recipe import ContrastiveRecipe
 from training.resume import (
     TRAINED_FILE,
     SaveByTime,
@@ -73,7 +73,7 @@ from training.student import (
     turn_to_components,
     uncompiled,
 )
-from training.teacher import targets
+from training.teacher import other_models, targets
 from training.texts import Corpus, read_corpus
 from ubmoe_st import upcycle
 from ubmoe_st.bases import Base, resolve_base
@@ -457,8 +457,7 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
             recipe={
                 "pooling": {"mode": recipe.pooling, "include_prompt": recipe.pool_prompt},
                 "max_seq_length": recipe.encode_max_seq_length,
-                "training": recipe.supervision,
-                **teachers_of(recipe),
+                **taught(recipe, base),
                 **prompts,
             },
         )
@@ -484,15 +483,15 @@ def released_projection(recipe: ContrastiveRecipe, model: SentenceTransformer) -
     return released
 
 
-def teachers_of(recipe: ContrastiveRecipe) -> dict[str, Any]:
-    """What a card says of the embedders that taught: names, shares, what they were trained on."""
+def taught(recipe: ContrastiveRecipe, base: Base) -> dict[str, Any]:
+    """What a card says of the training: its kind, and of other models that taught name, share, and training."""
+    others = other_models(recipe, base)
     whole = sum(teacher.weight for teacher in recipe.teachers)
     found = [
         {"name": teacher.label, "share": round(teacher.weight / whole, 3), "trained_on": teacher.trained_on}
-        for teacher in recipe.teachers
-        if isinstance(teacher, EmbedderTeacher)
+        for teacher in others
     ]
-    return {"teachers": found} if found else {}
+    return {"training": recipe.supervision_by(others), **({"teachers": found} if found else {})}
 
 
 def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file: Path) -> None:

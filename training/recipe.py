@@ -5,6 +5,7 @@ Those of the texts are in `mixtures.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -64,6 +65,7 @@ class PromptedTeacher:
         scale: Factor of the stored vectors, for a base whose hidden states are beyond the range of fp16; the targets
             do not depend on it.
         weight: Of its similarities among those of all teachers.
+        bf16: Whether it computes under autocast to bf16, as for `EmbedderTeacher`.
     """
 
     prefix: str
@@ -76,6 +78,7 @@ class PromptedTeacher:
     batch_size: int = 64
     scale: float = 1.0
     weight: float = 1.0
+    bf16: Literal["auto", True, False] = False
 
     def __post_init__(self) -> None:
         at_least(self, 1, "dimension", "batch_size")
@@ -133,6 +136,9 @@ class EmbedderTeacher:
 
 
 Teacher = PromptedTeacher | EmbedderTeacher
+
+SELF_DISTILLED = "self-distilled"
+"""How tables and cards call experts that their own base alone has taught."""
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------
@@ -475,13 +481,21 @@ class ContrastiveRecipe:
 
     @property
     def supervision(self) -> str:
-        """How tables and cards call this kind of training."""
+        """How tables and cards call this kind of training, each embedder being another model."""
+        return self.supervision_by([teacher for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)])
+
+    def supervision_by(self, others: Sequence[EmbedderTeacher]) -> str:
+        """How tables and cards call it.
+
+        Args:
+            others: Those of its embedders that are other models, see `training.teacher.other_models`.
+        """
         if self.pairs is not None:
             return "supervised"
         if not self.teachers:
             return "unsupervised"
-        names = [teacher.label for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)]
-        return "distilled from " + " and ".join(names) if names else "self-distilled"
+        names = [teacher.label for teacher in others]
+        return "distilled from " + " and ".join(names) if names else SELF_DISTILLED
 
     @property
     def has_noise(self) -> bool:

@@ -28,9 +28,10 @@ from training.command import has_bf16, one_line_errors, read_recipe, recipe_pars
 from training.data import texts_sha256
 from training.embedders import embedder_path
 from training.prompted import PromptedReader, special_start
-from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
+from training.recipe import SELF_DISTILLED, ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
 from training.texts import Corpus, read_corpus
 from ubmoe_st.bases import Base, resolve_base
+from ubmoe_st.checkpoint import is_checkpoint, read_config
 from ubmoe_st.files import sha256_of, write_json
 
 logger = logging.getLogger(__name__)
@@ -95,10 +96,17 @@ class PromptedBase:
         rows = self._reader.tokens(texts)
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         out = np.zeros((len(rows), len(layers), self.model.config.hidden_size), np.float32)
-        for start in range(0, len(order), teacher.batch_size):
-            batch = order[start : start + teacher.batch_size]
-            out[batch] = self._reader.states([rows[i] for i in batch], layers).float().cpu().numpy()
+        with _autocast(teacher, self.model.device):
+            for start in range(0, len(order), teacher.batch_size):
+                batch = order[start : start + teacher.batch_size]
+                out[batch] = self._reader.states([rows[i] for i in batch], layers).float().cpu().numpy()
         return out * np.float32(teacher.scale)
+
+
+def _autocast(teacher: Teacher, device: torch.device) -> torch.autocast:
+    """Products in bf16 where the teacher's `bf16` says so."""
+    wanted = has_bf16(on_cpu=device.type == "cpu") if teacher.bf16 == "auto" else teacher.bf16
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
 def layer_numbers(layers: Sequence[int | float], depth: int) -> list[int]:
@@ -157,10 +165,7 @@ class Embedder:
             texts: N texts.
             kinds: Of each of them; choose the prompts. None: all have the prompt `default`.
         """
-        device, bf16 = self.model.device.type, self.teacher.bf16
-        with torch.autocast(
-            device, torch.bfloat16, enabled=has_bf16(on_cpu=device == "cpu") if bf16 == "auto" else bf16
-        ):
+        with _autocast(self.teacher, self.model.device):
             return self._vectors(texts, kinds)
 
     def _vectors(self, texts: Sequence[str], kinds: Sequence[str] | None) -> np.ndarray:
@@ -412,6 +417,26 @@ def targets(
             found.append(teacher_targets(vectors, teacher, key=key))
         else:
             found.append(embedder_targets(vectors, teacher))
+    return found
+
+
+def other_models(recipe: ContrastiveRecipe, base: Base) -> list[EmbedderTeacher]:
+    """The embedders among the teachers that know more than the base itself.
+
+    A checkpoint that the same base alone has taught is none: what it teaches is self-distilled as well.
+
+    Args:
+        recipe: Names the teachers.
+        base: Its base model.
+    """
+    found = []
+    for teacher in recipe.teachers:
+        if not isinstance(teacher, EmbedderTeacher):
+            continue
+        path = embedder_path(teacher.model)
+        config = read_config(path) if is_checkpoint(path) else None
+        if config is None or config.training != SELF_DISTILLED or not base.has_weights(config.base_sha256):
+            found.append(teacher)
     return found
 
 
