@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 import traceback
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 pytest.importorskip("peft")
@@ -275,6 +276,23 @@ def test_what_a_run_writes_beside_its_checkpoints_is_replaced_whole(recipe, tmp_
         with pytest.raises(KeyboardInterrupt):
             write()
     assert [(out / name).read_bytes() for name in ("recipe.json", "trained.safetensors")] == before
+
+
+def test_a_run_does_not_go_on_over_other_weights_of_its_base(recipe, base, tmp_path):
+    folder, out = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(base, folder)
+    first = train(recipe(base=str(folder), trainer={"max_steps": 2, "save_strategy": "steps", "save_steps": 1}))
+    kept = (out / "trained.safetensors").read_bytes()
+    more = recipe(base=str(folder), trainer={"max_steps": 3, "save_strategy": "steps", "save_steps": 1})
+    weights = load_file(folder / "model.safetensors")
+    right = (folder / "model.safetensors").read_bytes()
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"a run over other weights of base \(sha256 \w{12}, now \w{12}\); choose"):
+        train(more)
+    assert (out / "trained.safetensors").read_bytes() == kept
+    (folder / "model.safetensors").write_bytes(right)
+    assert train(more).trainer.state.global_step == 3
+    assert first.trainer.state.global_step == 2
 
 
 def test_a_checkpoint_comes_by_the_clock(recipe, tmp_path, monkeypatch):

@@ -15,14 +15,16 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from training.recipe import ContrastiveRecipe
+from ubmoe_st.bases import Base
 from ubmoe_st.files import write_json
 
 RECIPE_FILE = "recipe.json"
+BASE_FILE = "base.json"
 INTERRUPTED = 130
 """Exit code of a command that was stopped by hand, as shells have it."""
 
@@ -325,8 +327,7 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
     """
     file = out / RECIPE_FILE
     now = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    trained = any(out.glob("checkpoints/checkpoint-*")) or any(out.glob("*.safetensors"))
-    if file.is_file() and trained:
+    if file.is_file() and _was_trained(out):
         before, wanted = _fixed(_with_defaults(type(recipe), file)), _fixed(_plain_of(recipe))
         other = next((key for key in wanted if before.get(key) != wanted[key]), None)
         if other is not None:
@@ -336,6 +337,34 @@ def check_same_recipe(recipe: Any, out: Path) -> None:
             )
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, now, unique=True)  # other processes may write the same
+
+
+def check_same_base(base: Base, out: Path) -> None:
+    """Refuse to go on over other weights than those the run began with; write which they are where it begins.
+
+    Called after `check_same_recipe`, which knows the base by its name.
+
+    Raises:
+        ValueError: If the folder holds a run over other weights.
+    """
+    file = out / BASE_FILE
+    if file.is_file() and _was_trained(out):
+        before = json.loads(file.read_text(encoding="utf-8"))["sha256"]
+        if not base.has_weights(before):
+            raise ValueError(
+                f"{out} holds a run over other weights of {base.name} (sha256 {_short(before)}, now "
+                f"{_short(base.sha256)}); choose another folder (--set out=...), or delete it"
+            )
+        return
+    write_json(file, {"name": base.name, "origin": base.origin, "sha256": base.sha256}, unique=True)
+
+
+def _short(sha256: Mapping[str, str]) -> str:
+    return ", ".join(digest[:12] for digest in sorted(sha256.values()))
+
+
+def _was_trained(out: Path) -> bool:
+    return any(out.glob("checkpoints/checkpoint-*")) or any(out.glob("*.safetensors"))
 
 
 def _with_defaults(kind: type, file: Path) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from training.batches import (
 from training.command import (
     RECIPE_FILE,
     arguments_of,
+    check_same_base,
     check_same_recipe,
     one_line_errors,
     read_recipe,
@@ -281,7 +282,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         export: Write experts and checkpoint afterwards, where FFNs alone were trained.
 
     Raises:
-        ValueError: If the folder holds a run of another recipe.
+        ValueError: If the folder holds a run of another recipe, or over other weights.
     """
     out = Path(recipe.out)
     args = training_arguments(recipe)
@@ -289,6 +290,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     base = resolve_base(recipe.base)
     with args.main_process_first(local=False):
         check_same_recipe(recipe, out)
+        check_same_base(base, out)
     last = checkpoint_to_resume(args)
     begun = keep_steps(args, last, streamed=recipe.shuffle_buffer is not None)
     corpus, found, groups = _read(recipe, base, args)
