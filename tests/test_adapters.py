@@ -8,9 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers.models import TEXTS, make_base
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -216,3 +219,37 @@ def test_a_checkpoint_as_experts_keeps_what_is_behind_the_encoder(base, tmp_path
     assert np.array_equal(two.encode_query(TEXTS), model.encode_query(TEXTS))
     assert two.encode_query(TEXTS).shape == (len(TEXTS), 8)
     assert two.similarity_fn_name == "dot"
+
+
+def test_the_stock_trainer_goes_on_with_an_adapter_and_finds_its_best(checkpoint, tmp_path):
+    """Adapter and trained modules behind the encoder come from its checkpoint, all else from what it was trained on."""
+
+    def trained(out, steps, resume=None, **options):
+        torch.manual_seed(0)
+        model = UBMoE(str(checkpoint), device="cpu")
+        model = UBMoE(modules=[model[0], Pooling(32, "mean"), Dense(32, 8)])
+        model.add_adapter(LoraConfig(r=4, target_modules=FFN))
+        before = model.encode(TEXTS)
+        args = SentenceTransformerTrainingArguments(
+            str(tmp_path / out), max_steps=steps, per_device_train_batch_size=2, save_strategy="steps", save_steps=1,
+            learning_rate=2e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True, **options,
+        )  # fmt: skip
+        data = Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS[::-1]})
+        trainer = SentenceTransformerTrainer(
+            model, args, train_dataset=data, eval_dataset=data, loss=MultipleNegativesRankingLoss(model)
+        )
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume))
+        return trainer, before, model.encode(TEXTS)
+
+    _, before, whole = trained("whole", 4)
+    _, _, half = trained("half", 2)
+    _, _, resumed = trained("resumed", 4, "half/checkpoint-2")
+    np.testing.assert_allclose(resumed, whole, atol=1e-5)
+    assert min(np.abs(half - before).max(), np.abs(whole - half).max()) > 1e-2, "nothing was trained: vacuous"
+    # The loss is worst where it was least: the first checkpoint is the best one.
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "greater_is_better": True}
+    trainer, _, found = trained("best", 3, metric_for_best_model="eval_loss", **best)
+    number = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    _, _, expected = trained("until", number)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert number < 3, "the best are the last ones: vacuous"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.util import import_from_string
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from ubmoe_st import checkpoint, classification, generation, ranking
 from ubmoe_st.cards import model_card
@@ -23,7 +26,7 @@ from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
 from ubmoe_st.configuration import Routing, UBMoEConfig, check_count, check_texts
 from ubmoe_st.experts import LowRankLinear, is_ffn_key
-from ubmoe_st.files import replacing_folder
+from ubmoe_st.files import read_json, replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import checkpoint_folder, push
 from ubmoe_st.lossless import LosslessReport, check_lossless
@@ -43,6 +46,7 @@ REQUIREMENTS = {
 _TRUNCATE_DIM = list(inspect.signature(SentenceTransformer.encode).parameters).index("truncate_dim") - 1
 """Place of `truncate_dim` in a call of `encode` without keywords."""
 _OWN_TRANSFORMER = f"{UBMoETransformer.__module__}.{UBMoETransformer.__qualname__}"
+_ADAPTER_CONFIG = "adapter_config.json"
 _STOCK_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__qualname__}"
 
 
@@ -116,6 +120,23 @@ class UBMoE(SentenceTransformer):
             return UBMoETransformer
         found = super()._load_module_class_from_ref(class_ref, *args, **kwargs)
         return UBMoETransformer if found is Transformer else found
+
+    @classmethod
+    def _load_with_module_classes(
+        cls, model_name_or_path: str, module_classes: Mapping[str, type[nn.Module]], **kwargs: Any
+    ) -> Self:
+        """As the stock trainer opens its checkpoints; that of an adapter goes on what the adapter was trained on."""
+        folder = Path(model_name_or_path)
+        if checkpoint.is_checkpoint(folder) or not (folder / _ADAPTER_CONFIG).is_file():
+            return super()._load_with_module_classes(model_name_or_path, module_classes, **kwargs)
+        trained_on = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
+        model = super()._load_with_module_classes(trained_on, module_classes, **kwargs)
+        model.load_adapter(model_name_or_path)
+        behind: list[nn.Module] = []
+        for entry in json.loads((folder / checkpoint.MODULES_FILE).read_text(encoding="utf-8"))[1:]:
+            kind: Any = module_classes.get(entry["type"]) or import_from_string(entry["type"])
+            behind.append(kind.load(model_name_or_path, subfolder=entry["path"]))
+        return cls(modules=[model[0], *behind])
 
     if not TYPE_CHECKING:  # the overloads of the stock method stay in force for type checkers
 
@@ -531,7 +552,7 @@ def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> P
         token=kwargs.get("token"),
         local_files_only=kwargs.get("local_files_only", False),
     )
-    if (path / "adapter_config.json").is_file() and not checkpoint.is_checkpoint(path):
+    if (path / _ADAPTER_CONFIG).is_file() and not checkpoint.is_checkpoint(path):
         raise CheckpointError(
             f"{path} is a PEFT adapter, not a UBMoE checkpoint: open the checkpoint that it was trained on and call "
             f"`load_adapter({str(name)!r})`, or make a checkpoint with `upcycle(base, {str(name)!r}, out=...)`"

@@ -239,9 +239,9 @@ def _saved_around(adapter: Path) -> dict[str, Any]:
 
     Nothing for an adapter that was saved alone.
     """
-    if not (adapter / "modules.json").is_file():
+    if not (adapter / checkpoint.MODULES_FILE).is_file():
         return {}
-    entries = json.loads((adapter / "modules.json").read_text(encoding="utf-8"))
+    entries = json.loads((adapter / checkpoint.MODULES_FILE).read_text(encoding="utf-8"))
     settings = read_json(adapter / "config_sentence_transformers.json")
     tokenizer = read_json(adapter / entries[0]["path"] / "tokenizer_config.json")
     foreign = next((e["type"] for e in entries[1:] if not e["type"].startswith("sentence_transformers.")), None)
