@@ -7,15 +7,18 @@ import shutil
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, make_base
+from helpers.models import ARCHITECTURES, TEXTS, make_base
 from safetensors.torch import load_file
+from tokenizers import processors
 from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from ubmoe_st import UBMoE
 from ubmoe_st import checkpoint as layout
+from ubmoe_st.cards import model_card
 from ubmoe_st.cli import app
+from ubmoe_st.experts import TokenRouter
 from ubmoe_st.lossless import compare
 
 
@@ -24,7 +27,7 @@ def test_a_checkpoint_equals_its_base(base_of, checkpoint_of, architecture):
     report = UBMoE(str(checkpoint_of(architecture))).check_lossless(base_of(architecture))
     assert report.ok, report.checks
     assert report.same_files is True
-    assert len(report.checks) == 11
+    assert len(report.checks) == 14
 
 
 def spoil(folder, name, change):
@@ -115,3 +118,44 @@ def test_the_command_exits_with_1_where_something_differs(base, checkpoint, tmp_
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_another_dtype(base, checkpoint, dtype):
     assert UBMoE(str(checkpoint), model_kwargs={"dtype": dtype}).check_lossless(base).ok
+
+
+def differing(model, base):
+    report = model.check_lossless(base)
+    assert report.ok == (not any(report.checks.values()))
+    return {name for name, difference in report.checks.items() if difference}
+
+
+def test_a_tokenizer_that_is_not_that_of_the_base_differs(base, checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint))
+    assert not differing(model, base)
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    model.save(str(tmp_path / "m"))
+    changed = UBMoE(str(tmp_path / "m"))
+    assert changed.generate(TEXTS[0]) != UBMoE(str(checkpoint)).generate(TEXTS[0])
+    assert differing(changed, base) == {"tokens of texts"}
+    model = UBMoE(str(checkpoint))
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert differing(model, base) == {"chat template"}
+    bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert differing(UBMoE(str(checkpoint)), bare) == {"tokens of texts"}
+
+
+def test_a_checkpoint_that_generates_by_its_router_is_not_said_to_be_its_base(base, checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint))
+    state = {
+        f"layers.{layer}.router.{name}": tensor
+        for layer in range(3)
+        for name, tensor in TokenRouter(32, "soft").state_dict().items()
+    }
+    model[0].set_routers(state, "soft")
+    model.save(str(tmp_path / "uni"))
+    model.ubmoe_config.routing = "router"
+    model.save(str(tmp_path / "router"))
+    assert not differing(UBMoE(str(tmp_path / "uni")), base)
+    assert differing(UBMoE(str(tmp_path / "router")), base) == {"default routing"}
+    like = [model_card(UBMoE(str(tmp_path / kind)).ubmoe_config, "m") for kind in ("uni", "router")]
+    assert "generates exactly like its base" in like[0]
+    assert 'generates by `router` routing, and with `routing="uni"` exactly like its base' in like[1]

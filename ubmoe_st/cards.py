@@ -59,6 +59,8 @@ def model_card(config: UBMoEConfig | None, name: str) -> str:
         if base
         else "with weights\nthat were changed since it was made of a base"
     )
+    if base and config and config.routing != "uni":
+        like = f'by `{config.routing}` routing, and with `routing="uni"` {like}'
     rank = f"low-rank, rank {config.expert_rank}" if config and config.expert_rank else "dense"
     card = _MODEL_CARD.format(name=name, like=like, rank=rank, front=_licence_line(config) + _base_line(base))
     if config and config.training:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ubmoe_st.bases import SHORT_NAMES, Base, resolve_base
 from ubmoe_st.configuration import UBMoEConfig
@@ -17,6 +17,13 @@ from ubmoe_st.transformer import UBMoETransformer
 
 _MOST_TOKENS = 48
 _NEW_TOKENS = 12
+_TEXTS = (
+    "The cat sits on the mat, and 12 dogs ran 3.5 km.",
+    "  def f(x):\n\treturn x**2  # ok\n\n",
+    "Größe, naïve, 東京, Москва, 🙂",
+    "",
+)
+"""Words, code, other scripts, nothing: what tokenizers treat differently."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class LosslessReport:
 
 
 def check_lossless(views: UBMoETransformer, base: str | os.PathLike[str] | Base | None = None) -> LosslessReport:
-    """Compare the generator view with its base, and see which tokens each view attends to.
+    """Compare what a checkpoint generates with its base, and see which tokens each view attends to.
 
     Args:
         views: Both views.
@@ -65,7 +72,10 @@ def check_lossless(views: UBMoETransformer, base: str | os.PathLike[str] | Base 
     recorded = config.base_sha256 if config else {}
     same_files = found.has_weights(recorded) if recorded else None
     checks = compare(views.generator(), reference.to(views.model.device).eval())
-    checks |= {"encoder sees later tokens": _full(views.model)}
+    routing = config.routing if config else "uni"
+    checks["default routing"] = None if routing == "uni" else f"{routing}, and the base is what uni generates"
+    checks |= _texts(views, found)
+    checks["encoder sees later tokens"] = _full(views.model)
     return LosslessReport(found.name, same_files, checks)
 
 
@@ -115,6 +125,19 @@ def recorded_base(config: UBMoEConfig | None) -> Base:
         return resolve_base(short)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"the base {name} is not found here; say where it is with base=... ({error})") from error
+
+
+def _texts(views: UBMoETransformer, base: Base) -> dict[str, str | None]:
+    """What becomes of texts and chats before they are generated from; None where that is as in the base."""
+    own: Any = views.tokenizer
+    try:
+        reference: Any = AutoTokenizer.from_pretrained(base.path)
+    except (OSError, ValueError, ImportError) as error:
+        return {"tokens of texts": f"the base's tokenizer cannot be read: {' '.join(str(error).split())[:200]}"}
+    odd = next((text for text in _TEXTS if views.token_ids(text) != reference(text)["input_ids"]), None)
+    tokens = None if odd is None else f"{odd!r} has {views.token_ids(odd)}, in the base {reference(odd)['input_ids']}"
+    same_chat = own.chat_template == reference.chat_template
+    return {"tokens of texts": tokens, "chat template": None if same_chat else "it is not that of the base"}
 
 
 def _inputs(lm: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

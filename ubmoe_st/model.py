@@ -374,7 +374,8 @@ class UBMoE(SentenceTransformer):
     def check_lossless(self, base: str | os.PathLike[str] | None = None) -> LosslessReport:
         """Whether the generator is the base, to the last bit: logits, tokens and weights of both are compared.
 
-        Also whether attention is causal in the generator and full in the encoder, by what they compute.
+        Also tokenizer, chat template and default routing; and whether attention is causal in the generator and full in
+        the encoder, by what they compute.
 
         Args:
             base: Folder, `.gguf` file, Hub id or short name of the base. None: what the checkpoint names.
