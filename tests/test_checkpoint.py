@@ -84,6 +84,22 @@ def test_every_changed_byte_is_found_by_verify(copy):
     layout.verify_sums(copy)
 
 
+@pytest.mark.parametrize(
+    "name", ["generator/generation_config.json", "chat_template.jinja", "1_Pooling/added.json", "spiece.model"]
+)
+def test_a_file_that_was_added_and_is_read_is_found_by_verify(copy, name):
+    for harmless in (".gitattributes", "generator/.DS_Store", "notes.txt", "runs/config.json"):
+        (copy / harmless).parent.mkdir(exist_ok=True)
+        (copy / harmless).write_text("{}")
+    layout.verify_sums(copy)
+    (copy / name).unlink(missing_ok=True)
+    layout.write_sums(copy)
+    layout.verify_sums(copy)
+    (copy / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"SHA256SUMS: {name} is not listed"):
+        UBMoE(str(copy), verify=True)
+
+
 def test_an_index_that_names_an_absent_file(copy):
     edit(copy / layout.INDEX_FILE, lambda c: c["weight_map"].update({"norm.weight": "model-other.safetensors"}))
     with pytest.raises(CheckpointError, match=r"names model-other.safetensors, which is missing"):

@@ -21,7 +21,7 @@ from ubmoe_st import UBMoE, UBMoETransformer, checkpoint, shards, source, upcycl
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.experts import save_low_rank
 from ubmoe_st.export import export
-from ubmoe_st.planning import Shape
+from ubmoe_st.planning import Setting, Shape, plan
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream
 from ubmoe_st.upcycling import export_experts
 
@@ -76,6 +76,21 @@ def test_shards_dense_experts_routers_and_copies_of_the_originals(base, tmp_path
     lm.save_pretrained(tmp_path / "more")
     with pytest.raises(ValueError, match=r"norm\.weight differs from the base"):
         upcycle(sharded, tmp_path / "more", out=tmp_path / "out")
+
+
+def test_the_alignment_is_that_of_the_files_that_are_read(base, tmp_path, monkeypatch):
+    folder = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    checkpoint.save_tensors(tensors, folder / "model.safetensors", 24)
+    checkpoint.save_tensors({"x": torch.zeros(2)}, folder / "consolidated.safetensors", 8)
+    out = both_ways(monkeypatch, tmp_path, folder)
+    assert checkpoint.data_start(out / checkpoint.SHARED_FILE) % 64 == 24
+    planned = plan(folder, Setting(rank=None))["files"]
+    assert planned[checkpoint.SHARED_FILE] == (out / checkpoint.SHARED_FILE).stat().st_size
+    (folder / checkpoint.INDEX_FILE).write_text('{"weight_map": {"x": "consolidated.safetensors"}}')
+    assert checkpoint.weight_files(folder) == [folder / "model.safetensors"]
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()  # what stock transformers reads
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_checkpoints_as_experts_and_terms_beside_experts(base, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ubmoe_st.checkpoint import is_checkpoint, read_config
+from ubmoe_st.checkpoint import is_checkpoint, read_config, weight_files
 from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
 from ubmoe_st.shards import TensorFiles
@@ -339,7 +339,7 @@ def refuse_own_head(folder: Path, lm: PreTrainedModel) -> None:
     tied = getattr(lm, "_tied_weights_keys", None) if getattr(lm.config, "tie_word_embeddings", False) else None
     if not isinstance(tied, dict):
         return
-    files = [TensorFiles([file]) for file in sorted(folder.glob("*.safetensors"))]
+    files = [TensorFiles([file]) for file in weight_files(folder)]
     for own, shared in tied.items():
         found = [next((tensors for tensors in files if name in tensors), None) for name in (own, shared)]
         if found[0] is not None and found[1] is not None and not torch.equal(found[0][own], found[1][shared]):

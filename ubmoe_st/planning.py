@@ -175,7 +175,8 @@ def _read(base: str | os.PathLike[str]) -> tuple[PretrainedConfig, int, list[str
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} has no config.json: expected the folder of a transformers model")
         files = sorted(path.glob("*.safetensors"))
-        start = checkpoint.data_start(files[0]) % shards.CACHE_LINE if files else 0
+        read = [file for file in checkpoint.weight_files(path) if file.is_file()]
+        start = checkpoint.data_start(read[0]) % shards.CACHE_LINE if read else 0
         return _config(path / "config.json"), start, [file.name for file in files] or ["model.safetensors"]
     text = str(base)
     if text in bases.SHORT_NAMES or path.is_file():

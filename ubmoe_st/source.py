@@ -24,6 +24,7 @@ from ubmoe_st.checkpoint import (
     CheckpointError,
     data_start,
     read_config,
+    weight_files,
 )
 from ubmoe_st.experts import is_ffn_key, load_low_rank
 from ubmoe_st.generator import uni_keys
@@ -271,14 +272,14 @@ class _BaseFiles(_Files):
 
 
 def _base_alignment(folder: Path) -> int:
-    first = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    first = next(iter(weight_files(folder)), None)
     return data_start(first) % CACHE_LINE if first else 0
 
 
 def _dtype_of(folder: Path) -> torch.dtype | None:
     """The dtype of all tensors of a model folder; None where there are several."""
     dtypes = set()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}
     known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

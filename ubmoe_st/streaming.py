@@ -7,7 +7,6 @@ bytes.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing_extensions import Self
 
 from ubmoe_st import checkpoint, shards
 from ubmoe_st.bases import Base, refuse_own_head, stock_config
+from ubmoe_st.checkpoint import weight_files
 from ubmoe_st.configuration import RouterKind, Routing
 from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merged
 from ubmoe_st.generator import causal_config, meta_causal_lm, tied_keys, uni_keys
@@ -32,14 +32,6 @@ _WIDENED = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 
 _PROBE_LAYERS = 4
 """Of the small model that shows whether an architecture attends in full: a period of those that alternate."""
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads of a model folder; none if it has no such file or index."""
-    index = folder / checkpoint.INDEX_FILE
-    if index.is_file():
-        return sorted({folder / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    return [folder / "model.safetensors"] if (folder / "model.safetensors").is_file() else []
 
 
 def can_stream(folder: Path) -> bool:

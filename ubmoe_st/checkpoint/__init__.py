@@ -22,6 +22,7 @@ from .names import (
     notices_in,
     read_sums,
     refuse_foreign_weights,
+    weight_files,
 )
 from .structure import check_checkpoint, classification_head, read_config, read_shapes
 from .summary import facts
@@ -61,6 +62,7 @@ __all__ = [
     "refuse_foreign_weights",
     "save_tensors",
     "verify_sums",
+    "weight_files",
     "write",
     "write_sums",
 ]

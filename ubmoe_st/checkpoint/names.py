@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from .. import shards
+from ..files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SHARED_FILE = "model-shared.safetensors"
@@ -108,6 +109,16 @@ def read_sums(folder: Path) -> dict[str, str]:
     """
     lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines if line.strip())}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a stock model; none if it has no such file or index."""
+    if (folder / ONE_FILE).is_file():
+        return [folder / ONE_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return []
+    return sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
 
 
 def notices_in(folder: Path) -> dict[str, bytes]:

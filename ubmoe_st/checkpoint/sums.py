@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import is_plain, sha256_of
-from .names import LISTED, SUMS_FILE, CheckpointError, read_sums
-from .structure import is_inside
+from .names import LISTED, SUMS_FILE, CheckpointError, is_part, read_sums
+from .structure import is_inside, module_paths
 
 
 def write_sums(path: Path) -> None:
@@ -27,7 +28,7 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
         The files that were checked.
 
     Raises:
-        CheckpointError: If a file is missing or changed; names all of them.
+        CheckpointError: If a file is missing or changed, or one that loading reads was added; names all of them.
     """
     root = Path(path)
     try:
@@ -45,14 +46,24 @@ def verify_sums(path: str | os.PathLike[str]) -> list[str]:
             wrong.append(f"{name} is missing")
         elif sha256_of(root / name) != digest:
             wrong.append(f"{name} has changed")
-    wrong += [f"{name} is not listed" for name in (*_weights(root), *LISTED) if name not in sums]
+    wrong += [f"{name} is not listed" for name in sorted({*_read(root), *LISTED} - set(sums))]
     if wrong:
         raise CheckpointError(f"{root} does not match {SUMS_FILE}: {'; '.join(wrong)}")
     return list(sums)
 
 
-def _weights(root: Path) -> list[str]:
-    return [file.relative_to(root).as_posix() for file in _files(root) if file.suffix == ".safetensors"]
+def _read(root: Path) -> list[str]:
+    """The files that loading the checkpoint may read: weights, what loaders know by name, and all of its folders."""
+    folders: list[str] = []
+    with contextlib.suppress(CheckpointError):  # a changed or missing list of modules is told of as such
+        folders = [path.partition("/")[0] for path in module_paths(root) if path]
+    found = [file.relative_to(root) for file in _files(root)]
+    return [
+        file.as_posix()
+        for file in found
+        if file.suffix == ".safetensors"
+        or (not file.name.startswith(".") and (is_part(file.parts[0]) or file.parts[0] in folders))
+    ]
 
 
 def _files(root: Path) -> Iterator[Path]:
