@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
-from helpers.models import make_base, random_experts
+from helpers.models import SIZES, make_base, make_tokenizer, random_experts
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
@@ -201,13 +202,46 @@ def test_checkpointing_sharding_and_more_cards_save_what_they_should(tmp_path):
         (json.dumps({**QWEN2_7B, "quantization_config": {"quant_method": "gptq", "bits": 4}}), r"few bits \(gptq\)"),
         (json.dumps({**QWEN2_7B, "hidden_act": "nope"}), "no model that can be made.*nope"),
         (json.dumps({k: v for k, v in QWEN2_7B.items() if k != "num_hidden_layers"}), "has no num_hidden_layers"),
-        (json.dumps({**QWEN2_7B, "model_type": "mixtral", "num_local_experts": 2}), "Mixture-of-experts"),
+        (json.dumps({**QWEN2_7B, "model_type": "mixtral", "num_local_experts": 2}), "mixture of experts already"),
+        (json.dumps({**QWEN2_7B, "architectures": ["Qwen2ForSequenceClassification"]}), "no causal LM head"),
     ],
 )
 def test_what_is_no_config_of_a_dense_decoder_is_refused(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         plan(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["NemotronConfig", "StableLmConfig", "DeepseekV3Config", "LlamaConfig"])
+def test_what_cannot_be_built_is_not_planned(tmp_path, name):
+    torch.manual_seed(0)
+    small = {"first_k_dense_replace": 3} if name == "DeepseekV3Config" else {}  # no layer with experts
+    lm = AutoModelForCausalLM.from_config(getattr(transformers, name)(**SIZES, **small))
+    lm.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    outcomes = []
+    for call in (UBMoETransformer.from_base, plan):
+        try:
+            call(tmp_path)
+            outcomes.append("taken")
+        except ValueError as error:
+            outcomes.append(re.search("stays causal|mixture of experts already", str(error))[0])
+    assert outcomes[0] == outcomes[1]
+    assert (outcomes[0] == "taken") == (name == "LlamaConfig")
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_config_without_dtype_is_planned_as_its_weights_are_stored(base, tmp_path, stored):
+    lm = AutoModelForCausalLM.from_pretrained(base, dtype=stored)
+    lm.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    assert config.pop("dtype")
+    written(tmp_path / "base", config)
+    facts = plan(tmp_path / "base", Setting(rank=None))
+    out = upcycle(tmp_path / "base", out=tmp_path / "out")
+    assert facts["dtype"] == str(UBMoE(str(out))[0].model.dtype).removeprefix("torch.") == str(stored)[6:]
+    assert facts["files"] == {f.relative_to(out).as_posix(): f.stat().st_size for f in out.rglob("*.safetensors")}
 
 
 def test_bad_numbers_and_missing_files_are_named(tmp_path):

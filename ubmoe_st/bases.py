@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -347,6 +348,27 @@ def refuse_own_head(folder: Path, lm: PreTrainedModel) -> None:
                 f"{folder}: its config.json takes {shared} for the head (tie_word_embeddings), and its files have "
                 f"another {own}, with which transformers generates; set tie_word_embeddings to false there"
             )
+
+
+def small_model(config: PretrainedConfig, layers: int = 4) -> PreTrainedModel:
+    """A small random backbone, which shows whether an architecture attends in full.
+
+    Args:
+        config: Of a model of that architecture.
+        layers: Of the small one; 4: a period of those that alternate.
+    """
+    import torch
+    from transformers import AutoModel
+
+    small: Any = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = min(small.num_hidden_layers, layers), 64, None
+    if isinstance(small.intermediate_size, int):
+        small.intermediate_size = 8
+    if getattr(small, "layer_types", None):
+        small.layer_types = small.layer_types[: small.num_hidden_layers]
+    # Initialising is random, and what the caller draws afterwards must not depend on it.
+    with torch.random.fork_rng(devices=[]):
+        return AutoModel.from_config(small, dtype=torch.float32).eval()
 
 
 def check_bidirectional(encoder: PreTrainedModel) -> None:

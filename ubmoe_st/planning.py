@@ -109,7 +109,7 @@ def plan(
         base: A `config.json`, a folder that has one, a Hub id (only its config is downloaded), a GGUF file or a short
             name.
         setting: Of the training and the use. None: the defaults.
-        dtype: Of the checkpoint. None: as the config says, else float32.
+        dtype: Of the checkpoint. None: as the config says, else as the weights beside it are stored, else float32.
 
     Returns:
         For JSON: `name`, `architecture`, `dtype`, `parameters` (counts), `files` (bytes by name; weights only),
@@ -118,12 +118,13 @@ def plan(
 
     Raises:
         FileNotFoundError: If there is no such config.
-        ValueError: If it is not of a dense decoder.
+        ValueError: If it is not of a dense decoder, or one that stays causal, of which no checkpoint can be made.
     """
     wanted = setting or Setting()
     config, alignment, sources = _read(base)
     kind = _dtype_of(config, dtype)
     shape = Shape(config)
+    _check_bidirectional(config)
     files = shape.files(kind, wanted.rank, alignment, sources)
     encode = {
         "weights": (shape.shared + shape.bi) * kind.itemsize,
@@ -177,7 +178,10 @@ def _read(base: str | os.PathLike[str]) -> tuple[PretrainedConfig, int, list[str
         files = sorted(path.glob("*.safetensors"))
         read = [file for file in checkpoint.weight_files(path) if file.is_file()]
         start = checkpoint.data_start(read[0]) % shards.CACHE_LINE if read else 0
-        return _config(path / "config.json"), start, [file.name for file in files] or ["model.safetensors"]
+        config = _config(path / "config.json")
+        if read and getattr(config, "dtype", None) is None:
+            config.dtype = _stored_dtype(read)
+        return config, start, [file.name for file in files] or ["model.safetensors"]
     text = str(base)
     if text in bases.SHORT_NAMES or path.is_file():
         found = bases.resolve_base(base)
@@ -204,7 +208,7 @@ def _config(path: Path) -> PretrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{path}: this version of transformers does not know model_type {kind!r}; try a newer one")
     config = bases.stock_config(path)
-    bases.refuse_quantized(config, str(path))
+    bases.check_decoder(bases.Base(path, str(path), "folder", ()))
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
         if not {name, config.attribute_map.get(name)} & content.keys():
             raise ValueError(
@@ -214,6 +218,23 @@ def _config(path: Path) -> PretrainedConfig:
         if not getattr(config, name) > 0:
             raise ValueError(f"{path} describes no model that can be made: {name} is {getattr(config, name)}")
     return config
+
+
+def _stored_dtype(files: list[Path]) -> torch.dtype:
+    """Type of the first tensor with a fraction, as building takes it, from the headers alone."""
+    tensors = shards.TensorFiles(files)
+    kinds = (tensors.spec(name).blank().dtype for name in tensors)
+    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+
+
+def _check_bidirectional(config: PretrainedConfig) -> None:
+    both: Any = copy.deepcopy(config)
+    both.is_causal = False
+    with _made_or_refused():
+        try:
+            bases.check_bidirectional(bases.small_model(both, layers=1))
+        except ValueError:  # a later layer may see what the first does not
+            bases.check_bidirectional(bases.small_model(both))
 
 
 def _dtype_of(config: PretrainedConfig, dtype: torch.dtype | str | None) -> torch.dtype:

@@ -6,7 +6,6 @@ bytes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint, shards
-from ubmoe_st.bases import Base, refuse_own_head, stock_config
+from ubmoe_st.bases import Base, refuse_own_head, small_model, stock_config
 from ubmoe_st.checkpoint import weight_files
 from ubmoe_st.configuration import RouterKind, Routing
 from ubmoe_st.experts import LowRank, TokenRouter, check_low_rank, is_ffn_key, merged
@@ -29,9 +28,6 @@ from ubmoe_st.transformer import UBMoETransformer
 
 _WIDENED = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 """Where classes of transformers name the modules that they load in fp32."""
-
-_PROBE_LAYERS = 4
-"""Of the small model that shows whether an architecture attends in full: a period of those that alternate."""
 
 
 def can_stream(folder: Path) -> bool:
@@ -123,16 +119,7 @@ class StreamedTransformer(UBMoETransformer):
 
     def probe(self) -> PreTrainedModel:
         """A small random model of the same architecture."""
-        config = copy.deepcopy(self.model.config)
-        layers = min(config.num_hidden_layers, _PROBE_LAYERS)
-        config.num_hidden_layers, config.vocab_size, config.pad_token_id = layers, 64, None
-        if isinstance(config.intermediate_size, int):
-            config.intermediate_size = 8
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-        # Initialising is random, and what the caller draws afterwards must not depend on it.
-        with torch.random.fork_rng(devices=[]):
-            return AutoModel.from_config(config, dtype=torch.float32).eval()
+        return small_model(self.model.config)
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Self:
         # .to(), .half(): there is nothing to move.
