@@ -167,6 +167,9 @@ def test_an_adapter_of_another_base_is_named(base, tmp_path):
     edit(adapter, base_model_name_or_path="org/llama")
     with pytest.warns(UserWarning, match="trained on org/llama, not on base"):
         upcycle(base, adapter, out=tmp_path / "o3")
+    edit(adapter, base_model_name_or_path=str(tmp_path / "gone" / "base"))  # may have held anything
+    with pytest.warns(UserWarning, match="trained on .*gone/base, not on base; the two are taken for the same"):
+        upcycle(base, adapter, out=tmp_path / "o4")
 
 
 @pytest.mark.parametrize("low_rank", [True, False])

@@ -225,10 +225,8 @@ def _check_base(base: Base, recorded: str | None, path: Path, allow_mismatch: bo
         found = {sha256_of(file) for file in folder.glob("*.safetensors")}
         if found in (set(base.sha256.values()), {sha256_of(file) for file in base.path.glob("*.safetensors")}):
             return None
-    elif folder.name.lower() == Path(base.name).name.lower():
-        return None
     elif base.origin == "hub" and re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
-        known = True
+        known = folder.name.lower() != Path(base.name).name.lower()
     message = f"the adapter {path} says that it was trained on {recorded}, not on {base.name}"
     if known:
         raise ValueError(f"{message}; give that base, or pass allow_base_mismatch=True and measure what it does")
