@@ -11,7 +11,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ubmoe_st import UBMoE, UBMoEConfig
-from ubmoe_st.cards import card_on_the_hub, check_front_matter, export_card, model_card
+from ubmoe_st.cards import (
+    card_on_the_hub,
+    card_with_datasets,
+    check_front_matter,
+    export_card,
+    model_card,
+    renamed_card,
+)
 from ubmoe_st.export import export
 
 CONFIG = UBMoEConfig(base_model="owner/base", base_architecture="LlamaForCausalLM", base_origin="hub", expert_rank=4)
@@ -71,6 +78,26 @@ def test_a_card_on_the_hub_names_the_repository():
     assert published.count('"org/mine"') == 3
     assert '("org/mine", subfolder="generator")' in published
     assert '"mine-2"' in published
+
+
+def test_a_card_on_the_hub_leaves_the_ids_of_others():
+    places = ['"{0}"', '"models/{0}"', '"./{0}"', '"a/b/{0}"', '"me/mine"', '"{0}/generator"']
+    others = '"google/gemma-3-270m" "google/gemma-3-270m/generator" "gemma-3-270m-it"'
+    for place in places:
+        published = card_on_the_hub(f"{place.format('gemma-3-270m')} {others}", "gemma-3-270m", "me/mine")
+        mine = '"me/mine", subfolder="generator"' if "generator" in place else '"me/mine"'
+        assert published == f"{mine} {others}"
+
+
+def test_a_kept_card_takes_another_name_and_datasets(tmp_path):
+    card = model_card(CONFIG, "old") + '\n"old-2" "older" "owner/base"\n'
+    renamed = renamed_card(card, "owner/mine")
+    assert renamed == model_card(CONFIG, "owner/mine") + '\n"old-2" "older" "owner/base"\n'
+    assert renamed_card("no code", "owner/mine") == "no code"
+    assert "datasets" not in front(card)
+    again = card_with_datasets(card_with_datasets(card, ["a/x"]), ["a/x", "a/y"])
+    assert front(again) == {**front(card), "datasets": ["a/x", "a/y"]}
+    assert again.endswith(card.rpartition("---\n")[2])
 
 
 def test_front_matter_that_the_hub_would_refuse(tmp_path):

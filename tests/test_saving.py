@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import TEXTS, random_experts
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
@@ -440,8 +441,37 @@ def test_a_folder_that_was_no_checkpoint_keeps_its_licence_and_readme(checkpoint
     assert all((tmp_path / name).read_text() == "mine" for name in names)
     layout.verify_sums(tmp_path)
     UBMoE(str(tmp_path)).save(str(tmp_path), create_model_card=False)
-    assert not (tmp_path / "README.md").exists()  # of a checkpoint, it would speak of an older one
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "README.md" in layout.verify_sums(tmp_path)
     assert (tmp_path / "LICENSE").read_text() == "mine"  # by now given along with the model
+    model = UBMoE(str(tmp_path))
+    change_all(model)
+    with pytest.warns(UserWarning, match="no longer generates exactly like base"):
+        model.save(str(tmp_path), create_model_card=False)
+    assert not (tmp_path / "README.md").exists()  # it would say what is true of the older one
+
+
+def test_a_card_is_kept_as_long_as_it_is_right(checkpoint, base, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "m")
+    with (folder / "README.md").open("a") as card:
+        card.write("\nSpearman 73.5\n")
+    UBMoE(str(folder), low_memory=True).save(str(tmp_path / "low"))
+    UBMoE(str(folder), model_kwargs={"dtype": torch.bfloat16}).save(str(tmp_path / "half"))
+    text = (folder / "README.md").read_text()
+    assert (tmp_path / "low" / "README.md").read_text() == text == (tmp_path / "half" / "README.md").read_text()
+    UBMoE(str(folder)).save(str(tmp_path / "n"), model_name="owner/mine", train_datasets=["a/pairs"])
+    named = (tmp_path / "n" / "README.md").read_text()
+    assert 'UBMoE("owner/mine")' in named
+    assert "ubmoe-tiny" not in named
+    assert "Spearman 73.5" in named
+    assert ModelCard(named).data.datasets == ["a/pairs"]
+    for rank in (2, 3):
+        model = UBMoE(str(folder))
+        model[0].set_low_rank_experts({k: (a + 0.1, b) for k, (a, b) in random_experts(model[0], rank).items()})
+        model.save(str(tmp_path / f"other-{rank}"))
+        written = (tmp_path / f"other-{rank}" / "README.md").read_text()
+        assert f"low-rank, rank {rank}" in written
+        assert "Spearman" not in written
 
 
 def test_what_a_plain_model_around_the_module_saves_is_opened(base, tmp_path):

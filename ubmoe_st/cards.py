@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ubmoe_st.checkpoint import GENERATOR_FOLDER
 from ubmoe_st.configuration import UBMoEConfig
 
 CARD = "README.md"
+_FOLDERS = ("models", "checkpoints", "runs", "out", "outputs")
+"""Where checkpoints lie, by custom."""
 
 _MODEL_CARD = """---
 library_name: sentence-transformers
@@ -113,16 +115,47 @@ def export_card(
 
 
 def card_on_the_hub(text: str, name: str, repo_id: str) -> str:
-    """The card with the folder's path replaced by the repository's id in its quoted strings.
+    """The card with the folder's path replaced by the repository's id in its quoted strings; ids of others stay.
 
     Args:
         text: The card.
         name: Of the folder.
         repo_id: `owner/name`.
     """
-    path = rf'"(?:[\w.-]+/)*{re.escape(name)}'
+    # Of two parts, `models/name` is where the checkpoint lies, and `someone/name` the id of another model.
+    first = "|".join([*_FOLDERS, *map(re.escape, repo_id.split("/")[:-1])])
+    path = rf'"(?:(?:\.{{1,2}}|{first})/(?:[\w.-]+/)*|(?:[\w.-]+/){{2,}})?{re.escape(name)}'
     text = re.sub(rf'{path}/{GENERATOR_FOLDER}"', f'"{repo_id}", subfolder="{GENERATOR_FOLDER}"', text)
     return re.sub(rf'{path}"', f'"{repo_id}"', text)
+
+
+def renamed_card(text: str, name: str) -> str:
+    """A card whose title and code say another name; as it is where it has no code that opens the checkpoint.
+
+    Args:
+        text: The card.
+        name: The new name, of a folder or on the Hub.
+    """
+    found = re.search(r'\bUBMoE\("([^"]+)"', text)
+    if found is None:
+        return text
+    old = re.escape(found[1])
+    text = re.sub(rf"(?m)^# {old}$", lambda _: f"# {name}", text)
+    return re.sub(rf'"{old}(?=["/])', lambda _: f'"{name}', text)
+
+
+def card_with_datasets(text: str, names: Sequence[str]) -> str:
+    """A card whose front matter names the datasets that a model was trained on.
+
+    Args:
+        text: The card.
+        names: Hub ids.
+    """
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(text, ignore_metadata_errors=True)
+    card.data["datasets"] = list(names)
+    return str(card)
 
 
 def check_front_matter(text: str, file: Path) -> None:

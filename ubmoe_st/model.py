@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint, classification, generation, ranking
-from ubmoe_st.cards import model_card
+from ubmoe_st.cards import CARD, card_with_datasets, model_card, renamed_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
 from ubmoe_st.configuration import Routing, UBMoEConfig, check_count, check_texts
@@ -32,6 +33,7 @@ from ubmoe_st.hub import checkpoint_folder, push
 from ubmoe_st.lossless import LosslessReport, check_lossless
 from ubmoe_st.quantization import inner_tensors, quantize_base
 from ubmoe_st.ranking import Method
+from ubmoe_st.shards import TensorFiles
 from ubmoe_st.transformer import UBMoETransformer
 
 __all__ = ["REQUIREMENTS", "UBMoE", "UBMoETransformer"]
@@ -101,6 +103,7 @@ class UBMoE(SentenceTransformer):
         super().__init__(path, **kwargs)
         if len(self) and not isinstance(self[0], UBMoETransformer):
             raise ValueError(f"the first module must be a UBMoETransformer, got {type(self[0]).__name__}")
+        self._card_claims = _claims(self.ubmoe_config) if len(self) else None
         if low_memory:
             self._views.use_low_memory(check=False)
         if compute != "stored":
@@ -406,9 +409,10 @@ class UBMoE(SentenceTransformer):
 
         Args:
             path: The folder. An old checkpoint in it is replaced when the new one is complete.
-            model_name: Name for the model card.
-            create_model_card: Whether to write README.md.
-            train_datasets: For the model card.
+            model_name: By which the model card opens the model. None: the folder's, or as in the card that was loaded.
+            create_model_card: Whether to write README.md. The card that was loaded is kept where it is right for the
+                model, experts included. False: that of the folder stays, unless it speaks of another base or rank.
+            train_datasets: Hub ids for the model card.
             safe_serialization: Must be True.
 
         Raises:
@@ -417,7 +421,6 @@ class UBMoE(SentenceTransformer):
         """
         checkpoint.refuse_foreign_weights(path, adapter=self._views.has_adapter)
         with replacing_folder(path, keep=checkpoint.is_of_others) as temporary:
-            before = self.ubmoe_config
             try:
                 super().save(
                     str(temporary),
@@ -431,14 +434,24 @@ class UBMoE(SentenceTransformer):
                     f"nothing was written to {path}, because it would not open again: {error}. Save a model before it "
                     "is compiled, quantised or given an adapter in its generator, or after the adapter is merged"
                 ) from error
-            config = before if self._views.has_adapter else checkpoint.read_config(temporary)
+            config = self.ubmoe_config if self._views.has_adapter else checkpoint.read_config(temporary)
             checkpoint.name_first_module(temporary, _STOCK_TRANSFORMER)
             if create_model_card:
-                name = model_name or Path(path).resolve().name
-                kept = self._model_card_text if _same_claims(before, config) else None
-                (temporary / "README.md").write_text(kept or model_card(config, name), encoding="utf-8")
+                kept = self._model_card_text if self._has_card_of(temporary, config) else None
+                card = kept or model_card(config, Path(path).resolve().name)
+                card = renamed_card(card, model_name) if model_name else card
+                card = card_with_datasets(card, train_datasets) if train_datasets else card
+                (temporary / CARD).write_text(card, encoding="utf-8")
+            elif _is_card_of(Path(path), config):
+                shutil.copyfile(Path(path) / CARD, temporary / CARD)
             if not self._views.has_adapter:
                 checkpoint.write_sums(temporary)
+
+    def _has_card_of(self, written: Path, config: UBMoEConfig | None) -> bool:
+        """Whether the card that was read with this model, scores included, is right for what was written."""
+        if not self._model_card_text or self._views.has_adapter or self._card_claims != _claims(config):
+            return False
+        return self._views.source.changed(TensorFiles([written / checkpoint.BI_FILE]), bi=True) is None
 
     def push_to_hub(
         self,
@@ -532,11 +545,17 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
         yield from (tensor for tensor in held.values() if tensor is not None)
 
 
-def _same_claims(before: UBMoEConfig | None, after: UBMoEConfig | None) -> bool:
-    """Whether a card that was right before saving is right for what was saved."""
-    if before is None or after is None:
-        return before is after
-    return (before.base_model, before.expert_rank) == (after.base_model, after.expert_rank)
+def _claims(config: UBMoEConfig | None) -> tuple[Any, ...] | None:
+    """What a card says of a checkpoint, beside its scores."""
+    return (config.base_model, config.expert_rank, config.routing) if config else None
+
+
+def _is_card_of(folder: Path, config: UBMoEConfig | None) -> bool:
+    """Whether a folder is a checkpoint with a card that is right for another one, beside its scores."""
+    with contextlib.suppress(CheckpointError):
+        if checkpoint.is_checkpoint(folder) and (folder / CARD).is_file():
+            return _claims(checkpoint.read_config(folder)) == _claims(config)
+    return False
 
 
 def _check_dimensions(truncate_dim: object) -> None:
