@@ -71,6 +71,17 @@ def test_a_full_disk_names_what_was_asked_for(tmp_path):
     assert not names(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["name", "folder", "folder-by-name"])
+def test_what_a_link_leads_to_is_replaced(tmp_path, kind):
+    (tmp_path / "there").mkdir()
+    put(tmp_path / "there" / "target", kind, b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "target")
+    put(tmp_path / "link", kind, b"new")
+    assert held(tmp_path / "there" / "target") == b"new"
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["target"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_there_is_replaced(tmp_path, kind):
     put(tmp_path / "a", kind, b"old")

@@ -172,13 +172,15 @@ def replacing_by_name(path: Path, *, unique: bool = False, first_wins: bool = Fa
 
     Args:
         path: The file or folder. A folder that is there is removed before the new one takes its name, so it must be
-            one that nothing relies on; where something does, take `replacing_folder`. A file replaces no folder.
+            one that nothing relies on; where something does, take `replacing_folder`. A file replaces no folder. A
+            link stays, and what it leads to is replaced.
         unique: As for `replacing`.
         first_wins: Whether what others have put at `path` by the end of the block stays, and the new is dropped.
 
     Raises:
         OSError: If the disk is full, naming the file and saying that what was committed is intact.
     """
+    path = path.resolve() if path.is_symlink() else path
     with _cleaning_up(path, unique) as temporary:
         remove(temporary)
         mode = _mode_of_new_files(temporary)
