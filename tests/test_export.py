@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import pytest
 from helpers.engines import tree
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from ubmoe_st.cli import app
@@ -92,3 +94,30 @@ def test_overwriting_leaves_what_others_put_there(checkpoint, tmp_path):
     export(checkpoint, tmp_path / "out", view="generator", overwrite=True)
     assert {name: (tmp_path / "out" / name).read_text() for name in kept} == kept
     assert "1_Pooling/config.json" not in tree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [{"calibration": ["a"]}, {"peak_limit": 2.0}])
+@pytest.mark.parametrize("kind", [{}, {"format": "onnx"}, {"format": "gguf", "quantize": "int8"}])
+def test_what_only_int8_graphs_measure_is_refused_elsewhere(checkpoint, tmp_path, options, kind):
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))} is of int8 of onnx and openvino, .*: leave it out$"):
+        export(checkpoint, tmp_path / "out.gguf", **kind, **options)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("options", [{}, {"view": "generator"}, {"format": "multivector"}, {"format": "peft"}])
+def test_terms_and_licence_go_with_an_export(checkpoint_of, tmp_path, options, said):
+    folder = shutil.copytree(checkpoint_of("gemma3"), tmp_path / "m")
+    card = folder / "README.md"
+    assert "\nlicense: gemma\n" in card.read_text()
+    card.write_text("---\nlicense: other\nlicense_name: mine\n---\n" if said else "none")
+    (folder / "NOTICE").write_text("of the base")
+    (folder / "GEMMA_TERMS.md").write_text("terms")
+    export(folder, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "NOTICE").read_text() == "of the base"
+    assert (tmp_path / "out" / "GEMMA_TERMS.md").read_text() == "terms"
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data["license"], data.get("license_name")) == (("other", "mine") if said else ("gemma", None))
+    assert "Gemma Terms of Use" in (tmp_path / "out" / "README.md").read_text()
+    export(checkpoint_of("llama"), tmp_path / "plain", **options)
+    assert "license" not in ModelCard.load(tmp_path / "plain" / "README.md").data.to_dict()

@@ -114,6 +114,20 @@ def export_card(
     )
 
 
+def with_licence(text: str, config: UBMoEConfig | None, card: str) -> str:
+    """The card of an export with the licence of its checkpoint.
+
+    Args:
+        text: The card of the export.
+        config: What the checkpoint says of itself.
+        card: Of the checkpoint; empty if it has none.
+    """
+    front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    said = re.findall(r"^license\w*: .*\n", front[1], re.MULTILINE) if front else []
+    line = "".join(said) or _licence_line(config)
+    return text.replace("---\n", f"---\n{line}", 1) + (_GEMMA_TERMS if _licence_line(config) else "")
+
+
 def card_on_the_hub(text: str, name: str, repo_id: str) -> str:
     """The card with the folder's path replaced by the repository's id in its quoted strings; ids of others stay.
 

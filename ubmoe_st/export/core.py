@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ubmoe_st.cards import export_card
+from ubmoe_st.cards import CARD, export_card, with_licence
 from ubmoe_st.checkpoint import GENERATOR_FOLDER, is_checkpoint, is_part
 from ubmoe_st.export.adapters import write_gguf_lora, write_peft
 from ubmoe_st.export.folders import (
@@ -103,9 +103,8 @@ def export(
         ValueError: If an argument is unknown, or the format cannot hold this model.
     """
     target = Path(out)
-    if isinstance(calibration, str):
-        raise TypeError("calibration must be a list of texts, got one text")
     _check_arguments(target, view, format, quantize, overwrite)
+    _check_int8_arguments(format, quantize, calibration, peak_limit)
     if format == "cross-encoder":
         view = "generator"
     # Of a graph or a cross-encoder the weights are run; the other formats copy them, one tensor at a time.
@@ -127,6 +126,7 @@ def export(
     elif format == "peft":
         with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
             write_peft(model, folder)
+            _pass_on_terms(model, folder)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     else:
         with replacing_folder(target, overwrite=overwrite, keep=_is_of_others) as folder:
@@ -143,7 +143,8 @@ def export(
             else:
                 kept, output = write_graph(model, folder, view, format, quantize, calibration, peak_limit)
             card = export_card(model.ubmoe_config, model.prompts, view, format, quantize, output)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(card, encoding="utf-8")
+            _pass_on_terms(model, folder)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return {"out": str(target), "view": view, "format": format, "quantize": quantize, "bytes": size, "kept_fp32": kept}
 
@@ -151,6 +152,31 @@ def export(
 def _is_of_others(entry: Path) -> bool:
     """Whether an entry of a folder that an export replaces is not a part of an older export."""
     return entry.name == GENERATOR_FOLDER or not (is_part(entry.name) or entry.name in _GRAPHS)
+
+
+def _pass_on_terms(model: UBMoE, folder: Path) -> None:
+    """Terms and notices of the checkpoint, and its licence in the card of the export."""
+    views: Any = model[0]
+    for name, content in views.notices.items():
+        (folder / name).write_bytes(content)
+    card = views.folder / CARD
+    said = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = (folder / CARD).read_text(encoding="utf-8")
+    (folder / CARD).write_text(with_licence(text, model.ubmoe_config, said), encoding="utf-8")
+
+
+def _check_int8_arguments(
+    format: str, quantize: str | None, calibration: Sequence[str] | None, peak_limit: float
+) -> None:
+    if isinstance(calibration, str):
+        raise TypeError("calibration must be a list of texts, got one text")
+    given = {"calibration": calibration is not None, "peak_limit": peak_limit != PEAK_LIMIT}
+    odd = next((name for name, is_given in given.items() if is_given), None)
+    if odd is not None and not (format in _GRAPHS and quantize == "int8"):
+        raise ValueError(
+            f"{odd} is of int8 of {' and '.join(_GRAPHS)}, and format {format} with quantize={quantize!r} measures no "
+            "activations: leave it out"
+        )
 
 
 def _check_arguments(target: Path, view: str, format: str, quantize: str | None, overwrite: bool) -> None:
