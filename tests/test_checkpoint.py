@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 
 from ubmoe_st import UBMoE, UBMoEConfig
 from ubmoe_st import checkpoint as layout
@@ -238,6 +239,9 @@ def test_links_of_the_hubs_cache_and_links_inside_are_read(copy, tmp_path):
     snapshot = tmp_path / "models--org--m" / "snapshots" / "0123"
     blobs = tmp_path / "models--org--m" / "blobs"
     blobs.mkdir(parents=True)
+    shutil.copy(copy / layout.SHARED_FILE, copy / "generator" / layout.SHARED_FILE)  # as on the Hub
+    layout.write_sums(copy)
+    stored = layout.facts(copy)["bytes"]["stored"]
     for number, file in enumerate(path for path in copy.rglob("*") if path.is_file()):
         name = snapshot / file.relative_to(copy)
         name.parent.mkdir(parents=True, exist_ok=True)
@@ -248,6 +252,22 @@ def test_links_of_the_hubs_cache_and_links_inside_are_read(copy, tmp_path):
         layout.verify_sums(path)
         UBMoE(str(path), verify=True)
     assert layout.facts(snapshot)["layers"] == 3
+    assert layout.facts(snapshot)["bytes"]["stored"] == stored
+    second = snapshot / "generator" / layout.SHARED_FILE
+    second.unlink()
+    second.symlink_to((snapshot / layout.SHARED_FILE).resolve())
+    held = sum(file.stat().st_size for file in blobs.iterdir())
+    assert layout.facts(snapshot)["bytes"]["stored"] == held - second.stat().st_size
+
+
+@pytest.mark.parametrize("behind", [[], ["Dense"]])
+@pytest.mark.parametrize("modes", ["mean", ("mean", "max")])
+def test_facts_count_the_dimensions_of_a_vector(checkpoint, tmp_path, modes, behind):
+    pooling = Pooling(32, modes)
+    behind = [Dense(pooling.get_embedding_dimension(), 5) for _ in behind]
+    model = UBMoE(modules=[UBMoE(str(checkpoint))[0], pooling, *behind], device="cpu")
+    model.save(str(tmp_path / "m"))
+    assert layout.facts(tmp_path / "m")["dimension"] == model.encode("a cat").shape[0]
 
 
 @pytest.mark.parametrize("name", ["../outside.txt", "absolute", "linked.txt"])

@@ -51,7 +51,9 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     parts |= {"classification": HEAD_FILE} if (root / HEAD_FILE).is_file() else {}
     parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, **parts}
     count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
-    files = [file for file in root.rglob("*") if file.is_file()]
+    files = {
+        file.resolve() for file in root.rglob("*") if file.is_file()
+    }  # the Hub's cache links two names to one blob
     behind = sum(
         sum(map(math.prod, read_shapes(root, f"{module}/{ONE_FILE}").values()))
         for module in module_paths(root)
@@ -88,7 +90,10 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _dimension(root: Path, hidden: int) -> int:
     for module in reversed(json.loads((root / MODULES_FILE).read_text(encoding="utf-8"))):
         if module["path"] and (root / module["path"] / "config.json").is_file():
-            size = json_of(root, f"{module['path']}/config.json").get("out_features")
+            settings = json_of(root, f"{module['path']}/config.json")
+            modes, width = settings.get("pooling_mode"), settings.get("embedding_dimension")
+            several = isinstance(modes, list) and type(width) is int
+            size = len(modes) * width if several else settings.get("out_features")
             if size is not None and type(size) is not int:
                 raise CheckpointError(
                     f"{module['path']}/config.json: expected a whole number out_features, got {size!r}"
