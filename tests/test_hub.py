@@ -21,7 +21,7 @@ import pytest
 import torch
 from helpers.loopback_hub import CHUNK, MULTIPART_ABOVE, TOKEN, Commit, File, LoopbackHub, git_sha1
 from helpers.models import TEXTS, make_checkpoint
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -445,6 +445,16 @@ print(json.dumps({"vectors": vectors.tolist(), "text": UBMoE("org/ubmoe-tiny").g
 """
 
 
+PARTLY = """
+import json
+from ubmoe_st import UBMoE
+try:
+    UBMoE("org/ubmoe-tiny")
+except FileNotFoundError as error:
+    print(json.dumps({"told": str(error)}))
+"""
+
+
 def fresh(script: str, tmp_path: Path, env: dict[str, str]) -> dict:
     command = [sys.executable, "-c", script, json.dumps(TEXTS)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, check=False)
@@ -463,6 +473,26 @@ def test_the_generator_is_a_subfolder_for_stock_transformers(checkpoint, base):
         logits = [lm.eval()(**inputs).logits for lm in (found, untouched, root)]
     assert torch.equal(logits[0], logits[1])
     assert not torch.allclose(logits[0], logits[2], atol=1e-2), "the root is not the generator"
+
+
+def test_a_part_of_a_checkpoint_in_the_cache_and_no_network(checkpoint, base, client, monkeypatch, tmp_path):
+    with LoopbackHub() as hub:
+        client(hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        push(checkpoint, REPO)
+        HfApi().create_repo("org/plain")
+        HfApi().upload_folder(repo_id="org/plain", folder_path=base)
+        part = download(REPO, wanted="", allow_patterns=["*.json", "model-*.safetensors", "1_*"])
+        for folder in (part / "generator", part.parents[1] / "trees"):  # as files that were got one by one leave it
+            shutil.rmtree(folder, ignore_errors=True)
+        assert not (part / "generator").exists()
+        with pytest.raises(CheckpointError, match="not a UBMoE checkpoint"):
+            UBMoE("org/plain")  # with a network, all of it is there
+    # In another process: this one knows what else the repository holds.
+    nowhere = environment("http://127.0.0.1:1", tmp_path, HF_HUB_CACHE=str(tmp_path / "cache"))
+    told = fresh(PARTLY, tmp_path, nowhere)["told"]
+    assert "not all of it is in the cache" in told
+    assert "Load it once with a network" in told
 
 
 def test_loading_from_the_hub_and_then_from_the_cache(checkpoint, base, client, monkeypatch, tmp_path):

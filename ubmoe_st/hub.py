@@ -45,7 +45,8 @@ def download(
         token: As for `huggingface_hub`.
         local_files_only: Whether to look into the cache alone.
         allow_patterns: Globs of the files. None: all.
-        whole: Asked of a folder from the cache alone, of which huggingface_hub 1 gives what there is.
+        whole: Asked of a folder from the cache alone, of which huggingface_hub 1 gives what there is; also where there
+            is no network.
 
     Raises:
         FileNotFoundError: If it cannot be got; says why in one line.
@@ -67,12 +68,24 @@ def download(
         raise FileNotFoundError(
             f"{repo_id!r} is no local folder and cannot be got from the Hub: {hub_problem(error)}; expected {wanted}"
         ) from error
-    if (local_files_only or constants.HF_HUB_OFFLINE) and not whole(folder):
+    from_cache = local_files_only or constants.HF_HUB_OFFLINE
+    if not whole(folder) and (from_cache or not _answers(repo_id, revision, token)):
         raise FileNotFoundError(
             f"{repo_id!r} is no local folder, and not all of it is in the cache; expected {wanted}. "
             "Load it once with a network"
         )
     return folder
+
+
+def _answers(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
+    """Whether the Hub can be asked for a repository; where it cannot, its client gives what is in the cache."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=token).repo_info(repo_id, revision=revision, timeout=10)
+    except hub_errors():
+        return False
+    return True
 
 
 def checkpoint_folder(name: str | os.PathLike[str], **options: Any) -> Path:

