@@ -13,7 +13,7 @@ from helpers.requests import client, greedy, post
 from transformers import GenerationConfig
 
 from ubmoe_st import UBMoE
-from ubmoe_st.serving.engine import SHAPING, Sampler, Sampling, TorchEngine, tell_unapplied
+from ubmoe_st.serving.engine import SHAPING, Sampler, Sampling, TorchEngine, sampler, tell_unapplied
 from ubmoe_st.serving.text import TextStream
 
 
@@ -107,6 +107,19 @@ def test_tokens_are_drawn_as_transformers_draws_them():
     counts = np.bincount([Sampler(1.0, seed=seed)(logits) for seed in range(4000)], minlength=50) / 4000
     expected = torch.tensor(logits).softmax(-1).numpy()
     assert np.abs(counts - expected).max() < 0.03
+
+
+def test_tokens_are_drawn_where_a_request_says_from_how_many():
+    """As in OpenAI's API, whose temperature is 1 where none is given."""
+    logits = np.random.default_rng(0).normal(size=50).astype(np.float32) * 3
+    for asked in ({"top_p": 0.9}, {"top_k": 5}):
+        drawn, wanted = (sampler(Sampling(4, **asked, **more), {}) for more in ({}, {"temperature": 1.0}))
+        np.testing.assert_array_equal(drawn.probabilities(logits), wanted.probabilities(logits))
+        assert (drawn.probabilities(logits) > 0).sum() > 1
+        assert sampler(Sampling(4, temperature=0.0, **asked), {}) is None
+        of_base = sampler(Sampling(4, **asked), {"do_sample": True, "temperature": 0.5})
+        assert (of_base.probabilities(logits) != wanted.probabilities(logits)).any()
+    assert sampler(Sampling(4), {}) is None
 
 
 def test_streamed_pieces_make_the_whole_text(url):

@@ -43,6 +43,8 @@ class Tokens:
 class Sampling:
     """How to choose tokens. What is None is as the base model's generation config says, else greedy.
 
+    With `top_p` or `top_k` tokens are drawn: at temperature 1, where neither names one.
+
     Attributes:
         max_tokens: At most so many new tokens.
         temperature: 0: the most probable token.
@@ -245,7 +247,9 @@ def sampler(sampling: Sampling, defaults: dict[str, Any]) -> Sampler | None:
     """
     temperature = sampling.temperature
     if temperature is None:
-        temperature = (defaults.get("temperature") or 1.0) if defaults.get("do_sample") else 0.0
+        asked = sampling.top_p is not None or sampling.top_k is not None
+        unset = 1.0 if asked else 0.0  # as in OpenAI's API: who says of how many tokens wants them drawn
+        temperature = (defaults.get("temperature") or 1.0) if defaults.get("do_sample") else unset
     if temperature <= 0:
         return None
     given = defaults if defaults.get("do_sample") else {}
