@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -80,6 +81,21 @@ def test_a_projection_is_that_of_each_token(base, tmp_path):
         np.testing.assert_allclose(scores, maxsim(asked, said), atol=1e-4)
         assert found[0].shape[1] == 8
     assert model[2].module_input_name == "sentence_embedding"
+
+
+def test_dimensions_that_are_not_cut_are_told_of(checkpoint, tmp_path):
+    cut = UBMoE(str(checkpoint), device="cpu", truncate_dim=8)
+    cut.save(str(tmp_path / "cut"))
+    told = r"to 8 dimensions \(truncate_dim\), and token vectors keep all"
+    with pytest.warns(UserWarning, match=told):
+        export(tmp_path / "cut", tmp_path / "out", format="multivector")
+    with pytest.warns(UserWarning, match=told):
+        encoder = multi_vector_encoder(cut)
+    for one in (encoder, MultiVectorEncoder(str(tmp_path / "out"), device="cpu")):
+        assert one.encode_query(["a dog"])[0].shape[-1] == 32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        multi_vector_encoder(UBMoE(str(checkpoint), device="cpu"))
 
 
 def test_models_and_views_without_token_vectors_are_refused(checkpoint, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from sentence_transformers import MultiVectorEncoder, SentenceTransformer
@@ -26,6 +27,11 @@ def token_modules(model: SentenceTransformer) -> list[nn.Module]:
     Raises:
         ValueError: If the model has another module.
     """
+    if model.truncate_dim is not None:
+        warnings.warn(
+            f"the model cuts its vectors to {model.truncate_dim} dimensions (truncate_dim), and token vectors keep all",
+            stacklevel=3,
+        )
     behind: list[nn.Module] = []
     for position, module in enumerate(list(model)[1:], 1):
         if isinstance(module, Dense):
