@@ -92,8 +92,9 @@ def _dimension(root: Path, hidden: int) -> int:
         if module["path"] and (root / module["path"] / "config.json").is_file():
             settings = json_of(root, f"{module['path']}/config.json")
             modes, width = settings.get("pooling_mode"), settings.get("embedding_dimension")
-            several = isinstance(modes, list) and type(width) is int
-            size = len(modes) * width if several else settings.get("out_features")
+            size = settings.get("out_features")
+            if isinstance(modes, list) and isinstance(width, int):
+                size = len(modes) * width
             if size is not None and type(size) is not int:
                 raise CheckpointError(
                     f"{module['path']}/config.json: expected a whole number out_features, got {size!r}"
