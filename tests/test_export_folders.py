@@ -10,11 +10,13 @@ import torch
 from helpers.engines import in_process, tree
 from helpers.models import TEXTS
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModelForCausalLM
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe_st import UBMoE
+from ubmoe_st import UBMoE, upcycle
 from ubmoe_st.checkpoint import facts
 from ubmoe_st.export import export
+from ubmoe_st.export.folders import _write_tokenizer
 
 ST_SCRIPT = """
 import json, sys
@@ -82,3 +84,36 @@ def test_hf_generator_is_the_base(architecture, checkpoint_of, base_of, tmp_path
         assert not torch.equal(other(ids).logits, base(ids).logits)
     assert torch.equal(found.generate(ids, max_new_tokens=6), base.generate(ids, max_new_tokens=6))
     assert "ubmoe" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+@pytest.mark.parametrize("modes", [("mean", "max"), ("cls", "mean"), ("lasttoken", "mean")])
+def test_several_poolings_keep_their_order(modes, checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint))
+    UBMoE(modules=[model[0], Pooling(32, modes)]).save(str(tmp_path / "several"))
+    export(tmp_path / "several", tmp_path / "out")
+    found = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
+    expected = UBMoE(str(tmp_path / "several")).encode(TEXTS)
+    assert found.shape == (len(TEXTS), 64)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.abs(expected[:, :32] - expected[:, 32:]).max() > 0.1, "both halves are the same: vacuous"
+
+
+def test_the_generator_reads_as_much_as_its_base(base, tmp_path):
+    """The limit of a checkpoint is that of its encoder."""
+    cut = upcycle(base, None, out=tmp_path / "cut", max_seq_length=8)
+    export(cut, tmp_path / "out", view="generator")
+    text = "the cat sits " * 9
+    expected, found = (
+        AutoTokenizer.from_pretrained(path)(text, truncation=True)["input_ids"] for path in (base, tmp_path / "out")
+    )
+    assert found == expected
+    assert len(AutoTokenizer.from_pretrained(cut)(text, truncation=True)["input_ids"]) == 8 < len(found)
+
+
+def test_a_graph_is_cut_at_the_side_of_its_tokenizer(checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint))
+    for side in ("Left", "Right"):
+        model.tokenizer.truncation_side = side.lower()
+        (tmp_path / side).mkdir()
+        _write_tokenizer(model, tmp_path / side, batches=True)
+        assert json.loads((tmp_path / side / "tokenizer.json").read_text())["truncation"]["direction"] == side

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from helpers.engines import LLAMA_CPP, cosine, in_process
-from helpers.gguf import GGUF_MODELS, GGUF_TEXTS, sentencepiece_tokenizer
-from tokenizers import normalizers, pre_tokenizers
+from helpers.gguf import GGUF_MODELS, GGUF_TEXTS, bpe_tokenizer, sentencepiece_tokenizer
+from tokenizers import normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from ubmoe_st import UBMoE
+from ubmoe_st import UBMoE, upcycle
 from ubmoe_st.export import export
 from ubmoe_st.export.gemma import check_gemma
 from ubmoe_st.export.gguf import _gguf_architecture
@@ -146,5 +147,83 @@ def test_tokenizers_that_llama_cpp_has_not_are_refused(change):
         if change == "order":
             merges.append(pair)
         tokenizer._tokenizer = type(backend).from_str(json.dumps(content))
-    with pytest.raises(ValueError, match=r"and for that of Gemma; the checkpoint has another \(BPE\); a hint"):
+    with pytest.raises(
+        ValueError, match=r"and for that of Gemma; the checkpoint has another \(BPE, normalizer \w+\); a hint"
+    ):
         vocabulary_of(tokenizer, 360, "a hint")
+
+
+def test_prompts_that_are_not_pooled_have_no_place_in_llama_cpp(gguf_checkpoint_of, tmp_path):
+    _, checkpoint = gguf_checkpoint_of("llama")
+    model = UBMoE(str(checkpoint), prompts={"query": "the old "})
+    model[1].include_prompt = False
+    model.save(str(tmp_path / "left-out"))
+    with pytest.raises(ValueError, match=r"pools without its prompts, which llama\.cpp cannot; take format='onnx'"):
+        export(tmp_path / "left-out", tmp_path / "model.gguf", format="gguf")
+    assert not (tmp_path / "model.gguf").exists()
+    model.prompts = dict.fromkeys(model.prompts, "")
+    model.save(str(tmp_path / "none"))
+    export(tmp_path / "none", tmp_path / "model.gguf", format="gguf")
+
+
+def test_the_length_that_llama_cpp_does_not_cut_at_is_told(gguf_checkpoint_of, tmp_path):
+    _, checkpoint = gguf_checkpoint_of("llama")
+    model = UBMoE(str(checkpoint))
+    model.max_seq_length = 16
+    model.save(str(tmp_path / "short"))
+    with pytest.warns(UserWarning, match=r"reads up to \d+ tokens: cut texts after 16"):
+        export(tmp_path / "short", tmp_path / "model.gguf", format="gguf")
+
+
+def test_what_f16_cannot_hold_is_refused(gguf_checkpoint_of, tmp_path):
+    base, _ = gguf_checkpoint_of("llama")
+    lm = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        lm.model.layers[0].self_attn.o_proj.weight[0, 0] = 1e5
+    shutil.copytree(base, tmp_path / "base")
+    lm.save_pretrained(tmp_path / "base")
+    checkpoint = upcycle(tmp_path / "base", None, out=tmp_path / "checkpoint")
+    with pytest.raises(ValueError, match=r"holds 1e\+05, beyond the 65504 of f16"):
+        export(checkpoint, tmp_path / "model.gguf", format="gguf", quantize="f16")
+    assert not (tmp_path / "model.gguf").exists()
+    export(checkpoint, tmp_path / "model.gguf", format="gguf")
+    with pytest.raises(ValueError, match=r"holds 1e\+05, beyond the range of float16; take dtype='bfloat16'"):
+        upcycle(tmp_path / "base", None, out=tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()
+    upcycle(tmp_path / "base", None, out=tmp_path / "half", dtype="bfloat16")
+
+
+def test_a_second_end_of_an_answer_is_the_end_of_a_turn(gguf_checkpoint_of, tmp_path):
+    _, checkpoint = gguf_checkpoint_of("llama")
+    shutil.copytree(checkpoint, tmp_path / "ends")
+    third = 7
+    file = tmp_path / "ends" / "generator" / "generation_config.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | {"eos_token_id": [2, third]}))
+    export(tmp_path / "ends", tmp_path / "model.gguf", view="generator", format="gguf")
+    from gguf import GGUFReader
+
+    field = GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.eot_token_id"]
+    assert field.contents() == third
+
+
+@pytest.mark.parametrize("added", ["<pad> $A", "$A <pad>", "<s> $A </s> </s>"])
+def test_other_tokens_around_a_text_are_refused(added):
+    tokenizer = bpe_tokenizer(digits=True)
+    ids = [("<pad>", 0), ("<s>", 1), ("</s>", 2)]
+    for fine, found in (("$A", (False, False)), ("<s> $A", (True, False)), ("<s> $A </s>", (True, True))):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=fine, special_tokens=ids)
+        assert tuple(vocabulary_of(tokenizer, 320, "a hint").adds.values()) == found
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=added, special_tokens=ids)
+    with pytest.raises(ValueError, match="puts bos and eos around a text and nothing else, this tokenizer gives"):
+        vocabulary_of(tokenizer, 320, "a hint")
+
+
+def test_a_normalizer_that_llama_cpp_has_not_is_told_or_refused():
+    tokenizer = bpe_tokenizer(digits=True)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.warns(UserWarning, match=r"composes characters \(NFC\) and llama.cpp does not"):
+        vocabulary_of(tokenizer, 320, "a hint")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match=r"\(BPE, normalizer Lowercase\); a hint"):
+        vocabulary_of(tokenizer, 320, "a hint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from helpers.benchmark_data import make_base as make_byte_base
 from helpers.models import TEXTS, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ubmoe_st import UBMoE, ranking
+from ubmoe_st import UBMoE, ranking, upcycle
 from ubmoe_st.ranking import DOCUMENT_CUE, QUERY_CUE, YES_NO_PROMPT
 
 QUERY = "the red bird"
@@ -157,3 +158,28 @@ def test_the_stock_cross_encoder_opens_the_export_and_scores_alike(chat_model, t
     ours = chat_model.rank(QUERY, DOCUMENTS, method="yes_no")
     assert scores_of(stock, len(DOCUMENTS)) == pytest.approx(scores_of(ours, len(DOCUMENTS)), abs=2e-4)
     assert [result["corpus_id"] for result in stock] == [result["corpus_id"] for result in ours]
+
+
+def test_the_export_reads_what_ranking_reads_whatever_the_encoder_reads(byte_base, tmp_path):
+    from sentence_transformers import CrossEncoder
+
+    from ubmoe_st.export import export
+
+    cut = upcycle(byte_base, None, out=tmp_path / "cut", max_seq_length=16)
+    export(cut, tmp_path / "out", format="cross-encoder")
+    stock = CrossEncoder(str(tmp_path / "out"), device="cpu").rank(QUERY, DOCUMENTS)
+    ours = UBMoE(str(cut), device="cpu").rank(QUERY, DOCUMENTS, method="yes_no")
+    assert scores_of(stock, len(DOCUMENTS)) == pytest.approx(scores_of(ours, len(DOCUMENTS)), abs=2e-4)
+    assert len({result["score"] for result in ours}) == len(DOCUMENTS), "all are the same: vacuous"
+
+
+def test_a_date_in_the_template_is_told_of(byte_base, tmp_path):
+    from ubmoe_st.export import export
+
+    shutil.copytree(byte_base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(byte_base)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }} " + CHAT
+    tokenizer.save_pretrained(tmp_path / "base")
+    dated = upcycle(tmp_path / "base", None, out=tmp_path / "dated")
+    with pytest.warns(UserWarning, match="may name the date: the export keeps that of today"):
+        export(dated, tmp_path / "out", format="cross-encoder")

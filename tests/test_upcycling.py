@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers.models import SIZES, TEXTS, make_base, make_tokenizer, random_experts
+from helpers.models import SIZES, TEXTS, make_base, make_checkpoint, make_tokenizer, random_experts
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -107,6 +107,41 @@ def test_a_dense_checkpoint_with_a_tuned_ffn(base, tmp_path):
     tuned.save_pretrained(tmp_path / "worse")
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.k_proj\.weight differs"):
         upcycle(base, tmp_path / "worse", out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    ("key", "value"), [("rms_norm_eps", 0.5), ("hidden_act", "gelu"), ("rope_parameters", {"rope_theta": 9.0})]
+)
+def test_experts_that_were_tuned_in_another_model_are_refused(base, tmp_path, monkeypatch, streamed, key, value):
+    if not streamed:
+        monkeypatch.setattr("ubmoe_st.upcycling.can_stream", lambda folder: False)
+    shutil.copytree(base, tmp_path / "tuned")
+    file = tmp_path / "tuned" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"use_cache": False, "pad_token_id": None, "attention_dropout": 0.1}))
+    upcycle(base, tmp_path / "tuned", out=tmp_path / "fine")
+    file.write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=rf"tuned: {key} of its config is .*, of the base base .*; only FFN weights"):
+        upcycle(base, tmp_path / "tuned", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_whose_frequencies_hang_on_the_batch_reads_less(tmp_path):
+    """With longrope, the longest text of a batch would change the vectors of the others."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    rope |= {"original_max_position_embeddings": 32, "factor": 4.0}
+    base = make_base(tmp_path / "base", "phi3-fused", rope_parameters=rope, original_max_position_embeddings=32)
+    model = UBMoE(str(make_checkpoint(base, tmp_path / "checkpoint")))
+    assert model.max_seq_length == 32
+    short, long = "the cat sits on the mat", " ".join(["the cat dog bird train"] * 12)
+    alone = model.encode(short)
+    assert np.abs(alone - model.encode([short, long])[0]).max() < 1e-6
+    model.max_seq_length = 64
+    assert np.abs(alone - model.encode([short, long])[0]).max() > 1e-2, "the batch changes nothing: vacuous"
+    with pytest.raises(ValueError, match=r"at most 32 with longrope, .* got 33"):
+        upcycle(base, None, out=tmp_path / "longer", max_seq_length=33)
+    assert UBMoE(str(upcycle(base, None, out=tmp_path / "less", max_seq_length=16))).max_seq_length == 16
 
 
 def test_saved_experts_with_a_projection_and_a_recipe(base, tmp_path):

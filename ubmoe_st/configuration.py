@@ -139,6 +139,34 @@ def check_count(name: str, value: object, *, wanted: str = "a whole number", uni
         raise ValueError(f"{name} must be at least 1{unit}, got {value}")
 
 
+def encoder_limit(config: Any, wanted: int | None = None) -> int | None:
+    """Longest text that an encoder may read, in tokens.
+
+    With `longrope` the longest text of a batch decides the frequencies of all, so that a vector would depend on what
+    stands beside it: such a base encodes up to `original_max_position_embeddings` tokens.
+
+    Args:
+        config: Of the base.
+        wanted: A limit. None: the longest there may be.
+
+    Returns:
+        `wanted`, or the base's limit. None: there is none.
+
+    Raises:
+        ValueError: If `wanted` is beyond the base's limit.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return wanted
+    limit = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    if wanted is not None and wanted > limit:
+        raise ValueError(
+            f"max_seq_length must be at most {limit} with longrope, whose frequencies change for all texts of a batch "
+            f"behind it, got {wanted}"
+        )
+    return limit if wanted is None else wanted
+
+
 def check_texts(inputs: object) -> None:
     """Refuse what no encoder takes for texts: generators, bytes, entries that are no strings.
 

@@ -29,6 +29,13 @@ from ubmoe_st.transformer import UBMoETransformer
 _WIDENED = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 """Where classes of transformers name the modules that they load in fp32."""
 
+_NO_SETTINGS = {
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_causal", "label2id", "max_position_embeddings", "pad_token_id", "pretraining_tp",
+    "problem_type", "transformers_version", "use_cache",
+}  # fmt: skip
+"""Keys of a config that change no hidden state outside of training."""
+
 
 def can_stream(folder: Path) -> bool:
     """Whether the tensors of a base have, in its files, the names and shapes of the stock causal LM.
@@ -60,9 +67,10 @@ def dense_experts(base: Base, tuned: Path, encoder: PreTrainedModel) -> Mapping[
         encoder: The base's backbone, for its names and its type.
 
     Raises:
-        ValueError: If another tensor differs.
+        ValueError: If another tensor, or a setting of the config, differs.
     """
     dtype = encoder.dtype
+    check_same_config(base, tuned)
     original, changed = (shards.TensorFiles(weight_files(folder)) for folder in (base.path, tuned))
     lm = meta_causal_lm(causal_config(encoder.config))
     tied = tied_keys(lm)  # some files have them a second time
@@ -83,6 +91,24 @@ def dense_experts(base: Base, tuned: Path, encoder: PreTrainedModel) -> Mapping[
 
     specs = {key: shards.spec_of(changed.spec(name).shape, dtype) for key, name in ffn.items()}
     return shards.LazyTensors({key: (specs[key], partial(read, name)) for key, name in ffn.items()})
+
+
+def check_same_config(base: Base, tuned: Path) -> None:
+    """Refuse a fine-tuned copy of a base that computes otherwise: its experts were trained to that.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    first, second = (
+        {key: value for key, value in stock_config(path).to_dict().items() if key not in _NO_SETTINGS}
+        for path in (base.path, tuned)
+    )
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key):
+            raise ValueError(
+                f"{tuned}: {key} of its config is {second.get(key)!r}, of the base {base.name} {first.get(key)!r}; "
+                "only FFN weights may be trained"
+            )
 
 
 class StreamedTransformer(UBMoETransformer):
@@ -246,7 +272,13 @@ class StreamedTransformer(UBMoETransformer):
         return self.model.dtype if tensor.is_floating_point() else tensor.dtype
 
     def _read(self, tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-        return tensors[name].to(self._dtype_of(like))
+        stored = tensors[name]
+        found = stored.to(self._dtype_of(like))
+        if found.dtype == torch.float16 != stored.dtype and found.isinf().any() and not stored.isinf().any():
+            raise ValueError(
+                f"{name} holds {stored.abs().max().item():.3g}, beyond the range of float16; take dtype='bfloat16'"
+            )
+        return found
 
 
 class StreamedUBMoE(UBMoE):

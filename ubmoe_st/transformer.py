@@ -26,7 +26,7 @@ from ubmoe_st.bases import (
 )
 from ubmoe_st.classification import ClassificationHead, save_head
 from ubmoe_st.compute import FastEncoder, choose
-from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig
+from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig, encoder_limit
 from ubmoe_st.experts import (
     LowRank,
     LowRankLinear,
@@ -143,8 +143,8 @@ class UBMoETransformer(Transformer):
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
         module = cls(str(found.path), model_kwargs=model_kwargs, **kwargs)
-        if max_seq_length is not None:
-            module.max_seq_length = max_seq_length
+        if (limit := encoder_limit(module.model.config, max_seq_length)) is not None:
+            module.max_seq_length = limit
         find_ffns(module.model)
         check_bidirectional(module.probe())
         module.base = found

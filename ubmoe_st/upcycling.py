@@ -21,12 +21,12 @@ from ubmoe_st import checkpoint
 from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.classification import ClassificationHead, read_head, save_head
-from ubmoe_st.configuration import RouterKind, check_count
+from ubmoe_st.configuration import RouterKind, check_count, encoder_limit
 from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
 from ubmoe_st.files import read_json, replacing_folder, sha256_of
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer
-from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, dense_experts
+from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, check_same_config, dense_experts
 
 DELTA_NAME = Path(checkpoint.DELTA_FILE).name
 """The low-rank experts in a folder of their own."""
@@ -107,7 +107,7 @@ def upcycle(
         module.ubmoe_config.training = recipe.get("training")
     length = recipe.get("max_seq_length") if max_seq_length is None else max_seq_length
     if length is not None:
-        module.max_seq_length = int(length)
+        module.max_seq_length = encoder_limit(module.model.config, int(length))
     if routers is None and bi_experts is not None:
         file = beside / (checkpoint.ROUTER_FILE if checkpoint.is_checkpoint(beside) else ROUTERS_FILE)
         routers = file if file.is_file() else None
@@ -296,6 +296,7 @@ def _read_checkpoint(base: Base, path: Path, module: UBMoETransformer) -> dict[s
 
 
 def _read_dense(base: Base, path: Path, module: UBMoETransformer) -> Mapping[str, Tensor]:
+    check_same_config(base, path)
     tuned = AutoModelForCausalLM.from_pretrained(path, dtype=module.model.dtype)
     original = AutoModelForCausalLM.from_pretrained(base.path, dtype=module.model.dtype)
     keys = uni_keys(tuned)

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.engines import cosine, in_process
-from helpers.gguf import GGUF_TEXTS
-from helpers.models import TEXTS
+from helpers.gguf import GGUF_TEXTS, make_gguf_checkpoint
+from helpers.models import TEXTS, make_checkpoint
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ubmoe_st import UBMoE
 from ubmoe_st.export import export
@@ -256,6 +258,49 @@ def test_without_an_installed_gguf_the_base_is_written_once(files, tmp_path):
     before = written.stat().st_mtime_ns
     NativeUBMoE.from_checkpoint(files[0], threads=1).close()
     assert written.stat().st_mtime_ns == before
+
+
+def test_bases_that_share_their_ffns_alone_are_written_apart(tmp_path):
+    first, one = make_gguf_checkpoint(tmp_path / "first", "llama")
+    shutil.copytree(first, tmp_path / "other")
+    lm = AutoModelForCausalLM.from_pretrained(first)
+    with torch.no_grad():
+        for layer in lm.model.layers:
+            layer.self_attn.q_proj.weight.mul_(-1)
+    lm.save_pretrained(tmp_path / "other")
+    other = make_checkpoint(tmp_path / "other", tmp_path / "two")
+    with closing(NativeUBMoE.from_checkpoint(str(one))) as native:
+        vectors = native.encode(TEXTS)
+    with closing(NativeUBMoE.from_checkpoint(str(other))) as native:
+        assert cosine(native.encode(TEXTS), UBMoE(str(other)).encode(TEXTS)).min() > 0.999
+        assert cosine(native.encode(TEXTS), vectors).min() < 0.99, "both are the same: vacuous"
+
+
+def test_characters_are_composed_where_the_tokenizer_composes_them(tmp_path):
+    base, _ = make_gguf_checkpoint(tmp_path / "plain", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(base)
+    checkpoint = make_checkpoint(base, tmp_path / "nfc")
+    text, composed = "Gro\u0308\u00dfe of the cat", "Gr\u00f6\u00dfe of the cat"
+    with pytest.warns(UserWarning, match=r"composes characters \(NFC\)"):
+        native = NativeUBMoE.from_checkpoint(str(checkpoint))
+    with closing(native):
+        ids = native.tokenizer([text, composed])["input_ids"]
+    assert ids == UBMoE(str(checkpoint)).tokenizer([text, composed])["input_ids"]
+    assert ids[0] == ids[1] != UBMoE(str(tmp_path / "plain" / "checkpoint")).tokenizer([text])["input_ids"][0]
+
+
+def test_a_prompt_that_is_not_pooled_is_refused(files, tmp_path):
+    checkpoint, base = files
+    model = UBMoE(str(checkpoint))
+    model[1].include_prompt = False
+    model.save(str(tmp_path / "left-out"))
+    with closing(NativeUBMoE.from_checkpoint(str(tmp_path / "left-out"), gguf=base)) as native:
+        assert cosine(native.encode(TEXTS), model.encode(TEXTS)).min() > 0.999
+        assert np.array_equal(native.encode(TEXTS, prompt=""), native.encode(TEXTS))
+        with pytest.raises(ValueError, match=r"pools without its prompts, which llama\.cpp cannot; leave `prompt` out"):
+            native.encode(TEXTS, prompt="the old ")
 
 
 def test_what_llama_cpp_cannot_do_is_refused(files, tmp_path):

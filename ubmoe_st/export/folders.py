@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def _write_settings(model: UBMoE, folder: Path, kind: str, similarity: str | Non
 
 def _pooling_config(pooling: Pooling) -> dict[str, Any]:
     modes = [pooling.pooling_mode] if isinstance(pooling.pooling_mode, str) else list(pooling.pooling_mode)
+    if modes != [mode for mode in _POOLING_KEYS if mode in modes]:
+        return pooling.get_config_dict()  # the older keys have one order
     return {
         "word_embedding_dimension": pooling.embedding_dimension,
         **{key: mode in modes for mode, key in _POOLING_KEYS.items()},
@@ -134,12 +137,23 @@ def write_generator_files(model: UBMoE, folder: Path) -> None:
     if lm.generation_config is not None:
         lm.generation_config.save_pretrained(folder)
     _write_tokenizer(model, folder, batches=False)
+    # The longest text of the checkpoint is the encoder's.
+    file = folder / "tokenizer_config.json"
+    longest = getattr(lm.config, "max_position_embeddings", None)
+    if longest is not None:
+        _write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"model_max_length": longest})
 
 
 def write_cross_encoder_files(model: UBMoE, folder: Path) -> None:
     """The generator as a `CrossEncoder` whose scores are those of `UBMoE.rank` with `yes_no`."""
     views: Any = model[0]
     template = pair_template(views)
+    if "strftime_now" in str(model.tokenizer.chat_template):
+        warnings.warn(
+            "the chat template of this checkpoint may name the date: the export keeps that of today, `UBMoE.rank` does "
+            "not",
+            stacklevel=3,
+        )
     yes, no = answer_tokens(views)
     write_generator_files(model, folder)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -204,7 +218,7 @@ def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:
     length: Any = model[0].max_seq_length
     if length is not None:
         content["truncation"] = {
-            "direction": "Right",
+            "direction": tokenizer.truncation_side.capitalize(),
             "max_length": int(length),
             "strategy": "LongestFirst",
             "stride": 0,

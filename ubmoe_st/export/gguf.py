@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import Tensor
@@ -27,6 +28,7 @@ _GGUF_ARCHITECTURES = {
     "qwen3": "QWEN3",
     "gemma3_text": "GEMMA3",
 }
+_LARGEST_F16 = float(np.finfo(np.float16).max)
 _CONVERT_HINT = "export it with format='hf' and convert that folder with convert_hf_to_gguf.py of llama.cpp"
 
 
@@ -84,10 +86,16 @@ def write_gguf(model: UBMoE, file: Path, view: str, quantize: str | None) -> Non
         writer.add_causal_attention(False)
         writer.add_pooling_type(pooling)
     vocabulary.write(writer)
+    if view == "generator":
+        _write_further_ends(writer, model, vocabulary.special["eos"])
     for name, tensor in _gguf_tensors(network, state, arch, heads, kv_heads):
         if is_gemma:
             tensor = gemma.gemma_tensor(name, tensor, config, view)
         array = tensor.to(torch.float32).numpy()
+        if kind == "F16" and np.abs(array).max(initial=0) > _LARGEST_F16:
+            raise ValueError(
+                f"{name} holds {np.abs(array).max():.3g}, beyond the {_LARGEST_F16:.0f} of f16; export in fp32 or int8"
+            )
         wanted = gguf.GGMLQuantizationType[kind if array.ndim > 1 else "F32"]
         if wanted == gguf.GGMLQuantizationType.Q8_0 and array.shape[-1] % 32:
             wanted = gguf.GGMLQuantizationType.F16
@@ -96,6 +104,18 @@ def write_gguf(model: UBMoE, file: Path, view: str, quantize: str | None) -> Non
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _write_further_ends(writer: Any, model: UBMoE, first: int | None) -> None:
+    """Tokens that end an answer beside the tokenizer's own."""
+    found = getattr(model.generator.generation_config, "eos_token_id", None)
+    ends = [found] if isinstance(found, int) else list(found or [])
+    further = [end for end in ends if end != first]
+    for end, write in zip(further, (writer.add_eot_token_id, writer.add_eom_token_id)):
+        write(end)
+    if len(further) > 2:
+        names = model.tokenizer.convert_ids_to_tokens(further[2:])
+        warnings.warn(f"llama.cpp has no place for more ends of an answer; it goes on after {names}", stacklevel=3)
 
 
 def _gguf_architecture(network: Any) -> str:
@@ -139,12 +159,23 @@ def _gguf_pooling(model: UBMoE) -> Any:
             "llama.cpp pools and normalises, and has no place for the Dense between them; take format='onnx', or "
             "format='gguf-lora' and apply the Dense yourself, as docs/serving.md shows"
         )
+    views: Any = model[0]
     if model.truncate_dim is not None:
-        encoder: Any = model[0]
-        whole = encoder.get_embedding_dimension()
+        whole = views.get_embedding_dimension()
         warnings.warn(
             f"llama.cpp gives all {whole} dimensions: keep the first {model.truncate_dim} of each vector yourself, and "
             "normalise them again",
+            stacklevel=2,
+        )
+    if any(model.prompts.values()) and not all(module.include_prompt for module in pooling):
+        raise ValueError(
+            "the checkpoint pools without its prompts, which llama.cpp cannot; take format='onnx', or set "
+            "include_prompt of its Pooling and measure what it does"
+        )
+    limit, context = model.max_seq_length, views.model.config.max_position_embeddings
+    if limit is not None and limit < context:
+        warnings.warn(
+            f"llama.cpp reads up to {context} tokens: cut texts after {limit}, as the checkpoint does",
             stacklevel=2,
         )
     mode = pooling[0].pooling_mode if len(pooling) == 1 else None

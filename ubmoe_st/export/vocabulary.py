@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,12 +81,15 @@ def vocabulary_of(tokenizer: Any, size: int, hint: str) -> Vocabulary:
     content = json.loads(backend.to_str()) if backend is not None else {}
     bpe = content.get("model") or {}
     cut = _cut(content.get("pre_tokenizer") or {})
-    byte_level = bpe.get("type") == "BPE" and not bpe.get("byte_fallback") and cut is not None
+    normalizer = (content.get("normalizer") or {}).get("type")
+    byte_level = (
+        normalizer in (None, "NFC") and bpe.get("type") == "BPE" and not bpe.get("byte_fallback") and cut is not None
+    )
     ranks = None if byte_level else _sentencepiece_ranks(content)
     if not byte_level and ranks is None:
         raise ValueError(
             "gguf is written here for byte-level BPE tokenizers as of GPT-2, SmolLM2, Llama 3 and Qwen, and for that "
-            f"of Gemma; the checkpoint has another ({bpe.get('type', 'unknown')}); {hint}"
+            f"of Gemma; the checkpoint has another ({bpe.get('type', 'unknown')}, normalizer {normalizer}); {hint}"
         )
     names = [f"[PAD{index}]" for index in range(size)]
     kinds = [_UNUSED] * size
@@ -101,7 +105,9 @@ def vocabulary_of(tokenizer: Any, size: int, hint: str) -> Vocabulary:
             kinds[bpe["vocab"][name]] = _BYTE
         lowest = len(bpe["merges"])  # No merge makes the token, so its score is never asked for.
         scores = [-float(ranks.get(name, lowest)) for name in names]
-    probe = tokenizer("a")["input_ids"]
+    adds = _added(tokenizer, hint)
+    if byte_level and normalizer:
+        warnings.warn("the tokenizer composes characters (NFC) and llama.cpp does not: do it yourself", stacklevel=3)
     template = tokenizer.chat_template
     return Vocabulary(
         cut=cut if byte_level else None,
@@ -110,12 +116,25 @@ def vocabulary_of(tokenizer: Any, size: int, hint: str) -> Vocabulary:
         merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]] if byte_level else [],
         scores=scores,
         special={kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in ("bos", "eos", "unk", "pad")},
-        adds={
-            "bos": bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id,
-            "eos": bool(probe) and tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id,
-        },
+        adds=adds,
         chat_template=template if isinstance(template, str) else None,
     )
+
+
+def _added(tokenizer: Any, hint: str) -> dict[str, bool]:
+    """Whether bos and eos are put around a text.
+
+    Raises:
+        ValueError: If anything else is.
+    """
+    plain, found = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    for bos in (False, True):
+        for eos in (False, True):
+            before, after = [tokenizer.bos_token_id] * bos, [tokenizer.eos_token_id] * eos
+            if found == [*before, *plain, *after]:
+                return {"bos": bos, "eos": eos}
+    names = tokenizer.convert_ids_to_tokens(found)
+    raise ValueError(f"llama.cpp puts bos and eos around a text and nothing else, this tokenizer gives {names}; {hint}")
 
 
 def _cut(pre_tokenizer: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -22,7 +23,7 @@ import numpy as np
 from ubmoe_st.configuration import check_texts
 
 from .engine import SHAPING, Message, OnToken, Sampling, Tokens, sampler, tell_unapplied
-from .native_files import Parts, adapter_of, parts_of
+from .native_files import POOLS_WITHOUT_PROMPTS, Parts, adapter_of, parts_of
 from .text import TextStream
 
 _SEQUENCES = 64
@@ -245,7 +246,7 @@ class NativeUBMoE:
 
         Raises:
             TypeError: If an entry is no text.
-            ValueError: If there is no such prompt.
+            ValueError: If there is no such prompt, or the checkpoint pools without prompts.
         """
         name = prompt_name or self.default_prompt
         if prompt is None and name is not None:
@@ -272,6 +273,8 @@ class NativeUBMoE:
 
     def tokenize(self, texts: Sequence[str], prompt: str | None) -> list[Tokens]:
         """See `Engine`."""
+        if prompt and not self.parts.include_prompt:
+            raise ValueError(f"the checkpoint {POOLS_WITHOUT_PROMPTS}; leave `prompt` out, or take UBMoE")
         found = []
         for text in texts:
             ids = self._token_ids((prompt or "") + text) or [self._end_token()]
@@ -301,6 +304,8 @@ class NativeUBMoE:
         return int(self._library.lib.llama_vocab_eos(self._vocab))
 
     def _token_ids(self, text: str, *, special: bool = True) -> list[int]:
+        if self.parts.nfc:
+            text = unicodedata.normalize("NFC", text)
         raw = text.encode("utf-8", "replace")
         size = len(raw) + 8
         out = self._library.ffi.new(f"llama_token[{size}]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from ubmoe_st.files import replacing_by_name, sha256_of
 from ubmoe_st.hub import download
 
 _PLACES = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+_VOCABULARY = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generator/generation_config.json")
 _ADAPTER = 1  # Part of the name of a written adapter: another one is written anew.
 
-
+POOLS_WITHOUT_PROMPTS = "pools without its prompts, which llama.cpp cannot"
 _PROMPTS = {"query": "", "document": ""}
 """Those of sentence-transformers where a checkpoint names none: its default prompt is not for queries and documents."""
 
@@ -31,9 +33,11 @@ class Parts:
         gguf: The base model.
         experts: The `bi` experts, `bi_delta.safetensors`.
         pooling: `mean`, `cls` or `lasttoken`.
+        include_prompt: Whether the prompt's tokens are pooled, too; llama.cpp cannot leave them out.
         dense: Linear layers behind the pooling: weight, (out, in), and bias, (out,).
         truncate_dim: How many of the first dimensions are kept. None: all.
         max_seq_length: Tokens of the longest text that the encoder reads. None: nothing is said.
+        nfc: Whether the tokenizer composes characters first, which llama.cpp does not.
         prompts: Of the encoder, by name.
         default_prompt: Name of the prompt of a text that comes without one.
         chat_template: Jinja template. None: the model does not chat.
@@ -44,9 +48,11 @@ class Parts:
     gguf: Path
     experts: Path
     pooling: str = "mean"
+    include_prompt: bool = True
     dense: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     truncate_dim: int | None = None
     max_seq_length: int | None = None
+    nfc: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
     chat_template: str | None = None
@@ -79,16 +85,19 @@ def parts_of(path: str | os.PathLike[str], gguf: str | os.PathLike[str] | None =
         raise FileNotFoundError(f"{base} does not exist; expected a GGUF file of {config.base_model}")
     template = folder / "chat_template.jinja"
     modules = _modules_of(folder)
+    pooling = _pooling_of(modules, any(prompts.values()))
     named = (name for name in ("bos_token", "eos_token", "pad_token", "unk_token") if name in tokenizer)
     default = stock.get("default_prompt_name")
     return Parts(
         gguf=base,
         experts=folder / checkpoint.DELTA_FILE,
-        pooling=_pooling_of(modules, any(prompts.values())),
+        pooling=str(pooling["pooling_mode"]),
+        include_prompt=pooling.get("include_prompt", True),
         dense=_dense_of(modules),
         truncate_dim=stock.get("truncate_dim"),
         max_seq_length=_json(folder / "sentence_bert_config.json").get("max_seq_length")
         or tokenizer.get("model_max_length"),
+        nfc=(_json(folder / "tokenizer.json").get("normalizer") or {}).get("type") == "NFC",
         prompts=prompts,
         default_prompt=default if default in prompts else None,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else tokenizer.get("chat_template"),
@@ -111,7 +120,8 @@ def _modules_of(folder: Path) -> list[tuple[str, Path]]:
     return [(module["type"].rpartition(".")[2], folder / module["path"]) for module in modules]
 
 
-def _pooling_of(modules: list[tuple[str, Path]], prompted: bool) -> str:
+def _pooling_of(modules: list[tuple[str, Path]], prompted: bool) -> dict[str, Any]:
+    """Settings of the pooling."""
     kinds = [kind for kind, _ in modules]
     other = [kind for kind in kinds[1:] if kind not in ("Pooling", "Dense", "Normalize")]
     settings = [_json(place / "config.json") for kind, place in modules if kind == "Pooling"]
@@ -129,8 +139,8 @@ def _pooling_of(modules: list[tuple[str, Path]], prompted: bool) -> str:
             "engine torch"
         )
     if prompted and not settings[0].get("include_prompt", True):
-        raise ValueError("the checkpoint pools without its prompts, which llama.cpp cannot; serve it with engine torch")
-    return str(mode)
+        raise ValueError(f"the checkpoint {POOLS_WITHOUT_PROMPTS}; serve it with engine torch")
+    return settings[0]
 
 
 def _dense_of(modules: list[tuple[str, Path]]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
@@ -160,12 +170,20 @@ def _base_of(folder: Path, config: Any) -> Path:
     installed = installed_gguf(config.base_model)
     if installed is not None and sha256_of(installed) in config.base_sha256.values():
         return installed
-    file = _cache() / f"base-{sha256_of(folder / checkpoint.UNI_FILE)[:16]}-f16.gguf"
+    file = _cache() / f"base-{_generator_sha256(folder)[:16]}-f16.gguf"
     if not file.is_file():
         from ubmoe_st.export import export
 
         export(folder, file, view="generator", format="gguf", quantize="f16", overwrite=True)
     return file
+
+
+def _generator_sha256(folder: Path) -> str:
+    """Of all that a GGUF of the generator is made of."""
+    names = [checkpoint.SHARED_FILE, checkpoint.UNI_FILE, checkpoint.GENERATOR_CONFIG, *_VOCABULARY]
+    return hashlib.sha256(
+        "".join(f"{name} {sha256_of(folder / name)}\n" for name in names if (folder / name).is_file()).encode()
+    ).hexdigest()
 
 
 def adapter_of(experts: Path, architecture: str) -> Path:
