@@ -135,11 +135,7 @@ class UBMoE(SentenceTransformer):
         trained_on = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
         model = super()._load_with_module_classes(trained_on, module_classes, **kwargs)
         model.load_adapter(model_name_or_path)
-        behind: list[nn.Module] = []
-        for entry in json.loads((folder / checkpoint.MODULES_FILE).read_text(encoding="utf-8"))[1:]:
-            kind: Any = module_classes.get(entry["type"]) or import_from_string(entry["type"])
-            behind.append(kind.load(model_name_or_path, subfolder=entry["path"]))
-        return cls(modules=[model[0], *behind])
+        return cls(modules=[model[0], *modules_behind(folder, module_classes)])
 
     if not TYPE_CHECKING:  # the overloads of the stock method stay in force for type checkers
 
@@ -543,6 +539,18 @@ def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     for held in (module._parameters, module._buffers):
         yield from (tensor for tensor in held.values() if tensor is not None)
+
+
+def modules_behind(folder: Path, known: Mapping[str, type[nn.Module]] | None = None) -> list[Any]:
+    """What a saved model has behind its first module.
+
+    Args:
+        folder: The model, with its `modules.json`.
+        known: Classes by the type that it names; others are imported.
+    """
+    entries = json.loads((folder / checkpoint.MODULES_FILE).read_text(encoding="utf-8"))[1:]
+    kinds: list[Any] = [(known or {}).get(entry["type"]) or import_from_string(entry["type"]) for entry in entries]
+    return [kind.load(str(folder), subfolder=entry["path"]) for kind, entry in zip(kinds, entries)]
 
 
 def _claims(config: UBMoEConfig | None) -> tuple[Any, ...] | None:

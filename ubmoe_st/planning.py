@@ -180,7 +180,7 @@ def _read(base: str | os.PathLike[str]) -> tuple[PretrainedConfig, int, list[str
         start = checkpoint.data_start(read[0]) % shards.CACHE_LINE if read else 0
         config = _config(path / "config.json")
         if read and getattr(config, "dtype", None) is None:
-            config.dtype = _stored_dtype(read)
+            config.dtype = shards.first_dtype(read)
         return config, start, [file.name for file in files] or ["model.safetensors"]
     text = str(base)
     if text in bases.SHORT_NAMES or path.is_file():
@@ -218,13 +218,6 @@ def _config(path: Path) -> PretrainedConfig:
         if not getattr(config, name) > 0:
             raise ValueError(f"{path} describes no model that can be made: {name} is {getattr(config, name)}")
     return config
-
-
-def _stored_dtype(files: list[Path]) -> torch.dtype:
-    """Type of the first tensor with a fraction, as building takes it, from the headers alone."""
-    tensors = shards.TensorFiles(files)
-    kinds = (tensors.spec(name).blank().dtype for name in tensors)
-    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
 
 def _check_bidirectional(config: PretrainedConfig) -> None:

@@ -143,6 +143,15 @@ def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, Spec]:
     return {name: spec_of(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
+def first_dtype(files: list[Path]) -> torch.dtype:
+    """Type of the first tensor with a fraction, as transformers takes it where a config names none; by the headers."""
+    import torch
+
+    tensors = TensorFiles(files)
+    kinds = (getattr(torch, _NAMES[tensors.spec(name).dtype]) for name in tensors)
+    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+
+
 class TensorFiles(Described):
     """The tensors of one or more safetensors files by name; each is read from disk when it is asked for, and not kept.
 

@@ -138,7 +138,11 @@ class StreamedTransformer(UBMoETransformer):
     ) -> PreTrainedModel:
         dtype = model_kwargs.get("dtype") or "auto"
         if isinstance(dtype, str):
-            dtype = getattr(torch, dtype) if dtype != "auto" else config.dtype or _first_dtype(Path(model_name_or_path))
+            dtype = (
+                getattr(torch, dtype)
+                if dtype != "auto"
+                else config.dtype or shards.first_dtype(weight_files(Path(model_name_or_path)))
+            )
         config.dtype = dtype
         with torch.device("meta"):
             return AutoModel.from_config(config, dtype=dtype)
@@ -291,10 +295,3 @@ class StreamedUBMoE(UBMoE):
 
 def _merged(make: Callable[[], Tensor], lora_a: Tensor, lora_b: Tensor) -> Tensor:
     return merged(make(), lora_a, lora_b)
-
-
-def _first_dtype(folder: Path) -> torch.dtype:
-    """Type of the first tensor with a fraction, as transformers takes it where the config names none."""
-    files = shards.TensorFiles(weight_files(folder))
-    kinds = (files[name].dtype for name in files)
-    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers.base.modules import Module
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
-from sentence_transformers.util import import_from_string
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +24,7 @@ from ubmoe_st.configuration import RouterKind, check_count, encoder_limit
 from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
 from ubmoe_st.files import read_json, replacing_folder, sha256_of
 from ubmoe_st.generator import uni_keys
-from ubmoe_st.model import UBMoE, UBMoETransformer
+from ubmoe_st.model import UBMoE, UBMoETransformer, modules_behind
 from ubmoe_st.streaming import StreamedTransformer, StreamedUBMoE, can_stream, check_same_config, dense_experts
 
 DELTA_NAME = Path(checkpoint.DELTA_FILE).name
@@ -251,9 +250,8 @@ def _saved_around(adapter: Path) -> dict[str, Any]:
         )
     names = ("prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name")
     length = tokenizer.get("model_max_length")  # where `max_seq_length` of a model is kept
-    kinds: list[Any] = [import_from_string(entry["type"]) for entry in entries[1:]]
     return {
-        "modules": [kind.load(str(adapter), subfolder=e["path"]) for kind, e in zip(kinds, entries[1:])],
+        "modules": modules_behind(adapter),
         "max_seq_length": length if length is not None and length < _NO_LIMIT else None,
         **{name: settings.get(name) for name in names},
     }

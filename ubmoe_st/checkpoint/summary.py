@@ -51,9 +51,8 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     parts |= {"classification": HEAD_FILE} if (root / HEAD_FILE).is_file() else {}
     parts = {"shared": SHARED_FILE, "bi": BI_FILE, "uni": UNI_FILE, **parts}
     count = {name: sum(map(math.prod, read_shapes(root, file).values())) for name, file in parts.items()}
-    files = {
-        file.resolve() for file in root.rglob("*") if file.is_file()
-    }  # the Hub's cache links two names to one blob
+    # The Hub's cache links two names to one blob.
+    files = {file.resolve() for file in root.rglob("*") if file.is_file()}
     behind = sum(
         sum(map(math.prod, read_shapes(root, f"{module}/{ONE_FILE}").values()))
         for module in module_paths(root)

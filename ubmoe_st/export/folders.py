@@ -136,12 +136,7 @@ def write_generator_files(model: UBMoE, folder: Path) -> None:
     )
     if lm.generation_config is not None:
         lm.generation_config.save_pretrained(folder)
-    _write_tokenizer(model, folder, batches=False)
-    # The longest text of the checkpoint is the encoder's.
-    file = folder / "tokenizer_config.json"
-    longest = getattr(lm.config, "max_position_embeddings", None)
-    if longest is not None:
-        _write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"model_max_length": longest})
+    _write_tokenizer(model, folder, batches=False, longest=getattr(lm.config, "max_position_embeddings", None))
 
 
 def write_cross_encoder_files(model: UBMoE, folder: Path) -> None:
@@ -186,13 +181,14 @@ def write_cross_encoder_files(model: UBMoE, folder: Path) -> None:
     )
 
 
-def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:
+def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool, longest: int | None = None) -> None:
     """The tokenizer as transformers 4 and 5 read it.
 
     Args:
         model: The checkpoint.
         folder: Where to.
         batches: Whether `tokenizer.json` itself pads and truncates, for readers without transformers.
+        longest: Tokens of the longest text. None: as the checkpoint says, whose limit is that of the encoder.
     """
     tokenizer: Any = model.tokenizer
     save_tokenizer(tokenizer, folder)
@@ -200,6 +196,8 @@ def _write_tokenizer(model: UBMoE, folder: Path, *, batches: bool) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if longest is not None:
+        config["model_max_length"] = longest
     _write_json(file, {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")})
     if not batches or not (folder / "tokenizer.json").is_file():
         return
