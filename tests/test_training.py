@@ -27,10 +27,11 @@ from training.classification import main as fit_classification_head
 from training.command import check_same_recipe
 from training.contrastive import load_run, main, released_projection, train, training_arguments
 from training.mixtures import Groups, Texts, TextSource
-from training.recipe import EmbedderTeacher, SimilarityWeights
+from training.recipe import SimilarityWeights
 from training.resume import trained_parameters
 from training.student import build_model, start_from
 from training.teacher import main as teacher_vectors_main
+from training.teacher_settings import EmbedderTeacher
 from training.texts import read_corpus
 from ubmoe_st import UBMoE, upcycle
 from ubmoe_st.checkpoint import read_config

@@ -136,7 +136,7 @@ def test_what_a_recipe_says_elsewhere_is_no_argument_of_its_trainer(make):
 
 def test_dimensions_that_no_vector_has_are_refused(make):
     from training.losses import build_loss
-    from training.recipe import EmbedderTeacher
+    from training.teacher_settings import EmbedderTeacher
 
     teacher = EmbedderTeacher("x", folder="y")
     recipe = make(loss="similarity", teacher=[teacher], matryoshka_dims=[9999, 16], head="training", ffn_dropout=0.0)
@@ -189,8 +189,8 @@ def test_a_rate_that_was_lowered_counts_when_the_run_goes_on(make, tmp_path):
 def test_vectors_of_an_embedder_whose_pooling_changed_are_not_taken_for_its_own(checkpoint, tmp_path):
     import shutil
 
-    from training.recipe import EmbedderTeacher
     from training.teacher import teacher_vectors
+    from training.teacher_settings import EmbedderTeacher
 
     shutil.copytree(checkpoint, tmp_path / "model")
     teacher = EmbedderTeacher(str(tmp_path / "model"), folder=str(tmp_path / "vectors"))

@@ -14,8 +14,9 @@ pytest.importorskip("peft")
 from helpers.training import make_recipe, make_teacher, make_training_data
 
 from training.losses import DistillationLoss, SimilarityLoss, build_loss
-from training.recipe import DistillationWeights, EmbedderTeacher, SimilarityWeights
+from training.recipe import DistillationWeights, SimilarityWeights
 from training.student import HEAD, build_model
+from training.teacher_settings import EmbedderTeacher
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -213,3 +214,31 @@ def test_titles_find_their_own_passage_and_false_negatives_are_left_out(joint):
     alone = loss.contrastive(e[:2], wanted[:2, :2], rows[:2], passages[rows[:2]])
     assert alone == 0
     assert alone.requires_grad
+
+
+def test_a_teacher_weighs_as_much_as_the_kind_of_text_gives_it(joint, recipe, tmp_path):
+    model, targets, rows = joint
+    kinds = ["passages", "sentences", "sentences", "fragments", "sentences", "passages", "titles", "queries", "queries"]
+    teachers = [
+        EmbedderTeacher("m0", str(tmp_path / "0"), weight=2.0),
+        EmbedderTeacher("m1", str(tmp_path / "1"), weights={"passages": 4.0, "sentences": 0.0}),
+    ]
+    made = recipe(loss="similarity", teacher=teachers, head="training", similarity=SimilarityWeights(within=0.0))
+    loss = build_loss(made, model, targets, kinds=kinds)
+    found = loss([model.preprocess(TEXTS)], rows)
+    s = {"passages": (2, 4), "sentences": (2, 0), "fragments": (2, 1), "queries": (2, 1)}
+    wanted = torch.zeros(4, 4)
+    for i, a in enumerate(rows.tolist()):
+        for j, b in enumerate(rows.tolist()):
+            each = [(s[kinds[a]][k] * s[kinds[b]][k]) ** 0.5 for k in (0, 1)]
+            wanted[i, j] = sum(w * (t[a] @ t[b]) for w, t in zip(each, targets)) / sum(each)
+    vectors = model(model.preprocess(TEXTS))["sentence_embedding"]
+    similarity, kl = expected_terms(vectors, wanted, made.similarity, torch.zeros(4))
+    assert torch.allclose(found["similarity"], similarity, atol=1e-5)
+    assert torch.allclose(found["kl"], kl, atol=1e-5)
+    plain = build_loss(made, model, targets, kinds=["titles"] * 9)([model.preprocess(TEXTS)], rows)
+    assert abs(plain["similarity"] - similarity) > 1e-2
+    with pytest.raises(ValueError, match="expected kinds of text"):
+        EmbedderTeacher("m", "f", weights={"documents": 1.0})
+    with pytest.raises(ValueError, match="passages must be at least 0, got -1"):
+        EmbedderTeacher("m", "f", weights={"passages": -1})

@@ -15,7 +15,8 @@ from training import contrastive
 from training.batches import LengthBuckets
 from training.command import check_same_recipe, one_line_errors, read_recipe
 from training.mixtures import Groups, Mixture
-from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, RouterRecipe
+from training.recipe import ContrastiveRecipe, RouterRecipe
+from training.teacher_settings import EmbedderTeacher, PromptedTeacher
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -219,8 +220,8 @@ def test_teachers_come_alone_or_in_a_list_and_name_the_training(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["teacher.0.kind=oracle"], "kind must be one of prompted-base, sentence-transformers, got 'oracle'"),
-        (["teacher.0.kind=[]"], r"kind must be one of prompted-base, sentence-transformers, got \[\]"),
+        (["teacher.0.kind=oracle"], "kind must be one of prompted-base, sentence-transformers, lexical, got 'oracle'"),
+        (["teacher.0.kind=[]"], r"kind must be one of prompted-base, sentence-transformers, lexical, got \[\]"),
         (["teacher.0.modle=x"], "unknown key 'modle'"),
         (["teacher.0.weight=0"], "weights must be greater than 0"),
         (["teacher.0.batch_size=0"], "teacher.0: batch_size must be at least 1"),

@@ -20,7 +20,6 @@ from helpers.training import make_recipe, make_training_data
 
 from training import student
 from training.contrastive import train
-from training.recipe import EmbedderTeacher
 from training.student import (
     HEAD,
     build_model,
@@ -33,6 +32,7 @@ from training.student import (
     turn_to_components,
     uncompiled,
 )
+from training.teacher_settings import EmbedderTeacher
 from ubmoe_st import UBMoE
 from ubmoe_st.bases import resolve_base
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from transformers import AutoModelForCausalLM
 import training.teacher as stage
 from training.mixtures import Mixture
 from training.prompted import special_start
-from training.recipe import ContrastiveRecipe, EmbedderTeacher, PromptedTeacher
-from training.teacher import embedder_targets, other_models, targets, teacher_targets, teacher_vectors
+from training.recipe import ContrastiveRecipe
+from training.teacher import other_models, targets, teacher_targets, teacher_vectors
+from training.teacher_settings import EmbedderTeacher, LexicalTeacher, PromptedTeacher
 from training.texts import Corpus
 from ubmoe_st.bases import resolve_base
 
@@ -194,11 +196,11 @@ def test_an_embedder_gives_its_own_unit_vectors_with_the_prompt_of_each_kind(bas
     assert found.dtype == np.float16
     assert np.abs(found - expected).max() < 2e-3
     assert np.abs(stock.encode(SENTENCES) - expected).max() > 1e-2
-    assert torch.equal(embedder_targets(found, embedder), torch.from_numpy(np.array(found)))
+    assert torch.equal(stage._targets_of(found, embedder, "teacher"), torch.from_numpy(np.array(found)))
     embedder.center = True
     centred = found.astype(np.float64) - found.astype(np.float64).mean(0)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
-    assert np.abs(embedder_targets(found, embedder).numpy() - centred).max() < 1e-4
+    assert np.abs(stage._targets_of(found, embedder, "teacher").numpy() - centred).max() < 1e-4
     with pytest.raises(ValueError, match="another kinds_sha256"):
         teacher_vectors(base, embedder, SENTENCES, kinds[::-1])
     embedder.prompts = {"default": "a train "}
@@ -388,3 +390,62 @@ def test_a_manifest_that_is_not_written_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         stage._write_manifest(tmp_path / "t", {"shape": [1]})
     assert list((tmp_path / "t").iterdir()) == []
+
+
+@pytest.mark.parametrize(("dimension", "error"), [(4096, 1e-3), (64, 5 / 64**0.5)])
+def test_overlap_of_letters_is_the_tf_idf_of_scikit_learn(base, tmp_path, dimension, error):
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    teacher = LexicalTeacher(folder=str(tmp_path / "l"), dimension=dimension, weights={"fragments": 0})
+    kinds = ["fragments" if n % 5 == 2 else "sentences" for n in range(len(SENTENCES))]
+    known = [n for n, kind in enumerate(kinds) if kind == "sentences"]
+    found = teacher_vectors(base, teacher, SENTENCES, kinds).astype(np.float32)
+    own = [SENTENCES[n] for n in known]
+    counts = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, min_df=2).fit_transform(own)
+    expected = (counts @ counts.T).toarray()
+    assert np.abs(found[known] @ found[known].T - expected).max() < error
+    assert found.shape[1] == min(dimension, counts.shape[1])
+    assert 0.2 < expected[0, 2] < 0.9
+    assert (expected == 0).any()
+    assert not found[[n for n in range(len(SENTENCES)) if n not in known]].any()
+    # What it was not asked about is part of what the folder holds.
+    for other in ({}, {"titles": 0.0}):
+        with pytest.raises(ValueError, match="another left_out"):
+            teacher_vectors(base, replace(teacher, weights=other), SENTENCES, kinds)
+    with pytest.raises(ValueError, match="another kinds_sha256"):
+        teacher_vectors(base, teacher, SENTENCES, kinds[::-1])
+
+
+def test_overlap_of_letters_needs_letters_that_are_shared(base, tmp_path):
+    teacher = LexicalTeacher(folder=str(tmp_path / "l"), dimension=16)
+    with pytest.raises(ValueError, match=r"no group of 3 to 5 characters in at least 2 of 2 texts; lower `least`"):
+        teacher_vectors(base, teacher, ["abc", "xyz"])
+    assert not (tmp_path / "l").exists()
+    found = teacher_vectors(base, teacher, ["the cat", "the dog", "??"])
+    assert np.abs(np.linalg.norm(found[:2].astype(np.float32), axis=1) - 1).max() < 1e-3
+    assert not found[2].any()
+
+
+def test_what_a_teacher_is_not_asked_about_has_no_part_in_its_targets(base, teacher, embedder, tmp_path):
+    kinds = ["passages" if n % 4 == 1 else "sentences" for n in range(len(SENTENCES))]
+    corpus = Corpus(list(SENTENCES), kinds)
+    known = np.array([kind == "sentences" for kind in kinds])
+    short = Corpus([text for text, kind in zip(SENTENCES, kinds) if kind == "sentences"], ["sentences"] * known.sum())
+    embedder.center, teacher.dimension = True, 4
+
+    def recipe(given):
+        return ContrastiveRecipe(
+            str(base), "out", loss="similarity", head="training", teacher=given, sentences=Mixture({})
+        )
+
+    for number, asked in enumerate((teacher, embedder)):
+        whole = replace(asked, folder=str(tmp_path / f"whole{number}"), weights={"passages": 0})
+        part = replace(asked, folder=str(tmp_path / f"part{number}"))
+        first = EmbedderTeacher(embedder.model, str(tmp_path / "first"))
+        found = targets(recipe([first, whole]), resolve_base(base), corpus)[1]
+        alone = targets(recipe(part), resolve_base(base), short)[0]
+        assert torch.allclose(found[known], alone.float(), atol=1e-4)
+        assert not found[~known].any()
+        assert not torch.allclose(alone.float()[0], alone.float()[1], atol=1e-2)
+    with pytest.raises(ValueError, match="put another teacher first"):
+        recipe([whole, first])

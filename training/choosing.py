@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.data import data_folder, sts_pairs
-from training.recipe import ContrastiveRecipe, PromptedTeacher
+from training.recipe import ContrastiveRecipe
 from training.teacher import PromptedBase, teacher_targets
+from training.teacher_settings import PromptedTeacher
 from ubmoe_st.bases import Base
 from ubmoe_st.files import replacing
 

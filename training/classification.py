@@ -157,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 1 <= layer <= layers:
         raise ValueError(f"--layer must be 1 to {layers}, got {layer}")
     found = targets(recipe, resolve_base(recipe.base), corpus, device=options.device)
+    found = [target for target, teacher in zip(found, recipe.teachers, strict=True) if not teacher.left_out]
     prompt = model.prompts.get(model.default_prompt_name or "")  # as plain `encode` puts it
     states = inner_states(module, [corpus.texts[row] for row in rows], layer, prompt=prompt)
     head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share, options.length)

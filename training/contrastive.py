@@ -316,6 +316,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
             found,
             group_numbers(groups, len(found[0])) if groups else None,
             torch.tensor(corpus.passages()) if corpus is not None else None,
+            corpus.kinds if corpus is not None else (),
         ),
         evaluator=evaluators or None,
         data_collator=collator,

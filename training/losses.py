@@ -95,9 +95,10 @@ class SimilarityLoss(nn.Module):
     r"""Loss between the similarities of a student's vectors and those of one or several teachers.
 
     With the vectors e and the head's outputs h of a batch, the teachers' vectors t_k of the same texts and the
-    teachers' shares s_k, all vectors of length 1:
+    teachers' weights s_k of the texts, all vectors of length 1:
 
-        W           sum_k s_k t_k t_k^T                          what the teachers find together
+        W           sum_k r_k r_k^T t_k t_k^T / sum_k r_k r_k^T  what the teachers find together: with r_k = sqrt(s_k)
+                                                                 it is their mean where all texts have the same
         similarity  mean((e e^T - W)^2) off the diagonal; `within` of it over pairs of one group; a common shift of all
                     differences costs `shift` times as much
         kl          KL(softmax(W / T) || softmax(e e^T / T)) of the rows without the diagonal
@@ -113,7 +114,7 @@ class SimilarityLoss(nn.Module):
     Args:
         model: Transformer, `Pooling`, `Dense` layers, `Normalize`.
         targets: By teacher, unit vectors by row of the data, (N, K).
-        shares: Of the teachers.
+        shares: Weights of the teachers, (teachers,), or of each one for each text, (teachers, N).
         weights: Of the terms.
         groups: Number of each row's group, (N,). None: there are no groups.
         passages: Row of the passage that each row is the title or the question of, its own row for a passage, else -1,
@@ -125,7 +126,7 @@ class SimilarityLoss(nn.Module):
         self,
         model: SentenceTransformer,
         targets: Sequence[Tensor],
-        shares: Sequence[float],
+        shares: Sequence[float] | Tensor,
         weights: SimilarityWeights,
         groups: Tensor | None = None,
         dimensions: Sequence[int] | None = None,
@@ -136,7 +137,8 @@ class SimilarityLoss(nn.Module):
         self.weights = weights
         self._passages = passages
         self.dimensions = list(dimensions or [])
-        self.shares = [share / sum(shares) for share in shares]
+        weights_of = torch.as_tensor(shares, dtype=torch.float32)
+        self._roots = weights_of.sqrt().reshape(len(weights_of), -1).expand(-1, len(targets[0]))  # (teachers, N)
         self.embedding = EmbedDistillLoss(model, distance_metric="cosine")
         self._targets = list(targets)
         self._groups = groups
@@ -152,7 +154,9 @@ class SimilarityLoss(nn.Module):
         output = forward_in_parts(self.model, features)
         vectors, rows = output["sentence_embedding"].float(), labels.cpu()
         found = [F.normalize(target[rows].to(vectors), dim=-1) for target in self._targets]
-        wanted = torch.stack([share * t @ t.T for share, t in zip(self.shares, found)]).sum(0)
+        roots = self._roots[:, rows].to(vectors)  # (teachers, B)
+        each = roots[:, :, None] * roots[:, None, :]
+        wanted = (each * torch.stack([t @ t.T for t in found])).sum(0) / each.sum(0)
         groups = None if self._groups is None else self._groups[rows].to(vectors.device)
         loss = self.terms(vectors, wanted, groups)
         if self.weights.cosine:
@@ -223,6 +227,7 @@ def build_loss(
     targets: Sequence[Tensor] = (),
     groups: Tensor | None = None,
     passages: Tensor | None = None,
+    kinds: Sequence[str] = (),
 ) -> nn.Module:
     """The recipe's loss.
 
@@ -232,6 +237,7 @@ def build_loss(
         targets: By teacher, for distillation.
         groups: Number of each row's group, (N,), where the recipe has groups.
         passages: Row of each row's passage, (N,), see `SimilarityLoss`.
+        kinds: Of the texts, N, where a teacher's weight depends on them.
     """
     if recipe.loss in ("distillation", "similarity") and not targets:
         raise ValueError(f"loss: {recipe.loss} needs the teacher's targets")
@@ -242,7 +248,7 @@ def build_loss(
     if recipe.matryoshka_dims and max(recipe.matryoshka_dims) > width:
         raise ValueError(f"matryoshka_dims: {max(recipe.matryoshka_dims)} is more than the {width} dimensions trained")
     if recipe.loss == "similarity":
-        shares = [teacher.weight for teacher in recipe.teachers]
+        shares = torch.tensor([[t.weight_of(kind) for kind in kinds or ["sentences"]] for t in recipe.teachers])
         return SimilarityLoss(model, targets, shares, recipe.similarity, groups, recipe.matryoshka_dims, passages)
     loss: nn.Module
     if recipe.loss == "CachedMultipleNegativesRankingLoss":

@@ -1,6 +1,6 @@
 """What a recipe can say: the dataclasses of both stages. `command.py` reads them from YAML.
 
-Those of the texts are in `mixtures.py`.
+Those of the texts are in `mixtures.py`, those of the teachers in `teacher_settings.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from training.limits import above, at_least, shares
 from training.mixtures import Groups, Kind, Mixture, Texts
+from training.teacher_settings import EmbedderTeacher, Teacher
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 
 Trained = Literal["ffn", "attention", "ffn+attention", "embeddings", "ffn+embeddings", "attention+embeddings", "all"]
@@ -31,9 +32,6 @@ _OTHER_BATCHES = {
 """Keys of the trainer that nothing reads where a recipe has another one."""
 
 
-# --- teachers ---------------------------------------------------------------------------------------------------
-
-
 _ELSEWHERE = {
     "output_dir": "checkpoints go to `out`, where a run that goes on looks for them",
     "prompts": "the released model would not know them; use `prompt` or `prompts` of the recipe",
@@ -45,97 +43,6 @@ def _refuse_elsewhere(trainer: dict[str, Any]) -> None:
     for key in _ELSEWHERE.keys() & trainer.keys():
         raise ValueError(f"trainer.{key}={trainer[key]!r}: {_ELSEWHERE[key]}")
 
-
-@dataclass
-class PromptedTeacher:
-    """How the base is asked, and how its answer becomes a target.
-
-    The target of a text: its hidden states of some layers at the last prompt token, each minus its mean over
-    the texts and normalised, concatenated, minus the mean, projected on the first principal components, each
-    component weighed by (singular value / largest) ** -whitening, normalised.
-
-    Attributes:
-        prefix: Text before the sentence; computed once, as a key-value cache.
-        suffix: Text after the sentence.
-        layers: Numbers of the hidden states (0 is the embedding), or shares of the depth: 0.8 of 30 layers is layer 24.
-        folder: Where the vectors are kept.
-        dimension: Principal components.
-        whitening: 0 leaves the components as they are, 1 gives all the same variance.
-        batch_size: Sentences per forward pass.
-        scale: Factor of the stored vectors, for a base whose hidden states are beyond the range of fp16; the targets
-            do not depend on it.
-        weight: Of its similarities among those of all teachers.
-        bf16: Whether it computes under autocast to bf16, as for `EmbedderTeacher`.
-    """
-
-    prefix: str
-    suffix: str
-    layers: list[int | float]
-    folder: str
-    kind: Literal["prompted-base"] = "prompted-base"
-    dimension: int = 384
-    whitening: float = 0.25
-    batch_size: int = 64
-    scale: float = 1.0
-    weight: float = 1.0
-    bf16: Literal["auto", True, False] = False
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "dimension", "batch_size")
-        above(self, 0, "scale")
-
-    @property
-    def target_settings(self) -> dict[str, Any]:
-        """What makes the targets of the stored vectors."""
-        return {"dimension": self.dimension, "whitening": self.whitening}
-
-
-@dataclass
-class EmbedderTeacher:
-    """A sentence-transformers model as teacher: its own unit vectors are the targets.
-
-    Attributes:
-        model: A folder, a Hub id, or a short name of `training.embedders` (installed wheels, else the Hub).
-        folder: Where the vectors are kept.
-        weight: Of its similarities among those of all teachers.
-        prompts: Put before the texts, by their kind or `default`. Empty: the model's own default prompt.
-        name: What tables and cards call it. None: the last part of `model`.
-        trained_on: What it was trained on, in a few words, for the card.
-        center: Whether the mean of its vectors is subtracted.
-        cut: Whether texts longer than its `max_seq_length` may be cut. False: they are refused.
-        batch_size: Texts per forward pass.
-        bf16: Whether it computes under autocast to bf16: several times as fast where the processor multiplies in it,
-            and the vectors, which are kept in fp16, stay at cosine 0.9999. `auto`: there alone. Vectors of both kinds
-            may stand in one folder.
-    """
-
-    model: str
-    folder: str
-    kind: Literal["sentence-transformers"] = "sentence-transformers"
-    weight: float = 1.0
-    prompts: dict[str, str] = field(default_factory=dict)
-    name: str | None = None
-    trained_on: str | None = None
-    center: bool = False
-    cut: bool = False
-    batch_size: int = 64
-    bf16: Literal["auto", True, False] = False
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size")
-
-    @property
-    def target_settings(self) -> dict[str, Any]:
-        """What makes the targets of the stored vectors; empty where those are the targets."""
-        return {"center": True} if self.center else {}
-
-    @property
-    def label(self) -> str:
-        """What tables and cards call it."""
-        return self.name or self.model.rstrip("/").rpartition("/")[2]
-
-
-Teacher = PromptedTeacher | EmbedderTeacher
 
 SELF_DISTILLED = "self-distilled"
 """How tables and cards call experts that their own base alone has taught."""
@@ -398,6 +305,11 @@ class ContrastiveRecipe:
             raise ValueError("similarity.cosine needs `head` (training or output); set it, or similarity.cosine to 0")
         if min(teacher.weight for teacher in self.teachers) <= 0:
             raise ValueError("teacher: weights must be greater than 0")
+        if left_out := self.teachers[0].left_out:
+            raise ValueError(
+                "teacher: the first one gives the groups and the target of the head and must know every kind of text, "
+                f"but gives {', '.join(sorted(left_out))} no weight; put another teacher first"
+            )
         if len({teacher.folder for teacher in self.teachers}) < len(self.teachers):
             raise ValueError("teacher: each one needs a `folder` of its own for its vectors")
         if self.groups is not None and self.batch_tokens is None:

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from training.command import RECIPE_FILE
-from training.recipe import ContrastiveRecipe, PromptedTeacher, Trained
+from training.recipe import ContrastiveRecipe, Trained
 from training.resume import TRAINED_FILE, load_trained
+from training.teacher_settings import PromptedTeacher
 from ubmoe_st import UBMoETransformer
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.experts import find_ffns, is_ffn_key, load_low_rank

@@ -1,4 +1,4 @@
-"""The teachers: the base itself, run causally with a one-word prompt, and sentence-transformers models.
+"""The teachers: the base itself, run causally with a one-word prompt, sentence-transformers models, overlap of letters.
 
     python -m training.teacher training/recipes/ubmoe-135m-self.yaml [--shard 0/2] [--set key=value ...]
 
@@ -27,8 +27,10 @@ from torch.nn import functional as F
 from training.command import has_bf16, one_line_errors, read_recipe, recipe_parser
 from training.data import texts_sha256
 from training.embedders import embedder_path
+from training.lexical import LexicalOverlap
 from training.prompted import PromptedReader, special_start
-from training.recipe import SELF_DISTILLED, ContrastiveRecipe, EmbedderTeacher, PromptedTeacher, Teacher
+from training.recipe import SELF_DISTILLED, ContrastiveRecipe
+from training.teacher_settings import EmbedderTeacher, LexicalTeacher, PromptedTeacher, Teacher
 from training.texts import Corpus, read_corpus
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.checkpoint import is_checkpoint, read_config
@@ -103,7 +105,7 @@ class PromptedBase:
         return out * np.float32(teacher.scale)
 
 
-def _autocast(teacher: Teacher, device: torch.device) -> torch.autocast:
+def _autocast(teacher: PromptedTeacher | EmbedderTeacher, device: torch.device) -> torch.autocast:
     """Products in bf16 where the teacher's `bf16` says so."""
     wanted = has_bf16(on_cpu=device.type == "cpu") if teacher.bf16 == "auto" else teacher.bf16
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
@@ -255,6 +257,7 @@ def teacher_vectors(
     folder = Path(teacher.folder)
     chunks = -(-len(texts) // CHUNK)
     kinds = kinds if kinds is not None else ["sentences"] * len(texts)
+    known = asked_about(teacher, kinds)
     asked = _asked(base, teacher, texts, kinds)
     stored = _stored(folder, asked, key)
     done: Any = _open(folder / DONE, np.uint8, (chunks,)) if stored else np.zeros(chunks, np.uint8)
@@ -266,11 +269,17 @@ def teacher_vectors(
         )
     shape = stored
     vectors: Any = None
-    model = _load(base, teacher, texts, kinds, device) if missing else None
+    model: Any = None
+    if missing:
+        model = _load(base, teacher, [texts[row] for row in known], [kinds[row] for row in known], device)
     for chunk in missing:
         rows = slice(chunk * CHUNK, min((chunk + 1) * CHUNK, len(texts)))
+        own = known[(known >= rows.start) & (known < rows.stop)]
         start = time.perf_counter()
-        found = to_half(model.vectors(texts[rows], kinds[rows]), texts[rows], teacher, key)  # type: ignore[union-attr]
+        given = model.vectors([texts[row] for row in own], [kinds[row] for row in own])
+        found = np.zeros((rows.stop - rows.start, *given.shape[1:]), np.float16)
+        if len(own):
+            found[own - rows.start] = to_half(given, [texts[row] for row in own], teacher, key)
         if vectors is None:  # nothing is written before the teacher has given something that can be
             shape = (len(texts), *found.shape[1:])
             _write_manifest(folder, {**asked, "shape": list(shape)})
@@ -279,11 +288,22 @@ def teacher_vectors(
         vectors.flush()
         done[chunk] = 1
         done.flush()
-        rate = (rows.stop - rows.start) / (time.perf_counter() - start)
+        rate = len(own) / (time.perf_counter() - start)
         logger.info("teacher vectors: chunk %d of %d, %.1f texts/s", chunk + 1, chunks, rate)
     if shape is None:  # fewer chunks than shards
         return np.zeros((len(texts), 0), np.float16)
     return np.memmap(folder / VECTORS, np.float16, "c", shape=shape)
+
+
+def asked_about(teacher: Teacher, kinds: Sequence[str]) -> np.ndarray:
+    """Rows of the texts that the teacher has a weight for, (n,); the vectors of the others are zeros.
+
+    Args:
+        teacher: With its weights.
+        kinds: Of the texts.
+    """
+    left_out = teacher.left_out
+    return np.array([row for row, kind in enumerate(kinds) if kind not in left_out], np.int64)
 
 
 def to_half(vectors: np.ndarray, texts: Sequence[str], teacher: Teacher, key: str = "teacher") -> np.ndarray:
@@ -315,7 +335,9 @@ def to_half(vectors: np.ndarray, texts: Sequence[str], teacher: Teacher, key: st
 
 def _load(
     base: str | os.PathLike[str] | Base, teacher: Teacher, texts: Sequence[str], kinds: Sequence[str], device: str
-) -> PromptedBase | Embedder:
+) -> PromptedBase | Embedder | LexicalOverlap:
+    if isinstance(teacher, LexicalTeacher):
+        return LexicalOverlap(teacher, texts)
     if isinstance(teacher, PromptedTeacher):
         return PromptedBase.load(base if isinstance(base, Base) else resolve_base(base), teacher, device)
     model = Embedder.load(teacher, device)
@@ -332,8 +354,13 @@ def _asked(
     base: str | os.PathLike[str] | Base, teacher: Teacher, texts: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, Any]:
     """What vectors are of: whoever asks the same of the same texts gets the same."""
+    asked: dict[str, Any] = {"sentences_sha256": texts_sha256(texts)}
+    if teacher.left_out:
+        asked |= {"left_out": sorted(teacher.left_out), "kinds_sha256": texts_sha256(kinds)}
+    if isinstance(teacher, LexicalTeacher):
+        return asked | {"ngrams": list(teacher.ngrams), "least": teacher.least, "dimension": teacher.dimension}
     if isinstance(teacher, EmbedderTeacher):
-        asked: dict[str, Any] = {"model": teacher.model, "prompts": teacher.prompts}
+        asked |= {"model": teacher.model, "prompts": teacher.prompts}
         path = Path(embedder_path(teacher.model))
         weights = [Base(path, teacher.model, "folder", (file,)) for file in sorted(path.rglob("*.safetensors"))]
         # None of a Hub id: its name stands for it.
@@ -344,12 +371,12 @@ def _asked(
         asked["settings_sha256"] = settings.hexdigest()
         if set(teacher.prompts) - {"default"}:
             asked["kinds_sha256"] = texts_sha256(kinds)
-        return {**asked, "sentences_sha256": texts_sha256(texts)}
+        return asked
     from transformers import AutoTokenizer
 
     found = base if isinstance(base, Base) else resolve_base(base)
-    asked = {"prefix": teacher.prefix, "suffix": teacher.suffix, "layers": teacher.layers}
-    asked |= {"base_sha256": found.sha256, "sentences_sha256": texts_sha256(texts)}
+    asked |= {"prefix": teacher.prefix, "suffix": teacher.suffix, "layers": teacher.layers}
+    asked["base_sha256"] = found.sha256
     # Only where they are something, so that folders from before these keys stay good.
     extra = {"scale": teacher.scale, "special_start": special_start(AutoTokenizer.from_pretrained(found.path))}
     return asked | {key: value for key, value in extra.items() if value not in (1.0, [])}
@@ -401,7 +428,7 @@ def _open(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
 def targets(
     recipe: ContrastiveRecipe, base: Base, corpus: Corpus, *, compute: bool = True, device: str = "cpu"
 ) -> list[Tensor]:
-    """What a loss compares with: by teacher, unit vectors of all texts, (N, K).
+    """What a loss compares with: by teacher, unit vectors of all texts, (N, K); zeros of those it was not asked about.
 
     Args:
         recipe: Names the teachers.
@@ -413,11 +440,25 @@ def targets(
     found = []
     for key, teacher in zip(teacher_keys(recipe), recipe.teachers, strict=True):
         vectors = teacher_vectors(base, teacher, corpus.texts, corpus.kinds, compute=compute, device=device, key=key)
-        if isinstance(teacher, PromptedTeacher):
-            found.append(teacher_targets(vectors, teacher, key=key))
-        else:
-            found.append(embedder_targets(vectors, teacher))
+        known = asked_about(teacher, corpus.kinds)
+        if len(known) == len(vectors):
+            found.append(_targets_of(vectors, teacher, key))
+            continue
+        own = _targets_of(vectors[known], teacher, key)
+        whole = own.new_zeros(len(vectors), own.shape[1])
+        whole[known] = own
+        found.append(whole)
     return found
+
+
+def _targets_of(vectors: np.ndarray, teacher: Teacher, key: str) -> Tensor:
+    """Targets of the texts that a teacher was asked about."""
+    if isinstance(teacher, PromptedTeacher):
+        return teacher_targets(vectors, teacher, key=key)
+    if isinstance(teacher, EmbedderTeacher) and teacher.center:
+        mean = torch.from_numpy(vectors.mean(0, dtype=np.float64)).float()
+        return F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)) - mean, dim=-1)
+    return torch.from_numpy(vectors)  # as they are stored; they stay on disk until a row is asked for
 
 
 def other_models(recipe: ContrastiveRecipe, base: Base) -> list[EmbedderTeacher]:
@@ -445,19 +486,6 @@ def teacher_keys(recipe: ContrastiveRecipe) -> list[str]:
     if isinstance(recipe.teacher, list):
         return [f"teacher.{number}" for number in range(len(recipe.teachers))]
     return ["teacher"] * len(recipe.teachers)
-
-
-def embedder_targets(vectors: np.ndarray, teacher: EmbedderTeacher) -> Tensor:
-    """Targets of an embedder: its vectors as they are stored, or minus their mean and normalised again.
-
-    Args:
-        vectors: Unit vectors, (N, K), fp16.
-        teacher: Its `center`.
-    """
-    if not teacher.center:
-        return torch.from_numpy(vectors)  # stays on disk until a row is asked for
-    mean = torch.from_numpy(vectors.mean(0, dtype=np.float64)).float()
-    return F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)) - mean, dim=-1)
 
 
 def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int = 0, key: str = "teacher") -> Tensor:

@@ -6,7 +6,8 @@ import numpy as np
 
 from helpers.models import WORDS
 from training.mixtures import Mixture
-from training.recipe import ContrastiveRecipe, PromptedTeacher
+from training.recipe import ContrastiveRecipe
+from training.teacher_settings import PromptedTeacher
 
 
 def make_training_data(folder):
