@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import training.teacher as stage
 from training.mixtures import Mixture
-from training.prompted import special_start
+from training.prompted import PromptedReader, special_start
 from training.recipe import ContrastiveRecipe
 from training.teacher import other_models, targets, teacher_targets, teacher_vectors
 from training.teacher_settings import EmbedderTeacher, LexicalTeacher, PromptedTeacher
@@ -165,6 +165,21 @@ def test_the_prompt_begins_with_what_the_tokenizer_puts_before_a_text(
         assert np.abs(found - expected[False]).max() > 5e-2 * size
     manifest = json.loads((stage.Path(teacher.folder) / stage.MANIFEST).read_text())
     assert manifest["special_start"] == [1]
+
+
+def test_long_texts_are_read_few_at_a_time(base, teacher, monkeypatch):
+    texts, sizes, original = ["the cat runs on the mat " * n for n in (1, 40, 2, 35, 1)], [], PromptedReader.states
+    expected = teacher_vectors(base, teacher, texts)
+    monkeypatch.setattr(stage, "_PASS_TOKENS", 100)
+    monkeypatch.setattr(
+        PromptedReader,
+        "states",
+        lambda self, rows, *args: sizes.append((len(rows), max(map(len, rows)))) or original(self, rows, *args),
+    )
+    found = teacher_vectors(base, replace(teacher, folder=teacher.folder + "-few"), texts)
+    assert [count for count, _ in sizes] == [1, 1, 3]
+    assert sizes[0][1] > 100 > 3 * sizes[2][1]
+    assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()
 
 
 def test_what_fp16_cannot_hold_is_refused_and_nothing_is_written(base, teacher, monkeypatch):

@@ -43,6 +43,8 @@ VECTORS = "vectors.f16"
 DONE = "done.u8"
 CHUNK = 1024
 _FIT_ROWS = 6000
+_PASS_TOKENS = 8192
+"""Most tokens of a batch of several texts that a prompted base reads: all its hidden states are in memory."""
 _READ_BESIDE = (".json", ".txt", ".model", ".bin")
 """What else of an embedder's folder decides its vectors: modules, pooling, tokenizer, weights of another form."""
 _LARGEST = float(np.finfo(np.float16).max)
@@ -99,8 +101,9 @@ class PromptedBase:
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
         out = np.zeros((len(rows), len(layers), self.model.config.hidden_size), np.float32)
         with _autocast(teacher, self.model.device):
-            for start in range(0, len(order), teacher.batch_size):
-                batch = order[start : start + teacher.batch_size]
+            while order:  # the longest first
+                count = min(teacher.batch_size, max(1, _PASS_TOKENS // max(1, len(rows[order[0]]))))
+                batch, order = order[:count], order[count:]
                 out[batch] = self._reader.states([rows[i] for i in batch], layers).float().cpu().numpy()
         return out * np.float32(teacher.scale)
 

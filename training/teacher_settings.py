@@ -140,7 +140,7 @@ class LexicalTeacher(_Weighed):
         weights: Of texts of some kinds instead, by kind. 0: it is not asked about them.
         ngrams: Fewest and most characters of an n-gram.
         least: Texts that an n-gram must occur in.
-        dimension: Most dimensions; of more n-grams a random projection keeps the similarities, but for a standard error of
+        dimension: Most dimensions; of more n-grams a random projection keeps the similarities with a standard error of
             1 / sqrt(dimension).
     """
 

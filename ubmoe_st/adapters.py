@@ -20,7 +20,7 @@ from ubmoe_st.shards import read_header
 from ubmoe_st.source import Source
 from ubmoe_st.transformer import UBMoETransformer
 
-_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _MERGE_FIRST = "merge it with PEFT (`merge_and_unload`), save the model and give its folder"
 _UNREPEATABLE = ("pissa_niter", "corda", "loftq", "lora_ga")
@@ -44,7 +44,7 @@ class AdapterExperts:
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder is that of a PEFT adapter."""
-    return (path / _CONFIG).is_file()
+    return (path / ADAPTER_CONFIG).is_file()
 
 
 def read_adapter(module: UBMoETransformer, base: Base, path: Path, *, allow_mismatch: bool = False) -> AdapterExperts:
@@ -64,12 +64,12 @@ def read_adapter(module: UBMoETransformer, base: Base, path: Path, *, allow_mism
         from peft import PeftModel
     except ImportError as error:
         raise ImportError("reading a PEFT adapter needs peft: pip install 'ubmoe-st[train]'") from error
-    config = read_json(path / _CONFIG)
+    config = read_json(path / ADAPTER_CONFIG)
     _check_kind(config, path)
     keys = _keys(path)
     said = config.get("base_model_name_or_path")
     if said is not None and not isinstance(said, str):
-        raise ValueError(f"{path / _CONFIG}: expected a name as base_model_name_or_path, got {said!r}")
+        raise ValueError(f"{path / ADAPTER_CONFIG}: expected a name as base_model_name_or_path, got {said!r}")
     trained_on = _check_base(base, said, path, allow_mismatch)
     prefix = f"{module.model.base_model_prefix}."
     # An adapter of a causal LM names its layers `model.layers...`, one of an encoder `layers...`.
@@ -199,10 +199,10 @@ def _check_keys(tuned: Any, keys: set[str], path: Path) -> None:
 
     own = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     if own - keys:
-        raise ValueError(f"{path / _WEIGHTS}: {sorted(own - keys)[0]} is missing, though {_CONFIG} asks for it")
+        raise ValueError(f"{path / _WEIGHTS}: {sorted(own - keys)[0]} is missing, though {ADAPTER_CONFIG} asks for it")
     if keys - own:
         odd = sorted(keys - own)[0]
-        raise ValueError(f"{path / _WEIGHTS}: {odd} is no part of the adapter that {_CONFIG} describes")
+        raise ValueError(f"{path / _WEIGHTS}: {odd} is no part of the adapter that {ADAPTER_CONFIG} describes")
 
 
 def _check_base(base: Base, recorded: str | None, path: Path, allow_mismatch: bool) -> Path | None:

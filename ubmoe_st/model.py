@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint, classification, generation, ranking
+from ubmoe_st.adapters import ADAPTER_CONFIG, is_adapter
 from ubmoe_st.cards import CARD, card_with_datasets, model_card, renamed_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
@@ -48,7 +49,6 @@ REQUIREMENTS = {
 _TRUNCATE_DIM = list(inspect.signature(SentenceTransformer.encode).parameters).index("truncate_dim") - 1
 """Place of `truncate_dim` in a call of `encode` without keywords."""
 _OWN_TRANSFORMER = f"{UBMoETransformer.__module__}.{UBMoETransformer.__qualname__}"
-_ADAPTER_CONFIG = "adapter_config.json"
 _STOCK_TRANSFORMER = f"{Transformer.__module__}.{Transformer.__qualname__}"
 
 
@@ -130,9 +130,9 @@ class UBMoE(SentenceTransformer):
     ) -> Self:
         """As the stock trainer opens its checkpoints; that of an adapter goes on what the adapter was trained on."""
         folder = Path(model_name_or_path)
-        if checkpoint.is_checkpoint(folder) or not (folder / _ADAPTER_CONFIG).is_file():
+        if checkpoint.is_checkpoint(folder) or not is_adapter(folder):
             return super()._load_with_module_classes(model_name_or_path, module_classes, **kwargs)
-        trained_on = read_json(folder / _ADAPTER_CONFIG)["base_model_name_or_path"]
+        trained_on = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"]
         model = super()._load_with_module_classes(trained_on, module_classes, **kwargs)
         model.load_adapter(model_name_or_path)
         return cls(modules=[model[0], *modules_behind(folder, module_classes)])
@@ -580,7 +580,7 @@ def _local_checkpoint(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> P
         token=kwargs.get("token"),
         local_files_only=kwargs.get("local_files_only", False),
     )
-    if (path / _ADAPTER_CONFIG).is_file() and not checkpoint.is_checkpoint(path):
+    if is_adapter(path) and not checkpoint.is_checkpoint(path):
         raise CheckpointError(
             f"{path} is a PEFT adapter, not a UBMoE checkpoint: open the checkpoint that it was trained on and call "
             f"`load_adapter({str(name)!r})`, or make a checkpoint with `upcycle(base, {str(name)!r}, out=...)`"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ubmoe_st import shards
+from ubmoe_st.adapters import ADAPTER_CONFIG
 from ubmoe_st.experts import LowRank, is_ffn_key
 from ubmoe_st.model import UBMoE
 
@@ -80,7 +81,7 @@ def write_peft(model: UBMoE, folder: Path) -> None:
         "alpha_pattern": {f"{prefix}{name}": own for name, own in others.items()},
         "target_modules": _targets(views.model, set(low_rank), prefix),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors: dict[str, Tensor] = {}
     for name, (lora_a, lora_b) in low_rank.items():
         tensors[f"base_model.model.{prefix}{name}.lora_A.weight"] = lora_a
