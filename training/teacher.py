@@ -444,7 +444,7 @@ def targets(
     for key, teacher in zip(teacher_keys(recipe), recipe.teachers, strict=True):
         vectors = teacher_vectors(base, teacher, corpus.texts, corpus.kinds, compute=compute, device=device, key=key)
         known = asked_about(teacher, corpus.kinds)
-        if len(known) == len(vectors):
+        if len(known) == len(vectors) or not teacher.target_settings:
             found.append(_targets_of(vectors, teacher, key))
             continue
         own = _targets_of(vectors[known], teacher, key)
