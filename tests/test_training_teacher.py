@@ -17,7 +17,7 @@ import training.teacher as stage
 from training.mixtures import Mixture
 from training.prompted import PromptedReader, special_start
 from training.recipe import ContrastiveRecipe
-from training.teacher import other_models, targets, teacher_targets, teacher_vectors
+from training.teacher import other_models, targets, targets_of, teacher_targets, teacher_vectors
 from training.teacher_settings import EmbedderTeacher, LexicalTeacher, PromptedTeacher
 from training.texts import Corpus
 from ubmoe_st.bases import resolve_base
@@ -211,11 +211,11 @@ def test_an_embedder_gives_its_own_unit_vectors_with_the_prompt_of_each_kind(bas
     assert found.dtype == np.float16
     assert np.abs(found - expected).max() < 2e-3
     assert np.abs(stock.encode(SENTENCES) - expected).max() > 1e-2
-    assert torch.equal(stage._targets_of(found, embedder, "teacher"), torch.from_numpy(np.array(found)))
+    assert torch.equal(targets_of(found, embedder, "teacher"), torch.from_numpy(np.array(found)))
     embedder.center = True
     centred = found.astype(np.float64) - found.astype(np.float64).mean(0)
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
-    assert np.abs(stage._targets_of(found, embedder, "teacher").numpy() - centred).max() < 1e-4
+    assert np.abs(targets_of(found, embedder, "teacher").numpy() - centred).max() < 1e-4
     with pytest.raises(ValueError, match="another kinds_sha256"):
         teacher_vectors(base, embedder, SENTENCES, kinds[::-1])
     embedder.prompts = {"default": "a train "}

@@ -445,17 +445,23 @@ def targets(
         vectors = teacher_vectors(base, teacher, corpus.texts, corpus.kinds, compute=compute, device=device, key=key)
         known = asked_about(teacher, corpus.kinds)
         if len(known) == len(vectors) or not teacher.target_settings:
-            found.append(_targets_of(vectors, teacher, key))
+            found.append(targets_of(vectors, teacher, key))
             continue
-        own = _targets_of(vectors[known], teacher, key)
+        own = targets_of(vectors[known], teacher, key)
         whole = own.new_zeros(len(vectors), own.shape[1])
         whole[known] = own
         found.append(whole)
     return found
 
 
-def _targets_of(vectors: np.ndarray, teacher: Teacher, key: str) -> Tensor:
-    """Targets of the texts that a teacher was asked about."""
+def targets_of(vectors: np.ndarray, teacher: Teacher, key: str) -> Tensor:
+    """Targets of the texts that a teacher was asked about: unit vectors, (n, K).
+
+    Args:
+        vectors: As they are stored, (n, ...), fp16.
+        teacher: Its target settings; without any the vectors are the targets.
+        key: As for `teacher_vectors`.
+    """
     if isinstance(teacher, PromptedTeacher):
         return teacher_targets(vectors, teacher, key=key)
     if isinstance(teacher, EmbedderTeacher) and teacher.center:
