@@ -49,8 +49,10 @@ class LexicalOverlap:
             texts: N texts.
             kinds: Not used: letters are the same in all.
         """
+        from sklearn.preprocessing import normalize
+
         if not texts:
             return np.zeros((0, self._size), np.float32)
         counts = self._counts.transform(texts)
         found = counts.toarray() if self._projection is None else self._projection.transform(counts)
-        return (found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+        return normalize(found).astype(np.float32)
