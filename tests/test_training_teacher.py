@@ -17,7 +17,8 @@ import training.teacher as stage
 from training.mixtures import Mixture
 from training.prompted import PromptedReader, special_start
 from training.recipe import ContrastiveRecipe
-from training.teacher import other_models, targets, targets_of, teacher_targets, teacher_vectors
+from training.targets import targets, targets_of, teacher_targets
+from training.teacher import other_models, teacher_vectors
 from training.teacher_settings import EmbedderTeacher, LexicalTeacher, PromptedTeacher
 from training.texts import Corpus
 from ubmoe_st.bases import resolve_base
@@ -462,5 +463,8 @@ def test_what_a_teacher_is_not_asked_about_has_no_part_in_its_targets(base, teac
         assert torch.allclose(found[known], alone.float(), atol=1e-4)
         assert not found[~known].any()
         assert not torch.allclose(alone.float()[0], alone.float()[1], atol=1e-2)
+    unread = replace(whole, folder=str(tmp_path / "unread"))
+    assert len(targets(recipe([first, unread]), resolve_base(base), corpus, of_all_kinds=True)) == 1
+    assert not (tmp_path / "unread").exists()
     with pytest.raises(ValueError, match="put another teacher first"):
         recipe([whole, first])

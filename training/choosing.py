@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from training.data import data_folder, sts_pairs
 from training.recipe import ContrastiveRecipe
-from training.teacher import PromptedBase, teacher_targets
+from training.targets import teacher_targets
+from training.teacher import PromptedBase
 from training.teacher_settings import PromptedTeacher
 from ubmoe_st.bases import Base
 from ubmoe_st.files import replacing

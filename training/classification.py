@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from training.command import has_bf16, one_line_errors, read_recipe, recipe_parser
 from training.recipe import ContrastiveRecipe
 from training.student import principal_components, ridge
-from training.teacher import targets
+from training.targets import targets
 from training.texts import read_corpus
 from ubmoe_st import UBMoE, UBMoETransformer
 from ubmoe_st.bases import resolve_base
@@ -156,8 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     layer = max(1, round(layers * 2 / 3)) if options.layer is None else options.layer
     if not 1 <= layer <= layers:
         raise ValueError(f"--layer must be 1 to {layers}, got {layer}")
-    found = targets(recipe, resolve_base(recipe.base), corpus, device=options.device)
-    found = [target for target, teacher in zip(found, recipe.teachers, strict=True) if not teacher.left_out]
+    found = targets(recipe, resolve_base(recipe.base), corpus, device=options.device, of_all_kinds=True)
     prompt = model.prompts.get(model.default_prompt_name or "")  # as plain `encode` puts it
     states = inner_states(module, [corpus.texts[row] for row in rows], layer, prompt=prompt)
     head = fit_head(states, [one[rows] for one in found], layer, options.dimension, options.share, options.length)

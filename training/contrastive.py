@@ -74,7 +74,8 @@ from training.student import (
     turn_to_components,
     uncompiled,
 )
-from training.teacher import other_models, targets
+from training.targets import targets
+from training.teacher import other_models
 from training.texts import Corpus, read_corpus
 from ubmoe_st import upcycle
 from ubmoe_st.bases import Base, resolve_base

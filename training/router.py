@@ -24,15 +24,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from training.command import arguments_of, check_same_recipe, one_line_errors, recipe_of_command
+from training.command import arguments_of, check_same_base, check_same_recipe, one_line_errors, recipe_of_command
 from training.data import read_instructions
 from training.prompted import special_start
 from training.recipe import RouterRecipe
 from training.resume import TrainedOnly, checkpoint_to_resume
 from training.student import encoder_of
 from ubmoe_st import UBMoE
+from ubmoe_st.bases import Base
 from ubmoe_st.configuration import RouterKind
-from ubmoe_st.experts import TokenRouter, save_routers
+from ubmoe_st.experts import Routers, TokenRouter, norms, save_routers
 from ubmoe_st.files import write_json
 from ubmoe_st.generator import build_generator, router_state
 from ubmoe_st.upcycling import ROUTERS_FILE
@@ -46,16 +47,15 @@ PLAIN_FORMAT = "Question: {question}\nAnswer: {answer}"
 """What a message proposes for a checkpoint without chat template."""
 
 
-def build_routed(checkpoint: str, kind: RouterKind) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
-    """The generator with new routers, in which they alone take gradients; the base model; the tokenizer.
+def build_routed(model: UBMoE, kind: RouterKind) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The generator with new routers, in which they alone take gradients; the base model.
 
     Low-rank experts are held on the base weights, so the mix costs one FFN and two small products.
 
     Args:
-        checkpoint: A UBMoE checkpoint.
+        model: A UBMoE checkpoint in fp32; its encoder is of no use afterwards.
         kind: Of the routers.
     """
-    model = UBMoE(checkpoint, model_kwargs={"dtype": torch.float32})
     views = encoder_of(model)
     if model.ubmoe_config is not None and model.ubmoe_config.expert_rank is not None:
         views.use_low_memory()
@@ -67,7 +67,7 @@ def build_routed(checkpoint: str, kind: RouterKind) -> tuple[PreTrainedModel, Pr
     for module in lm.modules():
         if isinstance(module, TokenRouter):
             module.requires_grad_(True)
-    return lm, base, model.tokenizer
+    return lm, base
 
 
 def encode_answer(
@@ -187,8 +187,8 @@ def train(recipe: RouterRecipe) -> Path:
         The checkpoint folder.
 
     Raises:
-        ValueError: If there are several processes, the folder holds a run of another recipe, or there are too few
-            answers.
+        ValueError: If there are several processes, the folder holds a run of another recipe or over other weights,
+            or there are too few answers.
     """
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes != "1":
@@ -210,11 +210,16 @@ def train(recipe: RouterRecipe) -> Path:
     args = arguments_of(TrainingArguments, values | recipe.trainer)
     check_same_recipe(recipe, out)
     set_seed(args.seed)
-    lm, base, tokenizer = build_routed(recipe.checkpoint, recipe.kind)
+    model = UBMoE(recipe.checkpoint, model_kwargs={"dtype": torch.float32})
+    source = encoder_of(model).source
+    folder = source.folder or Path(recipe.checkpoint)
+    check_same_base(Base(folder, recipe.checkpoint, "folder", tuple(sorted(folder.rglob("model-*.safetensors")))), out)
+    mixed = norms(source.low_rank() or {})
+    lm, base = build_routed(model, recipe.kind)
     pairs = read_instructions(recipe.instructions)
     random.Random(recipe.seed).shuffle(pairs)
     count = None if recipe.count is None else recipe.count + recipe.held_out
-    found = (encode_answer(tokenizer, *pair, recipe.max_tokens, recipe.plain_format) for pair in pairs[:count])
+    found = (encode_answer(model.tokenizer, *pair, recipe.max_tokens, recipe.plain_format) for pair in pairs[:count])
     rows = [row for row in found if row is not None]
     if len(rows) <= recipe.held_out:
         raise ValueError(f"{len(rows)} answers do not go beyond the {recipe.held_out} held out; lower held_out")
@@ -234,7 +239,7 @@ def train(recipe: RouterRecipe) -> Path:
     seconds = time.perf_counter() - start
     after = trainer.evaluate() if recipe.held_out else {}
     state = router_state(lm)
-    save_routers(state, recipe.kind, out / ROUTERS_FILE)
+    save_routers(Routers(state, recipe.kind, mixed), out / ROUTERS_FILE)
     summary = {
         "recipe": asdict(recipe),
         "seconds": round(seconds, 1),

@@ -3,7 +3,7 @@
     python -m training.teacher training/recipes/ubmoe-135m-self.yaml [--shard 0/2] [--set key=value ...]
 
 computes the vectors of all texts once and keeps them on disk; an interrupted run goes on, and shards may run side by
-side. `targets` makes of them what a loss compares with.
+side. `training.targets` makes of them what a loss compares with.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from training.command import has_bf16, one_line_errors, read_recipe, recipe_parser
 from training.data import texts_sha256
@@ -31,7 +29,7 @@ from training.lexical import LexicalOverlap
 from training.prompted import PromptedReader, special_start
 from training.recipe import SELF_DISTILLED, ContrastiveRecipe
 from training.teacher_settings import EmbedderTeacher, LexicalTeacher, PromptedTeacher, Teacher
-from training.texts import Corpus, read_corpus
+from training.texts import read_corpus
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.checkpoint import is_checkpoint, read_config
 from ubmoe_st.files import sha256_of, write_json
@@ -42,7 +40,6 @@ MANIFEST = "teacher.json"
 VECTORS = "vectors.f16"
 DONE = "done.u8"
 CHUNK = 1024
-_FIT_ROWS = 6000
 _PASS_TOKENS = 8192
 """Most tokens of a batch of several texts that a prompted base reads: all its hidden states are in memory."""
 _READ_BESIDE = (".json", ".txt", ".model", ".bin")
@@ -359,7 +356,9 @@ def _asked(
     """What vectors are of: whoever asks the same of the same texts gets the same."""
     asked: dict[str, Any] = {"sentences_sha256": texts_sha256(texts)}
     if teacher.left_out:
-        asked |= {"left_out": sorted(teacher.left_out), "kinds_sha256": texts_sha256(kinds)}
+        asked["left_out"] = sorted(teacher.left_out)
+    if teacher.left_out or (isinstance(teacher, EmbedderTeacher) and set(teacher.prompts) - {"default"}):
+        asked["kinds_sha256"] = texts_sha256(kinds)
     if isinstance(teacher, LexicalTeacher):
         return asked | {"ngrams": list(teacher.ngrams), "least": teacher.least, "dimension": teacher.dimension}
     if isinstance(teacher, EmbedderTeacher):
@@ -372,8 +371,6 @@ def _asked(
         for file in sorted(file for file in path.rglob("*") if file.suffix in _READ_BESIDE):
             settings.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
         asked["settings_sha256"] = settings.hexdigest()
-        if set(teacher.prompts) - {"default"}:
-            asked["kinds_sha256"] = texts_sha256(kinds)
         return asked
     from transformers import AutoTokenizer
 
@@ -425,51 +422,6 @@ def _open(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:
     return np.memmap(file, dtype, "r+", shape=shape)
 
 
-# --- targets ----------------------------------------------------------------------------------------------------
-
-
-def targets(
-    recipe: ContrastiveRecipe, base: Base, corpus: Corpus, *, compute: bool = True, device: str = "cpu"
-) -> list[Tensor]:
-    """What a loss compares with: by teacher, unit vectors of all texts, (N, K); zeros of those it was not asked about.
-
-    Args:
-        recipe: Names the teachers.
-        base: Its base model.
-        corpus: Its texts.
-        compute: False: raise if vectors are missing on disk.
-        device: To compute missing ones on.
-    """
-    found = []
-    for key, teacher in zip(teacher_keys(recipe), recipe.teachers, strict=True):
-        vectors = teacher_vectors(base, teacher, corpus.texts, corpus.kinds, compute=compute, device=device, key=key)
-        known = asked_about(teacher, corpus.kinds)
-        if len(known) == len(vectors) or not teacher.target_settings:
-            found.append(targets_of(vectors, teacher, key))
-            continue
-        own = targets_of(vectors[known], teacher, key)
-        whole = own.new_zeros(len(vectors), own.shape[1])
-        whole[known] = own
-        found.append(whole)
-    return found
-
-
-def targets_of(vectors: np.ndarray, teacher: Teacher, key: str) -> Tensor:
-    """Targets of the texts that a teacher was asked about: unit vectors, (n, K).
-
-    Args:
-        vectors: As they are stored, (n, ...), fp16.
-        teacher: Its target settings; without any the vectors are the targets.
-        key: As for `teacher_vectors`.
-    """
-    if isinstance(teacher, PromptedTeacher):
-        return teacher_targets(vectors, teacher, key=key)
-    if isinstance(teacher, EmbedderTeacher) and teacher.center:
-        mean = torch.from_numpy(vectors.mean(0, dtype=np.float64)).float()
-        return F.normalize(torch.from_numpy(np.asarray(vectors, np.float32)) - mean, dim=-1)
-    return torch.from_numpy(vectors)  # as they are stored; they stay on disk until a row is asked for
-
-
 def other_models(recipe: ContrastiveRecipe, base: Base) -> list[EmbedderTeacher]:
     """The embedders among the teachers that know more than the base itself.
 
@@ -495,50 +447,6 @@ def teacher_keys(recipe: ContrastiveRecipe) -> list[str]:
     if isinstance(recipe.teacher, list):
         return [f"teacher.{number}" for number in range(len(recipe.teachers))]
     return ["teacher"] * len(recipe.teachers)
-
-
-def teacher_targets(vectors: np.ndarray, teacher: PromptedTeacher, *, seed: int = 0, key: str = "teacher") -> Tensor:
-    """Targets as described in `PromptedTeacher`.
-
-    The components come from a seeded sample of 6,000 sentences, the means from all.
-
-    Args:
-        vectors: (N, layers, D).
-        teacher: Its `dimension` K and `whitening`.
-        seed: Of the sample.
-        key: As for `teacher_vectors`.
-
-    Returns:
-        Unit vectors, (N, K), fp32.
-
-    Raises:
-        ValueError: If there are fewer sentences or features than components.
-    """
-    count, features = len(vectors), vectors.shape[1] * vectors.shape[2]
-    if teacher.dimension > min(count, features, _FIT_ROWS):
-        raise ValueError(
-            f"{teacher.dimension} principal components need as many sentences and features, got {count} and "
-            f"{features}; lower {key}.dimension"
-        )
-    blocks = [slice(start, start + 4 * CHUNK) for start in range(0, count, 4 * CHUNK)]
-    layer_mean = torch.zeros(vectors.shape[1:], dtype=torch.float64)
-    for block in blocks:
-        layer_mean += torch.from_numpy(vectors[block].astype(np.float64)).sum(0) / count
-
-    def unit(rows: Any) -> Tensor:  # (n, layers * D)
-        raw = torch.from_numpy(np.asarray(vectors[rows], np.float32))
-        return F.normalize(raw - layer_mean.float(), dim=-1).flatten(1)
-
-    mean = torch.zeros(features, dtype=torch.float64)
-    for block in blocks:
-        mean += unit(block).double().sum(0) / count
-    sample = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:_FIT_ROWS]
-    _, values, components = torch.linalg.svd(unit(sample.numpy()) - mean.float(), full_matrices=False)
-    # The sign of a component is arbitrary; fixed, so that every process gets the same targets.
-    signs = components.gather(1, components.abs().argmax(1, keepdim=True)).sign()
-    components = (components * signs)[: teacher.dimension]
-    weights = (values[: teacher.dimension] / values[0]).clamp_min(1e-6) ** -teacher.whitening
-    return torch.cat([F.normalize((unit(b) - mean.float()) @ components.T * weights, dim=-1) for b in blocks])
 
 
 def _choose(recipe: ContrastiveRecipe, file: Path, pairs: int, device: str, *, write: bool) -> None:

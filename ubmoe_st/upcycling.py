@@ -21,7 +21,7 @@ from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.classification import ClassificationHead, read_head, save_head
 from ubmoe_st.configuration import RouterKind, check_count, encoder_limit
-from ubmoe_st.experts import is_ffn_key, load_low_rank, load_routers, save_low_rank
+from ubmoe_st.experts import Routers, is_ffn_key, load_low_rank, load_routers, norms, same_norms, save_low_rank
 from ubmoe_st.files import read_json, replacing_folder, sha256_of
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer, modules_behind
@@ -111,8 +111,9 @@ def upcycle(
         file = beside / (checkpoint.ROUTER_FILE if checkpoint.is_checkpoint(beside) else ROUTERS_FILE)
         routers = file if file.is_file() else None
     if routers is not None:
-        state, kind = load_routers(Path(routers))
-        module.set_routers(state, router_kind or kind)
+        found_routers = load_routers(Path(routers))
+        _check_routers(found_routers, module, Path(routers))
+        module.set_routers(found_routers.state, router_kind or found_routers.kind)
     head = recipe.get("classification")
     if head is None and bi_experts is not None:
         head = _head_beside(bi_experts if bi_experts.is_file() else beside / DELTA_NAME)
@@ -231,6 +232,16 @@ def _head_beside(delta: Path) -> ClassificationHead | None:
             "training.classification`, or take the file away"
         )
     return head
+
+
+def _check_routers(routers: Routers, module: UBMoETransformer, file: Path) -> None:
+    """Refuse routers that were trained to mix other experts; dense ones are not compared."""
+    held = norms(module.low_rank or {})
+    if routers.trained_beside and held and not same_norms(held, routers.trained_beside):
+        raise ValueError(
+            f"{file.name} was trained to mix other experts than these: train routers for them by `python -m "
+            "training.router`, or take the file away"
+        )
 
 
 def _saved_around(adapter: Path) -> dict[str, Any]:
