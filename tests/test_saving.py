@@ -474,6 +474,26 @@ def test_a_card_is_kept_as_long_as_it_is_right(checkpoint, base, tmp_path):
         assert "Spearman" not in written
 
 
+def test_a_card_is_not_kept_over_another_layer_behind_the_encoder(checkpoint, tmp_path):
+    parts = list(UBMoE(str(checkpoint)))
+    UBMoE(modules=[*parts[:-1], Dense(32, 8), parts[-1]]).save(str(tmp_path / "m"))
+    with (tmp_path / "m" / "README.md").open("a") as card:
+        card.write("\nSpearman 73.5\n")
+    changes = {
+        "same": lambda model: None,
+        "half": lambda model: model.half(),
+        "tuned": lambda model: model[2].linear.weight.data.mul_(1.01),
+        "pooled": lambda model: setattr(model[1], "pooling_mode", "cls"),
+        "bare": lambda model: model.pop(2),
+    }
+    for name, change in changes.items():
+        model = UBMoE(str(tmp_path / "m"))
+        change(model)
+        model.save(str(tmp_path / name))
+        kept = "Spearman" in (tmp_path / name / "README.md").read_text()
+        assert kept == (name in ("same", "half")), name
+
+
 def test_what_a_plain_model_around_the_module_saves_is_opened(base, tmp_path):
     modules = [UBMoETransformer.from_base(base), Pooling(32, "mean"), Normalize()]
     plain = SentenceTransformer(modules=modules, device="cpu")

@@ -33,7 +33,7 @@ from training.student import encoder_of
 from ubmoe_st import UBMoE
 from ubmoe_st.bases import Base
 from ubmoe_st.configuration import RouterKind
-from ubmoe_st.experts import Routers, TokenRouter, norms, save_routers
+from ubmoe_st.experts import Routers, TokenRouter, expert_norms, save_routers
 from ubmoe_st.files import write_json
 from ubmoe_st.generator import build_generator, router_state
 from ubmoe_st.upcycling import ROUTERS_FILE
@@ -214,7 +214,7 @@ def train(recipe: RouterRecipe) -> Path:
     source = encoder_of(model).source
     folder = source.folder or Path(recipe.checkpoint)
     check_same_base(Base(folder, recipe.checkpoint, "folder", tuple(sorted(folder.rglob("model-*.safetensors")))), out)
-    mixed = norms(source.low_rank() or {})
+    mixed = expert_norms(source.low_rank() or {})
     lm, base = build_routed(model, recipe.kind)
     pairs = read_instructions(recipe.instructions)
     random.Random(recipe.seed).shuffle(pairs)

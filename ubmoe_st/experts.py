@@ -384,14 +384,18 @@ def load_low_rank(file: str | os.PathLike[str]) -> tuple[LowRank, dict[str, obje
     return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, metadata
 
 
-def norms(low_rank: LowRank) -> dict[str, float]:
-    """Frobenius norm of each half by its name: tells low-rank experts from others, whatever dtype holds them."""
-    named = {f"{name}.lora_{half}": tensor for name, pair in low_rank.items() for half, tensor in zip("AB", pair)}
-    return {name: float(f"{tensor.detach().float().norm():.6g}") for name, tensor in named.items()}
+def norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Frobenius norms of tensors by name: they tell them from others, whatever dtype holds them."""
+    return {name: float(f"{tensor.detach().float().norm():.6g}") for name, tensor in tensors.items()}
+
+
+def expert_norms(low_rank: LowRank) -> dict[str, float]:
+    """`norms` of both halves of every low-rank expert."""
+    return norms({f"{name}.lora_{half}": t for name, pair in low_rank.items() for half, t in zip("AB", pair)})
 
 
 def same_norms(found: Mapping[str, float], others: Mapping[str, float]) -> bool:
-    """Whether two results of `norms` are of the same experts; rounding to bf16 moves them by less than 1e-4."""
+    """Whether two results of `norms` are of the same tensors; rounding to bf16 moves them by less than 1e-4."""
     alike = (math.isclose(found[name], others[name], rel_tol=_SAME_NORM) for name in found if name in others)
     return set(found) == set(others) and all(alike)
 
@@ -402,7 +406,7 @@ class Routers(NamedTuple):
     Attributes:
         state: The tensors, `layers.N.router.*`.
         kind: How they mix (`soft` where the file does not say).
-        trained_beside: `norms` of the experts that they were trained to mix. Empty: not known.
+        trained_beside: `expert_norms` of the experts that they were trained to mix. Empty: not known.
     """
 
     state: dict[str, Tensor]

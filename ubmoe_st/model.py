@@ -17,7 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import import_from_string
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
@@ -27,7 +27,7 @@ from ubmoe_st.cards import CARD, card_with_datasets, model_card, renamed_card
 from ubmoe_st.checkpoint import CheckpointError
 from ubmoe_st.compute import Compute, ComputeReport
 from ubmoe_st.configuration import Routing, UBMoEConfig, check_count, check_texts
-from ubmoe_st.experts import LowRankLinear, is_ffn_key
+from ubmoe_st.experts import LowRankLinear, is_ffn_key, norms, same_norms
 from ubmoe_st.files import read_json, replacing_folder
 from ubmoe_st.generation import Chat, ChatOptions, Tool
 from ubmoe_st.hub import checkpoint_folder, push
@@ -36,6 +36,7 @@ from ubmoe_st.quantization import inner_tensors, quantize_base
 from ubmoe_st.ranking import Method
 from ubmoe_st.shards import TensorFiles
 from ubmoe_st.transformer import UBMoETransformer
+from ubmoe_st.watch import all_modules, own_tensors
 
 __all__ = ["REQUIREMENTS", "UBMoE", "UBMoETransformer"]
 
@@ -104,6 +105,7 @@ class UBMoE(SentenceTransformer):
         if len(self) and not isinstance(self[0], UBMoETransformer):
             raise ValueError(f"the first module must be a UBMoETransformer, got {type(self[0]).__name__}")
         self._card_claims = _claims(self.ubmoe_config) if len(self) else None
+        self._card_behind = _behind(self)
         if low_memory:
             self._views.use_low_memory(check=False)
         if compute != "stored":
@@ -169,7 +171,7 @@ class UBMoE(SentenceTransformer):
 
         def train(self, mode: bool = True) -> Any:  # noqa: D102 - the stock docstring
             # Every call of `encode` asks for evaluation mode, and the stock way sets it through every module.
-            if not mode and not any(module.training for module in _all_modules(self)):
+            if not mode and not any(module.training for module in all_modules(self)):
                 return self
             return super().train(mode)
 
@@ -177,7 +179,7 @@ class UBMoE(SentenceTransformer):
             # Every call of `encode` asks where each tensor is, which the stock way does with names and twice filtered.
             if device is None and not getattr(self, "_placement_is_delegated", True):
                 here = self.device
-                tensors = (tensor for module in _all_modules(self) for tensor in _own_tensors(module))
+                tensors = (tensor for module in all_modules(self) for tensor in own_tensors(module))
                 if all(tensor.device == here for tensor in tensors):
                     return here
             return super()._resolve_inference_device(device)
@@ -447,6 +449,9 @@ class UBMoE(SentenceTransformer):
         """Whether the card that was read with this model, scores included, is right for what was written."""
         if not self._model_card_text or self._views.has_adapter or self._card_claims != _claims(config):
             return False
+        (kinds, sizes), (kinds_then, sizes_then) = _behind(self), self._card_behind
+        if kinds != kinds_then or not same_norms(sizes, sizes_then):
+            return False
         return self._views.source.changed(TensorFiles([written / checkpoint.BI_FILE]), bi=True) is None
 
     def push_to_hub(
@@ -527,20 +532,6 @@ def _low_memory_explained(views: UBMoETransformer) -> Iterator[None]:
         ) from error
 
 
-def _all_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all below it, a shared one as often as it is there; without names, so that it costs little."""
-    waiting = [module]
-    while waiting:
-        found = waiting.pop()
-        yield found
-        waiting.extend(child for child in found._modules.values() if child is not None)
-
-
-def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    for held in (module._parameters, module._buffers):
-        yield from (tensor for tensor in held.values() if tensor is not None)
-
-
 def modules_behind(folder: Path, known: Mapping[str, type[nn.Module]] | None = None) -> list[Any]:
     """What a saved model has behind its first module.
 
@@ -551,6 +542,13 @@ def modules_behind(folder: Path, known: Mapping[str, type[nn.Module]] | None = N
     entries = json.loads((folder / checkpoint.MODULES_FILE).read_text(encoding="utf-8"))[1:]
     kinds: list[Any] = [(known or {}).get(entry["type"]) or import_from_string(entry["type"]) for entry in entries]
     return [kind.load(str(folder), subfolder=entry["path"]) for kind, entry in zip(kinds, entries)]
+
+
+def _behind(model: SentenceTransformer) -> tuple[list[Any], dict[str, float]]:
+    """What decides on vectors behind the encoder: modules, their settings, and norms of their tensors."""
+    modules = list(model)[1:]
+    kinds: list[Any] = [(type(module).__name__, getattr(module, "get_config_dict", dict)()) for module in modules]
+    return kinds, norms({f"{n}.{key}": t for n, m in enumerate(modules) for key, t in m.state_dict().items()})
 
 
 def _claims(config: UBMoEConfig | None) -> tuple[Any, ...] | None:

@@ -21,7 +21,7 @@ from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.classification import ClassificationHead, read_head, save_head
 from ubmoe_st.configuration import RouterKind, check_count, encoder_limit
-from ubmoe_st.experts import Routers, is_ffn_key, load_low_rank, load_routers, norms, same_norms, save_low_rank
+from ubmoe_st.experts import Routers, expert_norms, is_ffn_key, load_low_rank, load_routers, same_norms, save_low_rank
 from ubmoe_st.files import read_json, replacing_folder, sha256_of
 from ubmoe_st.generator import uni_keys
 from ubmoe_st.model import UBMoE, UBMoETransformer, modules_behind
@@ -236,7 +236,7 @@ def _head_beside(delta: Path) -> ClassificationHead | None:
 
 def _check_routers(routers: Routers, module: UBMoETransformer, file: Path) -> None:
     """Refuse routers that were trained to mix other experts; dense ones are not compared."""
-    held = norms(module.low_rank or {})
+    held = expert_norms(module.low_rank or {})
     if routers.trained_beside and held and not same_norms(held, routers.trained_beside):
         raise ValueError(
             f"{file.name} was trained to mix other experts than these: train routers for them by `python -m "

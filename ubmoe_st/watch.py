@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,21 @@ class Watch:
         same = same and all(len(held) == size for held, size in self._sizes)
         same = same and all(place.get(name) == value for place, name, value in self._settings)
         return same and self._now() == self._seen
+
+
+def all_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all below it, a shared one as often as it is there; without names, so that it costs little."""
+    waiting = [module]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        waiting.extend(child for child in found._modules.values() if child is not None)
+
+
+def own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module itself."""
+    for held in (module._parameters, module._buffers):
+        yield from (tensor for tensor in held.values() if tensor is not None)
 
 
 def _is_setting(value: Any) -> bool:
