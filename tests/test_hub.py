@@ -30,6 +30,7 @@ from ubmoe_st import UBMoE
 from ubmoe_st.bases import resolve_base
 from ubmoe_st.checkpoint import CheckpointError, verify_sums
 from ubmoe_st.cli import app
+from ubmoe_st.files import sha256_of
 from ubmoe_st.hub import download, push
 
 REPO = "org/ubmoe-tiny"
@@ -493,6 +494,30 @@ def test_a_part_of_a_checkpoint_in_the_cache_and_no_network(checkpoint, base, cl
     told = fresh(PARTLY, tmp_path, nowhere)["told"]
     assert "not all of it is in the cache" in told
     assert "Load it once with a network" in told
+
+
+def test_a_base_comes_without_the_weights_that_stand_there_twice(base, client, monkeypatch, tmp_path):
+    twice = shutil.copytree(base, tmp_path / "twice")
+    (twice / "original").mkdir()
+    weights = (base / "model.safetensors").read_bytes()
+    for number, name in enumerate(("consolidated.safetensors", "original/model.safetensors")):
+        (twice / name).write_bytes(weights + bytes([number]))  # each another file to a hash
+    local = resolve_base(twice)
+    assert [file.name for file in local.source_files] == ["model.safetensors"]
+    recorded = {name: sha256_of(twice / name) for name in ("consolidated.safetensors", "model.safetensors")}
+    assert local.has_weights(recorded)
+    assert not local.has_weights({"consolidated.safetensors": recorded["consolidated.safetensors"]})
+    assert not local.has_weights({})
+    with LoopbackHub() as hub:
+        client(hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        HfApi().create_repo("org/twice")
+        HfApi().upload_folder(repo_id="org/twice", folder_path=twice)
+        hub.log.clear()
+        assert resolve_base("org/twice").sha256 == local.sha256
+        asked = hub.requested("org/twice")
+        assert "model.safetensors" in asked
+        assert not asked & {"consolidated.safetensors", "original/model.safetensors"}
 
 
 def test_loading_from_the_hub_and_then_from_the_cache(checkpoint, base, client, monkeypatch, tmp_path):

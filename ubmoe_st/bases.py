@@ -54,6 +54,8 @@ _INSTALL = {
 }
 _CONVERSION = 3  # Part of the name of a converted GGUF: another one converts anew.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "tokenizer*", "*.txt"]
+_NOT_READ = ["consolidated*", "original/*"]
+"""The same weights once more, as some makers publish them beside."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,11 @@ class Base:
         return {file.name: sha256_of(file) for file in self.source_files}
 
     def has_weights(self, recorded: Mapping[str, str]) -> bool:
-        """Whether its weight files are the recorded ones, whatever they are called."""
-        return set(recorded.values()) == set(self.sha256.values())
+        """Whether its weight files are among the recorded ones, whatever they are called.
+
+        Records from before name all safetensors files of a folder, also those that transformers does not read.
+        """
+        return set(self.sha256.values()) <= set(recorded.values())
 
 
 def cache_folder() -> Path:
@@ -129,7 +134,7 @@ def _from_folder(path: Path) -> Base:
             f"{path} is a UBMoE checkpoint, and a base model is expected: give {repr(name) if name else 'its base'}; "
             "the checkpoint can be given as the experts"
         )
-    files = tuple(sorted(path.glob("*.safetensors")))
+    files = tuple(weight_files(path))
     if not files:
         raise FileNotFoundError(
             f"{path} has no *.safetensors weights (pickled .bin files are not read); "
@@ -145,6 +150,7 @@ def _from_hub(repo_id: str, revision: str | None) -> Base:
         wanted=f"a model folder, a .gguf file or a Hub id{hint}",
         revision=revision,
         allow_patterns=_HUB_FILES,
+        ignore_patterns=_NOT_READ,
     )
     found = _from_folder(folder)
     return Base(found.path, repo_id, "hub", found.source_files)

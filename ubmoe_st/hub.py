@@ -33,6 +33,7 @@ def download(
     token: str | bool | None = None,
     local_files_only: bool = False,
     allow_patterns: list[str] | None = None,
+    ignore_patterns: list[str] | None = None,
     whole: Callable[[Path], bool] = lambda folder: True,
 ) -> Path:
     """Folder of a Hub repository in the local cache; what is there already is not downloaded again.
@@ -45,6 +46,7 @@ def download(
         token: As for `huggingface_hub`.
         local_files_only: Whether to look into the cache alone.
         allow_patterns: Globs of the files. None: all.
+        ignore_patterns: Globs of files that are left out.
         whole: Asked of a folder from the cache alone, of which huggingface_hub 1 gives what there is; also where there
             is no network.
 
@@ -62,6 +64,7 @@ def download(
                 token=token,
                 local_files_only=local_files_only,
                 allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns,
             )
         )
     except hub_errors() as error:
