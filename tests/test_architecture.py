@@ -18,6 +18,7 @@ ORDER = [
     "padding",
     "watch",
     "detokenization",
+    "chat_templates",
     "configuration",
     "shards",
     "classification",

@@ -332,6 +332,36 @@ def test_what_is_made_of_the_prompts_is_refused(model):
         model.generate("the cat", inputs_embeds=torch.zeros(1, 3, 32))
     with pytest.raises(ValueError, match="a streamer of its own"):
         model.generate("the", stream=True, streamer=TextStreamer(model.tokenizer))
+    for name in ("return_dict_in_generate", "output_scores"):
+        with pytest.raises(ValueError, match=rf"^{name}: texts come back here; call `model.generator.generate"):
+            model.generate("the cat", **{name: True})
+
+
+def test_a_stream_is_of_one_text(model, stock):
+    asked = {"do_sample": True, "num_return_sequences": 2}
+    assert len(model.generate("the cat", max_new_tokens=3, **asked)) == 2
+    for given in (asked, {"generation_config": GenerationConfig(max_new_tokens=3, **asked)}):
+        with pytest.raises(ValueError, match="stream=True gives one text, got num_return_sequences=2"):
+            model.generate("the cat", stream=True, **given)
+    model.generator.generation_config.num_return_sequences = 2
+    with pytest.raises(ValueError, match="stream=True gives one text, got num_return_sequences=2"):
+        model.generate("the cat", stream=True, do_sample=True)
+
+
+def test_a_stream_computes_under_the_autocast_of_its_caller(model):
+    seen = []
+    layer = model.generator.model.layers[0]
+    hook = layer.register_forward_hook(lambda module, given, found: seen.append(torch.is_autocast_enabled("cpu")))
+    try:
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                pieces = model.generate("the cat", max_new_tokens=3, stream=True)
+            assert "".join(pieces) is not None
+            assert seen
+            assert set(seen) == {enabled}
+            seen.clear()
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("limit", [2.5, "3", True, [3]])
@@ -366,5 +396,10 @@ def test_a_call_of_a_tool_needs_no_content(model, stock):
     def undocumented(x: int) -> int:
         return x
 
+    with pytest.raises(ValueError, match="does not read tools, so the model would not be told"):
+        model.generate(chat, tools=[a_tool])
+    with pytest.warns(UserWarning, match="does not read colour, size"):
+        model.generate(chat, max_new_tokens=1, chat_template_kwargs={"size": 1, "colour": "red"})
+    model.tokenizer.chat_template = TEMPLATE_WITH_PARTS
     with pytest.raises(ValueError, match=r"^tools: .*undocumented"):
         model.generate(chat, tools=[undocumented])

@@ -66,6 +66,21 @@ def test_p1_freezing_the_encoder_changes_no_kernel_of_the_generator(pair):
         assert torch.equal(*(lm(**inputs).logits for lm in both))
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_p1_shared_memory_changes_no_kernel_of_the_generator(checkpoint, low_memory):
+    """Encoding in several processes moves all tensors there; where in a cache line they start decides on last bits."""
+    model = UBMoE(str(checkpoint), low_memory=low_memory)
+    starts = {name: tensor.data_ptr() % 64 for name, tensor in model.generator.named_parameters()}
+    values = {name: tensor.clone() for name, tensor in model.generator.named_parameters()}
+    assert any(starts.values())
+    model.encode(["the cat"], device=["cpu"])
+    shared = dict(model.generator.named_parameters())
+    assert all(tensor.is_shared() for tensor in shared.values())
+    assert {name: tensor.data_ptr() % 64 for name, tensor in shared.items()} == starts
+    assert all(torch.equal(tensor, values[name]) for name, tensor in shared.items())
+    assert not any(tensor.is_inference() for tensor in shared.values())
+
+
 def test_p1_the_last_logits_of_a_padded_batch_are_bit_identical(pair):
     """What `generate` asks for: rows that do not lie side by side, whose product torch folds by the weight's flag."""
     base, checkpoint = pair

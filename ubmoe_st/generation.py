@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import threading
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
+from ubmoe_st.chat_templates import names_read
 from ubmoe_st.configuration import Routing, check_count
 from ubmoe_st.detokenization import IncrementalText
 from ubmoe_st.generator import explained
@@ -29,6 +31,8 @@ DEFAULT_NEW_TOKENS = 256
 """Limit where neither the call nor the generation config of the model sets one, as in the stock pipeline."""
 
 _OF_PROMPTS = {"inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"}
+
+_OF_RESULTS = {"return_dict_in_generate", "output_scores", "output_logits", "output_attentions", "output_hidden_states"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ def generate(
     inputs = _padded(views, batch, chat, lm.device)
     arguments = {**inputs, **_settled(lm, tokenizer, max_new_tokens, generation_kwargs)}
     if stream:
+        several = _number_of_texts(lm, arguments)
+        if several != 1:
+            raise ValueError(f"stream=True gives one text, got num_return_sequences={several}")
         return _stream(lm, tokenizer, arguments)
     with torch.inference_mode(), explained(lm):
         sequences = lm.generate(**arguments)
@@ -92,6 +99,9 @@ def _check_arguments(max_new_tokens: object, stream: bool, generation_kwargs: Ma
             f"{taken[0]} is made of the prompts here; where you have it already, call `model.generator.generate(...)`, "
             "the stock method"
         )
+    asked = sorted(name for name in _OF_RESULTS & generation_kwargs.keys() if generation_kwargs[name])
+    if asked:
+        raise ValueError(f"{asked[0]}: texts come back here; call `model.generator.generate(...)`, the stock method")
     if stream and generation_kwargs.get("streamer") is not None:
         raise ValueError("stream=True has a streamer of its own; give one of the two")
 
@@ -128,6 +138,16 @@ def _settled(
     config = copy.deepcopy(config)
     config.update(**added)
     return {**arguments, "generation_config": config}
+
+
+def _number_of_texts(lm: Any, arguments: Mapping[str, Any]) -> int:
+    """Texts of one prompt that `generate` gives for such arguments."""
+    configs = (arguments.get("generation_config"), lm.generation_config)
+    given = [
+        arguments.get("num_return_sequences"),
+        *(getattr(config, "num_return_sequences", None) for config in configs),
+    ]
+    return next((number for number in given if number is not None), 1)
 
 
 def _is_chat(prompt: object) -> bool:
@@ -199,6 +219,7 @@ def chat_text(tokenizer: Any, chat: Chat, options: ChatOptions) -> str:
     if continued is None:
         continued = chat[-1]["role"] == "assistant"
     try:
+        _tell_unread(tokenizer, options.tools, further)
         return tokenizer.apply_chat_template(
             _with_readable_parts(tokenizer, chat),
             tokenize=False,
@@ -211,6 +232,27 @@ def chat_text(tokenizer: Any, chat: Chat, options: ChatOptions) -> str:
         raise ValueError(f"tools: {error}") from error
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template of this checkpoint does not take the chat: {error}") from error
+
+
+def _tell_unread(tokenizer: Any, tools: Any, further: Mapping[str, Any]) -> None:
+    """Say what a chat template does not read: the model would not be told of it.
+
+    Raises:
+        ValueError: If it does not read tools, and there are some.
+    """
+    read = names_read(tokenizer.get_chat_template(further.get("chat_template"), tools))
+    if tools and "tools" not in read:
+        raise ValueError(
+            "the chat template of this checkpoint does not read tools, so the model would not be told of them: say in "
+            "a system message what they are, or take a base that was trained to call some"
+        )
+    arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+    unread = sorted(further.keys() - read - arguments.keys())
+    if unread:
+        warnings.warn(
+            f"chat_template_kwargs: the chat template of this checkpoint does not read {', '.join(unread)}",
+            stacklevel=6,
+        )
 
 
 def _with_readable_parts(tokenizer: Any, chat: Chat) -> Chat:
@@ -278,6 +320,11 @@ def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
             return torch.full((input_ids.shape[0],), stopped.is_set(), device=input_ids.device)
 
+    kind = lm.device.type
+    autocast: dict[str, Any] = {
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+    }  # of this thread
     streamer = _Pieces(tokenizer, timeout=0.1)
     given = arguments.pop("stopping_criteria", None) or []
     criteria = StoppingCriteriaList([*given, Abandoned()])
@@ -285,7 +332,7 @@ def _stream(lm: Any, tokenizer: Any, arguments: dict[str, Any]) -> Iterator[str]
 
     def work() -> None:
         try:
-            with torch.inference_mode(), explained(lm):
+            with torch.inference_mode(), torch.autocast(kind, **autocast), explained(lm):
                 lm.generate(**arguments, streamer=streamer, stopping_criteria=criteria)
         except BaseException as error:
             failure.append(error)

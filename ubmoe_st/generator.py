@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -125,8 +126,30 @@ def converted(parameters: Mapping[str, nn.Parameter], fn: Callable[..., Any]) ->
     """Parameters after `fn`, by the rules of `Module._apply`: the same objects with other data, where that can be."""
     holder = nn.Module()
     holder._parameters = dict(parameters)
+    places = [parameter.data_ptr() for parameter in parameters.values()]
     holder._apply(fn)
-    return {name: parameter for name, parameter in holder._parameters.items() if parameter is not None}
+    found = {name: parameter for name, parameter in holder._parameters.items() if parameter is not None}
+    keep_alignment(zip(found.values(), places, strict=True))
+    return found
+
+
+def keep_alignment(places: Iterable[tuple[nn.Parameter, int]]) -> None:
+    """Let tensors that went into shared memory start where they did before in a page.
+
+    Kernels choose their way by it, and so the last bits of products.
+
+    Args:
+        places: Parameters, and the addresses that they had.
+    """
+    for parameter, place in places:
+        tensor, step = parameter.data, parameter.element_size()
+        moved = (parameter.data_ptr() - place) % mmap.PAGESIZE
+        if moved and place % step == 0 and tensor.is_cpu and tensor.is_shared():
+            skipped = place % mmap.PAGESIZE // step
+            # Stock `encode` moves them in inference mode, and tensors of its own kind are multiplied in another way.
+            with torch.inference_mode(False):
+                whole = torch.empty(skipped + tensor.numel(), dtype=tensor.dtype).share_memory_()  # starts a page
+                parameter.data = whole[skipped:].view(tensor.shape).copy_(tensor)
 
 
 @contextlib.contextmanager

@@ -16,14 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from typing_extensions import Self
 
 from ubmoe_st import checkpoint, classification
-from ubmoe_st.bases import (
-    Base,
-    check_bidirectional,
-    check_decoder,
-    refuse_own_head,
-    resolve_base,
-    save_tokenizer,
-)
+from ubmoe_st.bases import Base, check_bidirectional, check_decoder, refuse_own_head, resolve_base, save_tokenizer
 from ubmoe_st.classification import ClassificationHead, save_head
 from ubmoe_st.compute import FastEncoder, choose
 from ubmoe_st.configuration import ROUTINGS, RouterKind, Routing, UBMoEConfig, encoder_limit
@@ -48,6 +41,7 @@ from ubmoe_st.generator import (
     explained,
     generator_parameter,
     held_generation_config,
+    keep_alignment,
     merged_state,
     meta_causal_lm,
     router_state,
@@ -499,11 +493,12 @@ class UBMoETransformer(Transformer):
         return held_generation_config(self._generators.get("uni"), stored)
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Self:
-        # Runs for .to(), .half(), share_memory(): what is not a parameter of this module follows.
         before = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
         super()._apply(fn, *args, **kwargs)
+        keep_alignment(before)
         after = [(parameter, parameter.data_ptr()) for parameter in self.parameters()]
-        # Stock `encode` moves the model to the device where it is. The encoder alone may have been converted before.
+        # Stock `encode` moves the model to the device where it is; .half(), share_memory() come here, too, and what is
+        # not a parameter of this module follows. The encoder alone may have been converted before.
         alike = all(own.dtype == self.model.dtype for own in [*(self._uni or {}).values()][:1])
         if alike and [place for _, place in before] == [place for _, place in after]:
             return self

@@ -7,8 +7,10 @@ import json
 import pytest
 from helpers.models import TEXTS
 from helpers.requests import client, post, running
+from pydantic import ValidationError
 
 from ubmoe_st.serving import Settings, create_app
+from ubmoe_st.serving.schemas import ChatRequest, CompletionRequest, EmbeddingRequest, RerankRequest
 
 KEY = "a-key-for-tests"
 
@@ -28,7 +30,47 @@ def test_with_a_key_nobody_is_answered_without_it(engine):
 
 def test_a_local_server_answers_to_loopback_names_only(url):
     assert client.get(f"{url}/health").status_code == 200
-    assert client.get(f"{url}/v1/models", headers={"Host": "pages.example"}).status_code == 400
+    for host in ("127.0.0.2:8000", "LOCALHOST", "[::1]:80"):
+        assert client.get(f"{url}/v1/models", headers={"Host": host}).status_code == 200, host
+    for host in ("pages.example", "127.0.0.1.pages.example:80", "10.0.0.1", "", "["):
+        answer = client.get(f"{url}/v1/models", headers={"Host": host})
+        assert answer.status_code == 400, host
+        assert "this server answers to 127.0.0.1 and localhost" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (EmbeddingRequest, {"input": [{}] * 5000}),
+        (EmbeddingRequest, {"input": [[0.5] * 50] * 100}),
+        (EmbeddingRequest, {"input": ["a"] * 5000 + [None] * 5000}),
+        (EmbeddingRequest, {"input": "a", **{f"x{number}": 1 for number in range(5000)}}),
+        (ChatRequest, {"messages": [{}] * 5000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 5000}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a", **{f"x{n}": 1 for n in range(5000)}}]}),
+        (CompletionRequest, {"prompt": [[-1] * 5000] * 9}),
+        (RerankRequest, {"query": "a", "documents": [1] * 5000}),
+    ],
+)
+def test_a_body_in_which_everything_is_wrong_makes_few_errors(kind, body):
+    """They are made in the event loop, and everybody waits."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert 1 <= caught.value.error_count() <= 8
+
+
+def test_a_refused_field_is_named(url):
+    huge = {"prompt": "the cat", "logit_bias": {str(number): 1 for number in range(5000)}}
+    for body, param in (
+        ({"prompt": "the cat", "n": 2}, "n"),
+        (huge, "logit_bias"),
+        ({"prompt": "the cat", "max_tokens": 5, "max_completion_tokens": 2}, None),
+    ):
+        error = post(url, "completions", status=400, **body)["error"]
+        assert error["param"] == param
+        assert len(error["message"]) < 300
+    assert "max_tokens is 5 and max_completion_tokens, its newer name, 2" in error["message"]
+    assert post(url, "completions", prompt="the cat", max_tokens=2, max_completion_tokens=2)["usage"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])

@@ -135,3 +135,32 @@ def test_a_long_text_is_refused_or_cut_as_asked(url, model):
     ids = model.token_ids(text)
     assert len(ids) > model.max_seq_length
     assert "position 0" in post(url, "embeddings", 400, input=ids)["error"]["message"]
+
+
+def test_one_long_text_is_not_met_by_many_short_ones(model, monkeypatch):
+    """Tokenising pads all to the longest: of a thousand texts one long one would make millions of cells."""
+    from ubmoe_st.serving import engine as module
+
+    texts = [f"the {'cat' if n % 3 else 'red bird'}" for n in range(40)] + ["the cat " * 60, ""]
+    whole = TorchEngine(model, "tiny").tokenize(texts, None)
+    monkeypatch.setattr(module, "_CELLS", 500)
+    cells = []
+    original = model.preprocess
+
+    def spied(given, **kwargs):
+        found = original(given, **kwargs)
+        cells.append(found["input_ids"].numel())
+        return found
+
+    monkeypatch.setattr(model, "preprocess", spied)
+    assert TorchEngine(model, "tiny").tokenize(texts, None) == whole
+    assert len(cells) > 1
+    assert max(cells) <= 130
+
+
+def test_a_model_that_is_being_trained_gives_the_vectors_of_encode(model):
+    engine = TorchEngine(model, "tiny")
+    tokens = engine.tokenize(TEXTS, None)
+    model.train()
+    engine.embed(tokens)
+    assert not any(module.training for module in model.modules())

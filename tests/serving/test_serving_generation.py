@@ -13,7 +13,7 @@ from helpers.requests import client, greedy, post
 from transformers import GenerationConfig
 
 from ubmoe_st import UBMoE
-from ubmoe_st.serving.engine import SHAPING, Sampler, Sampling, TorchEngine, sampler, tell_unapplied
+from ubmoe_st.serving.engine import NOT_SERVED, SHAPING, Sampler, Sampling, TorchEngine, sampler, tell_unapplied
 from ubmoe_st.serving.text import TextStream
 
 
@@ -65,11 +65,33 @@ def test_a_server_generates_as_the_checkpoint_says(checkpoint, tmp_path):
     assert said != loaded.generate("the cat", max_new_tokens=6, do_sample=False, routing="uni")
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"prompt_lookup_num_tokens": 3}, None),
+        ({"num_beams": 3}, "num_beams=3"),
+        ({"num_beams": 2, "num_return_sequences": 2}, "num_return_sequences=2"),
+        ({"stop_strings": ["red"]}, "stop_strings=['red']"),
+    ],
+)
+def test_what_a_base_asks_for_beside_one_greedy_text_is_told(lm, model, monkeypatch, caplog, asked, told):
+    config = GenerationConfig.from_dict({**model.generator.generation_config.to_dict(), **asked})
+    monkeypatch.setattr(model.generator, "generation_config", config)
+    engine = TorchEngine(model, "tiny")
+    prompt = "the cat the cat the cat the"
+    tokens = []
+    engine.generate_tokens(engine.continuation_ids(prompt), Sampling(12), lambda token: tokens.append(token) or True)
+    assert tokens == greedy(lm, model, prompt, 12)
+    assert (told in caplog.text) if told else not caplog.records
+
+
 def test_what_an_engine_does_not_apply_is_told(caplog):
     asked = {"repetition_penalty": 1.1, "min_p": 0.1, "do_sample": True, "no_repeat_ngram_size": 0, "top_k": 20}
     for defaults, keys, said in (
         (asked, SHAPING, ["min_p", "repetition_penalty"]),
         (asked | {"do_sample": False}, SHAPING, ["repetition_penalty"]),
+        ({"guidance_scale": 2.0, "max_time": 3.0}, SHAPING, ["guidance_scale", "max_time"]),
+        ({"guidance_scale": 2.0, "max_time": 3.0}, NOT_SERVED, []),
         (GenerationConfig().to_dict(), SHAPING, []),
     ):
         caplog.clear()

@@ -203,6 +203,11 @@ def test_seeds_chats_streams_and_stops(native):
     assert whole == native.decode([t for t in tokens_of(native, chat, 12) if not native.is_end(t)])
     stop = whole[3:5]
     assert native.generate(chat, max_new_tokens=12, stop=[stop]) == whole[: whole.index(stop)]
+    with pytest.raises(ValueError, match="ends with the assistant's turn is continued by"):
+        native.generate([*chat, {"role": "assistant", "content": "the"}])
+    for content in ([{"type": "text", "text": "the"}], None):
+        with pytest.raises(ValueError, match="the chat template does not take this chat"):
+            native.generate([{"role": "user", "content": content}])
 
 
 def test_the_same_app_serves_it(native, files):

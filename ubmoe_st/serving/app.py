@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ubmoe_st import __version__
 
 from . import completions, embeddings, rerank, search
 from .engine import Engine
 from .errors import add_handlers
-from .middleware import Gate, Observed
+from .middleware import Gate, LocalNames, Observed, is_loopback
 from .service import Service
 from .settings import Settings
-
-_LOOPBACK_NAMES = ["localhost", "127.0.0.1", "[::1]", "::1"]
 
 
 def check_host(host: str, api_key: str | None) -> None:
@@ -39,11 +35,7 @@ def check_host(host: str, api_key: str | None) -> None:
         if api_key != api_key.strip() or not (api_key.isascii() and api_key.isprintable()):
             raise ValueError("a header cannot carry the API key: give ASCII characters, without spaces around them")
         return
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
-    if not loopback:
+    if not is_loopback(host):
         raise ValueError(
             f"without an API key the server listens on this machine only, got host {host!r}; give --api-key (or "
             "UBMOE_API_KEY), or listen on 127.0.0.1"
@@ -81,7 +73,7 @@ def create_app(
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=service.settings.max_body_bytes)
     app.add_middleware(Observed, metrics=service.metrics)
     if local:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOOPBACK_NAMES)
+        app.add_middleware(LocalNames)
     app.include_router(embeddings.router(service))
     app.include_router(completions.router(service))
     app.include_router(rerank.router(service))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -217,12 +217,24 @@ class Sampler:
 
 
 _SAMPLING: dict[str, Any] = {"min_p": 0, "typical_p": 1, "epsilon_cutoff": 0, "eta_cutoff": 0, "top_h": None}
-SHAPING = _SAMPLING | {
-    "repetition_penalty": 1, "no_repeat_ngram_size": 0, "suppress_tokens": [], "begin_suppress_tokens": [],
-    "bad_words_ids": [], "sequence_bias": None, "min_new_tokens": 0, "min_length": 0, "forced_eos_token_id": None,
+NOT_SERVED = _SAMPLING | {"num_beams": 1, "num_return_sequences": 1, "stop_strings": []}
+"""Keys of a generation config that ask for another text than a server streams, with the values that ask for nothing."""
+SHAPING = NOT_SERVED | {
+    "repetition_penalty": 1, "encoder_repetition_penalty": 1, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
+    "sequence_bias": None, "min_new_tokens": 0, "min_length": 0, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "exponential_decay_length_penalty": None, "guidance_scale": 1,
+    "watermarking_config": None, "max_time": None,
 }  # fmt: skip
-"""Keys of a generation config that change which token comes next, beside those that `sampler` reads, with the values
-that change nothing."""
+"""Those, and keys that change which token comes next, beside those that `sampler` reads."""
+_ONE_TEXT: dict[str, Any] = {
+    "do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1, "num_return_sequences": 1,
+    "stop_strings": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
+    "return_dict_in_generate": False,
+}  # fmt: skip
+"""The stock loop, greedy, a token at a time, whatever the generation config says."""
+_CELLS = 1 << 16
+"""Characters, those of padding included, that are tokenised together."""
 
 
 def tell_unapplied(defaults: Mapping[str, Any], keys: Mapping[str, Any]) -> None:
@@ -258,6 +270,18 @@ def sampler(sampling: Sampling, defaults: dict[str, Any]) -> Sampler | None:
     return Sampler(temperature, top_p, top_k, sampling.seed)
 
 
+def _of_like_length(texts: Sequence[str]) -> Iterator[list[int]]:
+    """Rows of texts to tokenise together: tokenising pads all to the longest, so one long text must not meet many."""
+    rows: list[int] = []
+    for row in sorted(range(len(texts)), key=lambda row: len(texts[row])):
+        if rows and (len(rows) + 1) * len(texts[row]) > _CELLS:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
+
+
 class TorchEngine:
     """A `UBMoE` as an engine.
 
@@ -274,7 +298,7 @@ class TorchEngine:
         self._lm: Any = model.generator_for(model.routing)
         self._views: Any = model[0]
         self._defaults = self._lm.generation_config.to_dict()
-        tell_unapplied(self._defaults, _SAMPLING)
+        tell_unapplied(self._defaults, NOT_SERVED)
         ends = self._defaults.get("eos_token_id")
         self._ends = set(
             ends if isinstance(ends, list) else [ends if ends is not None else model.tokenizer.eos_token_id]
@@ -290,16 +314,19 @@ class TorchEngine:
 
     def tokenize(self, texts: Sequence[str], prompt: str | None) -> list[Tokens]:
         """See `Engine`."""
-        features: dict[str, Any] = self.model.preprocess(list(texts), prompt=prompt or None)
-        found = []
-        for text, row, mask in zip(texts, features["input_ids"].tolist(), features["attention_mask"].tolist()):
-            ids = [token for token, kept in zip(row, mask) if kept]
-            cut = len(ids) >= self.longest_text and len(self._views.token_ids((prompt or "") + text)) > len(ids)
-            found.append(Tokens(ids, features.get("prompt_length"), cut))
-        return found
+        found: dict[int, Tokens] = {}
+        for rows in _of_like_length(texts):
+            features: dict[str, Any] = self.model.preprocess([texts[row] for row in rows], prompt=prompt or None)
+            for row, padded, mask in zip(rows, features["input_ids"].tolist(), features["attention_mask"].tolist()):
+                ids = [token for token, kept in zip(padded, mask) if kept]
+                whole = (prompt or "") + texts[row]
+                cut = len(ids) >= self.longest_text and len(self._views.token_ids(whole)) > len(ids)
+                found[row] = Tokens(ids, features.get("prompt_length"), cut)
+        return [found[row] for row in range(len(texts))]
 
     def embed(self, batch: Sequence[Tokens]) -> np.ndarray:
         """See `Engine`."""
+        self.model.eval()  # a caller may train the very model
         task = batch[0].task if batch else None
         added = self._views.classification.linear.out_features if task else 0
         vectors = np.empty((len(batch), self.dimension + added), np.float32)
@@ -359,16 +386,12 @@ class TorchEngine:
 
         rows = torch.tensor([ids], device=self._lm.device)
         with torch.inference_mode():
-            # The stock loop, greedy: what is drawn is made the only choice, with a random state of this text alone.
+            # What is drawn is made the only choice, with a random state of this text alone.
             self._lm.generate(
                 input_ids=rows,
                 attention_mask=torch.ones_like(rows),
                 max_new_tokens=sampling.max_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                num_beams=1,
+                **_ONE_TEXT,
                 pad_token_id=self.model.tokenizer.pad_token_id or 0,
                 logits_processor=LogitsProcessorList([chosen]),
                 stopping_criteria=StoppingCriteriaList([over]),

@@ -71,6 +71,9 @@ def _problem(error: RequestValidationError) -> tuple[str | None, str]:
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
         return None, "expected a JSON object, sent with the header `Content-Type: application/json`"
     param = next((str(part) for part in first["loc"] if part != "body"), None)
+    if param is None:
+        param = getattr(first.get("ctx", {}).get("error"), "param", None)
+        return param, str(first["msg"]).removeprefix("Value error, ")
     messages = []
     for one in found:
         place = [str(part) for part in one["loc"][1:] if isinstance(part, int) or _is_field(part)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
@@ -21,6 +23,41 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = {"/health", "/docs", "/openapi.json"}
 """What needs no key: it says nothing of any text."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address, without port, is this machine's loopback."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+class LocalNames:
+    """Answers only what is addressed to this machine by a loopback name.
+
+    A page in a browser may reach a local port under a name of its own that its owner lets point here.
+
+    Args:
+        app: What is behind.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] in ("http", "websocket"):
+            given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+            try:
+                host = urlsplit(f"//{given}").hostname or ""
+            except ValueError:
+                host = ""
+            if not is_loopback(host):
+                refusal = ApiError(400, f"this server answers to 127.0.0.1 and localhost, got the host {given[:100]!r}")
+                await response_of(refusal)(scope, receive, send)  # type: ignore[arg-type]
+                return
+        await self._app(scope, receive, send)
 
 
 class Gate:

@@ -6,13 +6,11 @@ full, pools, and adds the `bi` experts as a LoRA adapter. Needs neither torch no
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from queue import LifoQueue, SimpleQueue
@@ -390,6 +388,11 @@ class NativeUBMoE:
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if not isinstance(prompt, str) and prompt and prompt[-1].get("role") == "assistant":
+            raise ValueError(
+                "a chat that ends with the assistant's turn is continued by UBMoE.generate alone; end it with the "
+                "user's, or give the chat as the text that the template makes of it"
+            )
         ids = self.continuation_ids(prompt)
         if len(ids) + max_new_tokens > self.context:
             raise ValueError(
@@ -444,27 +447,13 @@ class NativeUBMoE:
 
     def _chat_text(self, messages: list[Message]) -> str:
         from jinja2.exceptions import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
+        from ubmoe_st.chat_templates import environment
 
-        def as_json(value: Any, ensure_ascii: bool = False, *form: Any, **named: Any) -> str:
-            names = ("indent", "separators", "sort_keys")  # in the order in which templates may give them
-            return json.dumps(value, ensure_ascii=ensure_ascii, **dict(zip(names, form)), **named)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _answer_marks()]
-        )
-        environment.globals |= {
-            "raise_exception": refuse,
-            "strftime_now": lambda form: datetime.now().strftime(form),
-        }
-        environment.filters["tojson"] = as_json
         try:
-            template = environment.from_string(self.parts.chat_template or "")
+            template = environment().from_string(self.parts.chat_template or "")
             return template.render(messages=messages, add_generation_prompt=True, **self.parts.special_tokens)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template does not take this chat: {error}") from error
 
     def generate_tokens(self, ids: list[int], sampling: Sampling, on_token: OnToken) -> None:
@@ -561,17 +550,3 @@ class NativeUBMoE:
             with self._changed:
                 self._uses -= 1
                 self._changed.notify_all()
-
-
-def _answer_marks() -> Any:
-    """A Jinja extension for `{% generation %} ... {% endgeneration %}`, which marks answers and prints nothing."""
-    from jinja2.ext import Extension
-
-    class AnswerMarks(Extension):
-        tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return AnswerMarks

@@ -3,9 +3,45 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+import reprlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+from typing_extensions import Self
+
+T = TypeVar("T")
+_UNKNOWN = 4
+"""Fields that nobody knows of which a refusal speaks; a body may hold thousands."""
+
+
+class NotHere(ValueError):
+    """A field that asks for what this server does not do.
+
+    Args:
+        param: The field.
+        value: What it asks for.
+    """
+
+    def __init__(self, param: str, value: Any) -> None:
+        super().__init__(f"{param} is not supported here: leave it out, got {reprlib.repr(value)}")
+        self.param = param
+
+
+def _few_unknown(cls: type[BaseModel], values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    left = _UNKNOWN
+    for name, value in values.items():
+        left -= name not in cls.model_fields
+        if name in cls.model_fields or left >= 0:
+            yield name, value
 
 
 def _whole_characters(text: str) -> str:
@@ -26,7 +62,9 @@ def _no_truth_value(value: Any) -> Any:
 Text = Annotated[str, Field(strict=True), AfterValidator(_whole_characters)]
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
-TokenList = Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
+# A list is refused for the first thing in it that is wrong: else a body of a megabyte makes a million errors.
+Many = Annotated[list[T], Field(fail_fast=True)]
+TokenList = Annotated[Many[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=1)]
 InputType = Literal["query", "document"]
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -78,16 +116,27 @@ class Request(BaseModel):
             if name in _NEUTRAL and name not in cls.model_fields:
                 neutral = [one for one in _NEUTRAL[name] if isinstance(one, bool) is isinstance(value, bool)]
                 if value not in neutral:
-                    raise ValueError(f"{name} is not supported here: leave it out, got {value!r}")
+                    raise NotHere(name, value)
                 continue
             kept[name] = value
-        return kept
+        return dict(_few_unknown(cls, kept))
+
+
+class _Part(BaseModel):
+    """A part of a request; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_few_unknown(cls, values: Any) -> Any:
+        return dict(_few_unknown(cls, values)) if isinstance(values, dict) else values
 
 
 class EmbeddingRequest(Request):
     """`POST /v1/embeddings`."""
 
-    input: Text | list[Text] | TokenList | list[TokenList] = Field(
+    input: Text | Many[Text] | TokenList | Many[TokenList] = Field(
         description="A text, texts, or token ids of this model's tokenizer (prompt and special tokens included)."
     )
     encoding_format: Literal["float", "base64"] = "float"
@@ -102,10 +151,9 @@ class EmbeddingRequest(Request):
     truncate: bool = Field(False, description="Cut a text that is too long, instead of refusing it.")
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Part):
     """Of a streamed answer."""
 
-    model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
     include_obfuscation: bool = False
 
@@ -121,9 +169,18 @@ class GenerationRequest(Request):
     top_p: Number | None = Field(None, gt=0, le=1)
     top_k: Whole | None = Field(None, ge=0, description="0: all tokens.")
     seed: Whole | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: Text | Annotated[Many[Text], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        older, newer = self.max_tokens, self.max_completion_tokens
+        if older is not None and newer is not None and older != newer:
+            raise ValueError(
+                f"max_tokens is {older} and max_completion_tokens, its newer name, {newer}: give one of them"
+            )
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -131,20 +188,18 @@ class GenerationRequest(Request):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class ContentPart(BaseModel):
+class ContentPart(_Part):
     """A part of a message; only text."""
 
-    model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Part):
     """A message of a chat."""
 
-    model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[ContentPart]
+    content: Text | Many[ContentPart]
     name: Text | None = None
 
     @model_validator(mode="before")
@@ -164,13 +219,13 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Many[ChatMessage] = Field(min_length=1)
 
 
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`."""
 
-    prompt: Text | list[Text] | TokenList | list[TokenList] = Field(description="Text or token ids, or a list of them.")
+    prompt: Text | Many[Text] | TokenList | Many[TokenList] = Field(description="Text or token ids, or a list of them.")
 
 
 class RerankDocument(BaseModel):
@@ -190,7 +245,7 @@ class RerankRequest(Request):
     """`POST /v1/rerank`."""
 
     query: Text
-    documents: list[Text | RerankDocument] = Field(min_length=1)
+    documents: Many[Text | RerankDocument] = Field(min_length=1)
     top_n: Whole | None = Field(None, ge=1, description="Best documents to return. None: all.")
     return_documents: bool = Field(False, description="Also return the text of each.")
     method: Literal["likelihood", "yes_no"] = Field(
