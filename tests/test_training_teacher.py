@@ -275,7 +275,7 @@ def test_what_the_same_base_alone_has_taught_is_no_other_model(base, base_of, ch
     assert others(None, base) == [embedder, named]
     recipe.teacher = [asked]
     assert other_models(recipe, resolve_base(base)) == []
-    assert (recipe.supervision_by([]), recipe.supervision_by([named])) == ("self-distilled", "distilled from b")
+    assert (recipe.supervision_of([]), recipe.supervision_of(["b"])) == ("self-distilled", "distilled from b")
 
 
 def test_an_embedder_whose_memory_runs_out_goes_on_in_smaller_batches(base, checkpoint, embedder, monkeypatch, caplog):

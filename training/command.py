@@ -21,10 +21,12 @@ from typing import Any, Literal, TypeVar
 
 from training.recipe import ContrastiveRecipe
 from ubmoe_st.bases import Base
-from ubmoe_st.files import write_json
+from ubmoe_st.files import read_json, write_json
 
 RECIPE_FILE = "recipe.json"
 BASE_FILE = "base.json"
+BEGUN_FILE = "begun.json"
+"""Of a run: the SHA-256 of its texts, and what a card says of its training."""
 INTERRUPTED = 130
 """Exit code of a command that was stopped by hand, as shells have it."""
 
@@ -357,6 +359,38 @@ def check_same_base(base: Base, out: Path) -> None:
             )
         return
     write_json(file, {"name": base.name, "origin": base.origin, "sha256": base.sha256}, unique=True)
+
+
+def check_same_texts(sha256: str | None, out: Path, taught: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Refuse to go on with other texts than those the run began with; write which they are where it begins.
+
+    Called after `check_same_base`.
+
+    Args:
+        sha256: Of the texts. None: they are not known beforehand.
+        out: Folder of the run.
+        taught: What a card says of the training; asked where a run begins, since what it starts from may go.
+
+    Returns:
+        What `taught` gave when the run began. None: the run is from before it was kept.
+
+    Raises:
+        ValueError: If the folder holds a run with other texts.
+    """
+    file = out / BEGUN_FILE
+    if not _was_trained(out):
+        label = taught()
+        write_json(file, {"texts_sha256": sha256, "taught": label}, unique=True)
+        return label
+    if not file.is_file():
+        return None
+    before = read_json(file)
+    if None not in (sha256, before["texts_sha256"]) and sha256 != before["texts_sha256"]:
+        raise ValueError(
+            f"{out} holds a run with other texts (sha256 {before['texts_sha256'][:12]}, now {str(sha256)[:12]}): a "
+            "file has changed since; put it back, choose another folder (--set out=...), or delete it"
+        )
+    return before["taught"]
 
 
 def _short(sha256: Mapping[str, str]) -> str:

@@ -46,6 +46,10 @@ def _refuse_elsewhere(trainer: dict[str, Any]) -> None:
 
 SELF_DISTILLED = "self-distilled"
 """How tables and cards call experts that their own base alone has taught."""
+UNSUPERVISED = "unsupervised"
+"""Those that nobody has taught."""
+SUPERVISED = "supervised"
+"""Those of labelled pairs."""
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------
@@ -394,20 +398,19 @@ class ContrastiveRecipe:
     @property
     def supervision(self) -> str:
         """How tables and cards call this kind of training, each embedder being another model."""
-        return self.supervision_by([teacher for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)])
+        return self.supervision_of([teacher.label for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)])
 
-    def supervision_by(self, others: Sequence[EmbedderTeacher]) -> str:
-        """How tables and cards call it.
+    def supervision_of(self, others: Sequence[str]) -> str:
+        """How tables and cards call it, without the phases before.
 
         Args:
-            others: Those of its embedders that are other models, see `training.teacher.other_models`.
+            others: Names of those of its embedders that are other models, see `training.teacher.other_models`.
         """
         if self.pairs is not None:
-            return "supervised"
+            return SUPERVISED
         if not self.teachers:
-            return "unsupervised"
-        names = [teacher.label for teacher in others]
-        return "distilled from " + " and ".join(names) if names else SELF_DISTILLED
+            return UNSUPERVISED
+        return "distilled from " + " and ".join(others) if others else SELF_DISTILLED
 
     @property
     def has_noise(self) -> bool:
