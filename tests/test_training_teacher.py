@@ -96,6 +96,8 @@ def test_vectors_of_something_else_are_refused(base, base_of, teacher):
         teacher_vectors(base, teacher, SENTENCES[::-1])
     with pytest.raises(ValueError, match="another base_sha256"):
         teacher_vectors(base_of("llama-untied"), teacher, SENTENCES)
+    with pytest.raises(ValueError, match="another layers"):  # equal as numbers; 1.0 is the last layer
+        teacher_vectors(base, replace(teacher, layers=[float(n) for n in teacher.layers]), SENTENCES)
     manifest = json.loads((stage.Path(teacher.folder) / stage.MANIFEST).read_text())
     assert manifest["shape"] == [len(SENTENCES), 2, 32]
     teacher.suffix = "x"

@@ -58,6 +58,8 @@ def test_the_same_seed_draws_the_same_and_parts_share_nothing(folder):
     drawn = [[corpus.texts[bundle[0]] for bundle in corpus.bundles] for corpus in parts]
     assert [len(rows) for rows in drawn] == [11, 11]  # none is lost because another source has it
     assert len({*drawn[0], *drawn[1]}) == 22
+    fewer = draw(Texts([TextSource("lines", count=5), passages(count=5)], part=1), folder)
+    assert set(fewer.texts) & set(first.texts)  # of another mixture: rows come again, as the docs say
     with pytest.raises(ValueError, match="part 9"):
         texts(part=9)
     shares = draw(Texts([TextSource("lines", share=0.5)], count=20), folder)

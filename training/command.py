@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from training.recipe import ContrastiveRecipe
+from training.recipe import ContrastiveRecipe, RouterRecipe
 from ubmoe_st.bases import Base
 from ubmoe_st.files import read_json, write_json
 
@@ -52,7 +52,7 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = (), *,
     import yaml
 
     try:
-        values = _yaml(Path(file).read_text(encoding="utf-8"))
+        values = _apart(_yaml(Path(file).read_text(encoding="utf-8")))
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     except ValueError as error:
@@ -62,7 +62,7 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = (), *,
     for change in changes:
         _change(values, change)
     recipe = _fill(kind, values, str(file))
-    if isinstance(recipe, ContrastiveRecipe) and not finished:
+    if isinstance(recipe, ContrastiveRecipe | RouterRecipe) and not finished:
         try:
             recipe.refuse_idle()
         except ValueError as error:
@@ -120,6 +120,13 @@ def _yaml(text: str) -> Any:
     number = re.compile(r"^[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?$|^[+-]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("+-.0123456789"))
     return yaml.load(text, Loader)
+
+
+def _apart(value: Any) -> Any:
+    """Plain values in which nothing stands twice, as what a YAML alias repeats does: a change is of one place."""
+    if isinstance(value, dict):
+        return {key: _apart(inner) for key, inner in value.items()}
+    return [_apart(inner) for inner in value] if isinstance(value, list) else value
 
 
 _YAML_11 = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp")}
@@ -420,4 +427,19 @@ def _plain_of(recipe: Any) -> dict[str, Any]:
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe may not change between two starts of a run."""
     fixed = {key: value for key, value in recipe.items() if key not in _FREE}
+    teachers = recipe.get("teacher") or []
+    # Layer 1 and 1.0, the last one, are equal as numbers.
+    layers = [one.get("layers") for one in (teachers if isinstance(teachers, list) else [teachers])]
+    fixed["teacher.layers"] = json.dumps(layers)
+    if isinstance(texts := fixed.get("texts"), dict):
+        fixed["texts"] = {**texts, "sources": [_without_idle(source) for source in texts.get("sources") or []]}
+        if all(source.get("share") is None for source in fixed["texts"]["sources"]):
+            fixed["texts"]["count"] = None
     return fixed | {f"trainer.{key}": recipe.get("trainer", {}).get(key) for key in ORDER_KEYS}
+
+
+def _without_idle(source: dict[str, Any]) -> dict[str, Any]:
+    """A source of texts without the keys that `TextSource.refuse_idle` refuses: a run that goes on may drop them."""
+    idle = [] if source.get("kind") in ("corruptions", "contrasts") else ["corruptions"]
+    idle += [] if source.get("titled") or source.get("title_apart") else ["title"]
+    return {key: value for key, value in source.items() if key not in idle}

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from training.limits import above, at_least, shares
-from training.mixtures import Groups, Kind, Mixture, Texts
+from training.mixtures import Groups, Kind, Mixture, Texts, refuse_no_kinds
 from training.teacher_settings import EmbedderTeacher, Teacher
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 
@@ -362,6 +362,17 @@ class ContrastiveRecipe:
         """
         for key in self.idle:
             raise ValueError(f"{key} does nothing {self._unused[key]}; leave it out")
+        refuse_no_kinds("prompts", self.prompts)
+        for section in (self.texts, *self.teachers):
+            if section is not None:
+                section.refuse_idle()
+        if len(self.teachers) == 1 and (self.teachers[0].weight != 1 or self.teachers[0].weights):
+            raise ValueError("teacher: weight and weights do nothing with a single teacher; leave them out")
+        if self.loss == "similarity" and not (self.similarity.kl or self.similarity.contrastive):
+            if self.similarity.temperature != SimilarityWeights().temperature:
+                raise ValueError("similarity.temperature does nothing without kl and contrastive; leave it out")
+        if self.texts is not None and self.groups is None and any(source.join for source in self.texts.sources):
+            raise ValueError("join of a source does nothing without `groups`; set them, or leave it out")
         for key, names in _OTHER_BATCHES.items():
             unread = next((name for name in names if name in self.trainer), None)
             if getattr(self, key) is not None and unread is not None:
@@ -481,3 +492,12 @@ class RouterRecipe:
                     "plain_format needs {question} and, behind it, {answer}, once each, got "
                     f"{self.plain_format!r}; e.g. 'Question: {{question}}\\nAnswer: {{answer}}'"
                 )
+
+    def refuse_idle(self) -> None:
+        """Refuse a key that was set for nothing.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if self.balance == 0 and self.balance_target != RouterRecipe.balance_target:
+            raise ValueError("balance_target does nothing without balance, its weight; set that, or leave it out")

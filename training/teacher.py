@@ -395,7 +395,10 @@ def _stored(folder: Path, asked: dict[str, Any], key: str) -> tuple[int, ...] | 
     shape = tuple(old.pop("shape"))
     if "settings_sha256" not in old:  # of a folder from before this key
         asked = {name: value for name, value in asked.items() if name != "settings_sha256"}
-    other = next((name for name in (*asked, *old) if old.get(name) != asked.get(name)), None)
+    # Numbers as JSON writes them: layer 1 is not 1.0, the last one.
+    layers = [json.dumps(one.get("layers")) for one in (old, asked)]
+    other = "layers" if layers[0] != layers[1] else None
+    other = next((name for name in (*asked, *old) if old.get(name) != asked.get(name)), other)
     if other is not None:
         raise ValueError(
             f"{folder} holds teacher vectors of another {other}; choose another folder "

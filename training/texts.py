@@ -74,7 +74,7 @@ def read_corpus(recipe: ContrastiveRecipe) -> Corpus | None:
 
 
 def draw(mixture: Texts, folder: Path | None = None) -> Corpus:
-    """Draw a mixture; no text twice, but for corruptions.
+    """Draw a mixture; no row twice. Titles, corruptions and sentences of passages may come twice.
 
     Args:
         mixture: What to draw.
