@@ -187,6 +187,11 @@ def _can_stream_experts(path: Path) -> bool:
 def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatch: bool) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"bi experts {path} do not exist; expected a folder or a .safetensors file")
+    inside = path.parent if path.is_file() else path
+    if inside.name == checkpoint.GENERATOR_FOLDER and checkpoint.is_checkpoint(inside.parent):
+        raise ValueError(
+            f"{path} is a part of a checkpoint, without its pooling, prompts and head; give the whole: {inside.parent}"
+        )
     if is_adapter(path):
         found = read_adapter(module, base, path, allow_mismatch=allow_mismatch)
         module.set_dense_experts(found.ffn, found.low_rank)
