@@ -103,6 +103,14 @@ def test_passages_are_cut_and_bring_their_titles(folder):
     assert {len(text.split()) for text in longest.texts} == {12}
 
 
+def test_a_value_to_skip_that_no_row_has_is_named(folder, caplog):
+    source = TextSource("asked", "passages", 99, words=(5, 50), column="input", skip={"category": ["a", "no such"]})
+    assert len(draw(Texts([source]), folder).texts) == 10
+    assert [record.getMessage() for record in caplog.records] == [
+        "asked: no row has the value 'no such' of `skip` in 'category'; is it spelt so?"
+    ]
+
+
 def test_rows_to_skip_are_skipped(folder):
     source = {"file": "asked", "kind": "passages", "count": 99, "words": (5, 50), "column": "input"}
     assert len(draw(Texts([TextSource(**source)]), folder).texts) == 20

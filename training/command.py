@@ -258,8 +258,12 @@ def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key, value in values.items():
         default, hint = (known[key].default, str(known[key].type)) if key in known else (None, "")
-        if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
-            raise ValueError(f"trainer: {key} must be a number, got {value!r}")
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            whole = hint in ("int", "<class 'int'>")
+            if value is None and "None" in hint:
+                continue
+            if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+                raise ValueError(f"trainer: {key} must be a number,{' a whole one,' * whole} got {value!r}")
         truth = isinstance(default, bool) or ("bool" in hint and "str" not in hint)
         if truth and isinstance(value, str):  # any text would count as true, `no` as well
             raise ValueError(f"trainer: {key} must be true or false, got {value!r}")

@@ -183,7 +183,16 @@ class Run:
 
 
 def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTrainingArguments:
-    """The recipe's `trainer` section over our defaults."""
+    """The recipe's `trainer` section over our defaults.
+
+    Raises:
+        ValueError: If the collator of `rough` would never hear of a new epoch.
+    """
+    if recipe.rough and recipe.trainer.get("dataloader_persistent_workers"):
+        raise ValueError(
+            "rough reads other texts as fragments each epoch, and workers that stay do not hear of epochs; leave "
+            "trainer.dataloader_persistent_workers out"
+        )
     values: dict[str, Any] = {
         "output_dir": str(Path(recipe.out) / "checkpoints"),
         "report_to": "none",
