@@ -107,7 +107,7 @@ def test_a_value_to_skip_that_no_row_has_is_named(folder, caplog):
     source = TextSource("asked", "passages", 99, words=(5, 50), column="input", skip={"category": ["a", "no such"]})
     assert len(draw(Texts([source]), folder).texts) == 10
     assert [record.getMessage() for record in caplog.records] == [
-        "asked: no row has the value 'no such' of `skip` in 'category'; is it spelt so?"
+        "asked: no row has a value of `skip`: 'no such' in 'category'; is it spelt so?"
     ]
 
 

@@ -138,7 +138,7 @@ def _rows(source: TextSource, folder: Path | None) -> Iterator[Mapping[str, Any]
         else:
             yield row
     for column, value in sorted(unmet):
-        logger.warning("%s: no row has the value %r of `skip` in %r; is it spelt so?", source.file, value, column)
+        logger.warning("%s: no row has a value of `skip`: %r in %r; is it spelt so?", source.file, value, column)
 
 
 def _as_text(value: Any) -> str:
