@@ -170,6 +170,11 @@ def test_an_adapter_of_another_base_is_named(base, tmp_path):
     edit(adapter, base_model_name_or_path=str(tmp_path / "gone" / "base"))  # may have held anything
     with pytest.warns(UserWarning, match="trained on .*gone/base, not on base; the two are taken for the same"):
         upcycle(base, adapter, out=tmp_path / "o4")
+    for gone in (str(tmp_path / "gone" / "checkpoint"), "models/ubmoe-135m"):  # its experts would be lost
+        edit(adapter, base_model_name_or_path=gone)
+        with pytest.raises(ValueError, match=rf"trained on {gone}, not on base, and nothing is there now"):
+            upcycle(base, adapter, out=tmp_path / "o5")
+    assert upcycle(base, adapter, out=tmp_path / "o5", allow_base_mismatch=True).is_dir()
 
 
 @pytest.mark.parametrize("low_rank", [True, False])

@@ -24,7 +24,7 @@ from training.router import (
     train,
 )
 from ubmoe_st import UBMoE, upcycle
-from ubmoe_st.experts import load_low_rank, save_low_rank
+from ubmoe_st.experts import TokenRouter, load_low_rank, save_low_rank
 
 IDS = torch.tensor([[4, 5, 6, 7, 20, 11], [9, 9, 4, 30, 2, 8]])
 
@@ -217,6 +217,52 @@ def test_trained_routers_learn_and_generate(recipe, base, checkpoint, tmp_path, 
     assert not (tmp_path / "odd").exists()
     with torch.inference_mode():
         assert torch.allclose(UBMoE(str(again)).generator_for("router")(IDS).logits, mixed, atol=1e-5)
+
+
+def test_the_weights_of_a_run_are_those_of_all_held_out_tokens(recipe, checkpoint, tmp_path, monkeypatch):
+    """Against the released routers, one answer at a time and without padding; 7 answers in batches of 4."""
+    held = []
+    original = RouterTrainer.__init__
+
+    def spy(self, *args, **kwargs):
+        held[:] = [kwargs["eval_dataset"], kwargs["train_dataset"]]
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RouterTrainer, "__init__", spy)
+    settings = {"learning_rate": 0.3, "max_steps": 9, "per_device_eval_batch_size": 4}
+    out = train(recipe(held_out=7, count=5, max_tokens=30, trainer=settings))
+    assert [len(rows) for rows in held] == [7, 5]
+    routed = UBMoE(str(out)).generator_for("router")
+    seen = []
+    for module in routed.modules():
+        if isinstance(module, TokenRouter):
+            module.register_forward_hook(lambda router, _, weight: seen.append(weight[0, :, 0]))
+    with torch.inference_mode():
+        for row in held[0]:
+            routed(torch.tensor([row["input_ids"]]))
+    layers = len(seen) // 7
+    expected = [float(torch.cat(seen[layer::layers]).mean()) for layer in range(layers)]
+    found = json.loads((tmp_path / "out" / "router.json").read_text())["bi_weight_by_layer"]
+    assert found == pytest.approx(expected, abs=2e-3)
+    assert max(abs(weight) for weight in expected) > 0.05
+    train(recipe(held_out=0, out=str(tmp_path / "none"), trainer={"max_steps": 1}))
+    assert json.loads((tmp_path / "none" / "router.json").read_text())["bi_weight_by_layer"] is None
+
+
+def test_answers_that_leave_nothing_do_not_count(recipe, tmp_path, monkeypatch):
+    """Long questions fill `max_tokens`: others are taken for them, as far as there are some."""
+    rows = [{"instruction": "the cat " * (40 if n % 2 else 1), "output": "a red bird"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    counts = []
+    original = RouterTrainer.__init__
+
+    def spy(self, *args, **kwargs):
+        counts.append((len(kwargs["eval_dataset"]), len(kwargs["train_dataset"])))
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RouterTrainer, "__init__", spy)
+    train(recipe(count=12, max_tokens=30, trainer={"max_steps": 1}))
+    assert counts == [(4, 12)]
 
 
 def test_dense_experts_can_be_routed_too(recipe, base, tmp_path):

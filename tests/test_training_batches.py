@@ -38,6 +38,23 @@ def test_buckets_hold_every_row_once_in_full_batches_of_similar_length():
         LengthBuckets(Dataset.from_dict({"anchor": texts}), 104, False)
 
 
+def test_texts_that_come_alone_are_counted(caplog):
+    """30 of 80 texts are as long as a batch; two long ones of 502 are not worth a word."""
+    lengths = [10] * 50 + [150] * 30
+    dataset = Dataset.from_dict({"anchor": ["x"] * 80})
+    sampler = TokenBudget(dataset, lengths, 200)
+    alone = sum(len(batch) == 1 for batch in sampler)
+    assert alone == 30
+    assert f"batch_tokens=200: {alone} of 80 texts (38 %)" in caplog.text
+    caplog.clear()
+    GroupBudget(dataset, lengths, [[row] for row in range(80)], 200)
+    assert "of 80 texts" in caplog.text
+    caplog.clear()
+    TokenBudget(Dataset.from_dict({"anchor": ["x"] * 502}), [10] * 500 + [300] * 2, 200)
+    GroupBudget(dataset, lengths, [[row] for row in range(80)], 600)
+    assert not caplog.text
+
+
 def test_a_token_budget_fills_batches_and_keeps_their_number():
     rng = np.random.default_rng(0)
     lengths = [*rng.integers(4, 40, 500).tolist(), 300]

@@ -18,11 +18,13 @@ from training.data import (
     labelled_texts,
     read_collection,
     read_instructions,
+    read_rows,
     read_sentences,
     read_table,
     sts_pairs,
 )
-from training.mixtures import Mixture
+from training.mixtures import Mixture, Texts, TextSource
+from training.texts import draw
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -42,6 +44,31 @@ def test_sentences_are_drawn_by_seed(data):
     with pytest.raises(ValueError, match="development sets only"):
         sts_pairs("STSB-test", data)
     assert len(sts_pairs("STSB-dev", data, 7)[2]) == 7
+
+
+def test_files_whose_lines_are_no_texts_are_refused(tmp_path):
+    """Columns of a .jsonl file are texts; lines of a table would be trained on with their commas and keys."""
+    words = "a b c d e f g"
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{words} {n}"}) for n in range(3)))
+    drawn = read_sentences(Mixture({str(tmp_path / "a.jsonl"): 1.0}))
+    assert sorted(drawn) == [f"{words} {n}" for n in range(3)]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"sentence": words}))
+    with pytest.raises(ValueError, match="line 1: expected a text in `text`, got sentence"):
+        read_sentences(Mixture({str(tmp_path / "a.jsonl"): 1.0}))
+    for name in ("t.csv", "t.json", "t.tsv", "t.parquet", "t.CSV.gz"):
+        (tmp_path / name).write_text(f"{words}\n")
+        with pytest.raises(ValueError, match=rf"{name}: expected a text file"):
+            read_sentences(Mixture({str(tmp_path / name): 1.0}))
+        with pytest.raises(ValueError, match=rf"{name}: expected a text file"):
+            draw(Texts([TextSource(str(tmp_path / name), count=1)]))
+
+
+@pytest.mark.parametrize("value", [None, ["a"], 3])
+def test_a_pair_without_a_text_is_one_line(tmp_path, value):
+    rows = [{"anchor": "a", "positive": "b"}, {"anchor": "a", "positive": value}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"p\.jsonl: expected a text in 'positive' of row 1, got"):
+        read_rows(str(tmp_path / "p.jsonl"), ["anchor", "positive"])
 
 
 def write_gz(file, rows):

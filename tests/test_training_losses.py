@@ -216,6 +216,16 @@ def test_titles_find_their_own_passage_and_false_negatives_are_left_out(joint):
     assert alone.requires_grad
 
 
+def test_dimensions_that_nothing_trains_are_named(recipe, teacher, caplog):
+    """As the stock loss warns: the whole vector is trained only where it is among the dimensions."""
+    target = torch.eye(16)
+    for dimensions, said in (([8], True), ([32, 8], False), (None, False)):
+        wanted = recipe(loss="similarity", teacher=teacher, head="training", matryoshka_dims=dimensions)
+        caplog.clear()
+        build_loss(wanted, build_model(wanted, device="cpu"), [target])
+        assert ("add the whole vector: [32, 8]" in caplog.text) is said
+
+
 def test_a_teacher_weighs_as_much_as_the_kind_of_text_gives_it(joint, recipe, tmp_path):
     model, targets, rows = joint
     kinds = ["passages", "sentences", "sentences", "fragments", "sentences", "passages", "titles", "queries", "queries"]

@@ -14,7 +14,7 @@ from helpers.training import make_recipe, make_training_data
 from training import contrastive
 from training.batches import LengthBuckets
 from training.command import check_same_recipe, one_line_errors, read_recipe
-from training.mixtures import Groups, Mixture
+from training.mixtures import Groups, Mixture, Texts, TextSource
 from training.recipe import ContrastiveRecipe, RouterRecipe
 from training.teacher_settings import EmbedderTeacher, PromptedTeacher
 
@@ -290,6 +290,75 @@ def test_keys_that_do_nothing_are_refused_where_a_recipe_is_read(tmp_path, recip
         read(tmp_path, *changes)
 
 
+IDLE = """
+base: b
+out: o
+loss: similarity
+head: training
+groups: {}
+batch_tokens: 100
+texts:
+  sources:
+    - {file: a, count: 5, kind: corruptions}
+    - {file: b, count: 5, kind: passages, words: &words [10, 100]}
+    - {file: c, count: 5, kind: passages, words: *words}
+teacher:
+  - {kind: sentence-transformers, model: m, folder: t1}
+  - {kind: lexical, folder: t2, weights: {fragments: 0}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["teacher.1.weights={corruptions: 0}"], "weights: expected kinds of text .* sentences and fragments"),
+        (["teacher.0.prompts={query: x}"], "prompts: expected kinds of text .*, default.*got 'query'"),
+        (["prompts={contrasts: x}", "pool_prompt=true"], "prompts: expected kinds of text .*got 'contrasts'"),
+        (["texts.sources.1.lengths=[20, 150]"], r"most of words, 100, got lengths up to 150; set words: \[10, 150\]"),
+        (["texts.sources.1.corruptions=5"], "corruptions does nothing with kind: passages"),
+        (["texts.sources.1.title=t"], "title does nothing without"),
+        (["texts.count=9"], "count does nothing without a `share`"),
+        (["texts.sources.1.kind=sentences", "texts.sources.2.kind=queries", "texts.sources.2.join=true"],
+         "c: join does nothing without a source of kind: passages"),
+        (["groups=null", "texts.sources.0.join=true"], "join of a source does nothing without `groups`"),
+        (["similarity={kl: 0, temperature: 0.5}"], "temperature does nothing"),
+        (["teacher={kind: lexical, folder: t, weight: 2}"], "weight and weights do nothing with a single teacher"),
+    ],
+)  # fmt: skip
+def test_what_no_text_reads_is_refused(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        read(tmp_path, *changes, text=IDLE)
+
+
+def test_a_change_is_of_one_place_although_an_alias_repeats_it(tmp_path):
+    found = read(tmp_path, "texts.sources.2.words.1=60", "teacher.0.prompts={queries: q, default: d}", text=IDLE)
+    assert [source.words for source in found.texts.sources[1:]] == [(10, 100), (10, 60)]
+
+
+def test_layer_one_is_not_the_whole_depth(recipe, tmp_path):
+    def asked(layers):
+        teacher = PromptedTeacher(prefix="p", suffix="s", layers=layers, folder="t")
+        return recipe(loss="similarity", head="training", teacher=teacher)
+
+    check_same_recipe(asked([1]), tmp_path)
+    (tmp_path / "trained.safetensors").touch()
+    check_same_recipe(asked([1]), tmp_path)
+    with pytest.raises(ValueError, match=r"another 'teacher.layers' \('\[\[1\]\]', now '\[\[1.0\]\]'\)"):
+        check_same_recipe(asked([1.0]), tmp_path)
+
+
+def test_a_run_goes_on_without_idle_keys_of_its_texts(recipe, tmp_path):
+    def of(**changes):
+        texts = Texts([TextSource("a", count=5, **changes)], count=None if not changes else 9)
+        return recipe(sentences=None, texts=texts)
+
+    check_same_recipe(of(corruptions=5), tmp_path)
+    (tmp_path / "trained.safetensors").touch()
+    check_same_recipe(of(), tmp_path)
+    with pytest.raises(ValueError, match="another 'texts'"):
+        check_same_recipe(of(words=(5, 6)), tmp_path)
+
+
 def test_a_run_with_a_key_that_did_nothing_is_opened_and_goes_on_without_it(recipe, tmp_path):
     check_same_recipe(recipe(mini_batch_size=4), tmp_path)
     (tmp_path / "trained.safetensors").touch()
@@ -331,6 +400,9 @@ def test_a_run_from_before_a_key_existed_goes_on(recipe, tmp_path):
         ({"max_steps": 0}, "max_steps must be at least 1, or -1 for whole epochs, got 0"),
         ({"max_steps": -3}, "max_steps must be at least 1"),
         ({"max_steps": "many"}, "max_steps must be a number"),
+        ({"max_steps": None}, "max_steps must be a number, a whole one, got None"),
+        ({"max_steps": 2.0}, "max_steps must be a number, a whole one, got 2.0"),
+        ({"learning_rate": None}, "learning_rate must be a number, got None"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
         ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
@@ -357,3 +429,11 @@ def test_numbers_of_a_router_recipe_that_leave_nothing_are_refused():
     for wrong in ({"held_out": -1}, {"count": 0}, {"max_tokens": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least"):
             RouterRecipe("checkpoint", "out", ["rows"], **wrong)
+
+
+def test_the_target_of_a_balance_without_weight_is_refused(tmp_path):
+    text = "checkpoint: x\nout: y\ninstructions: [z]\nbalance_target: 0.2\n"
+    (tmp_path / "router.yaml").write_text(text)
+    with pytest.raises(ValueError, match="balance_target does nothing without balance"):
+        read_recipe(RouterRecipe, tmp_path / "router.yaml")
+    assert read_recipe(RouterRecipe, tmp_path / "router.yaml", ["balance=0.1"]).balance_target == 0.2

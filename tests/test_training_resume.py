@@ -23,7 +23,7 @@ from helpers.training import make_recipe, make_teacher, make_training_data
 from training import contrastive
 from training.command import arguments_of, check_same_recipe
 from training.contrastive import train
-from training.mixtures import Groups
+from training.mixtures import Groups, Mixture
 from training.resume import checkpoint_to_resume, keep_steps, save_trained, trained_parameters
 from training.teacher import teacher_vectors
 from training.texts import read_corpus
@@ -293,6 +293,63 @@ def test_a_run_does_not_go_on_over_other_weights_of_its_base(recipe, base, tmp_p
     (folder / "model.safetensors").write_bytes(right)
     assert train(more).trainer.state.global_step == 3
     assert first.trainer.state.global_step == 2
+
+
+def test_a_run_does_not_go_on_with_other_texts(recipe, data, tmp_path):
+    file = tmp_path / "sentences.txt"
+    shutil.copy(data / "sentences.txt", file)
+
+    def run(steps):
+        trainer = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
+        return train(recipe(sentences=Mixture({str(file): 1.0}, words=(1, 30)), trainer=trainer), export=False)
+
+    run(2)
+    kept = file.read_text()
+    file.write_text(kept.replace("cat", "dog"))
+    with pytest.raises(ValueError, match=r"a run with other texts \(sha256 \w{12}, now \w{12}\)"):
+        run(4)
+    file.write_text(kept)
+    assert run(4).trainer.state.global_step == 4
+    (tmp_path / "run" / "begun.json").unlink()  # a run from before it
+    assert run(6).trainer.state.global_step == 6
+
+
+def test_a_longer_run_goes_on_with_the_settings_and_rates_of_now(recipe, tmp_path, monkeypatch):
+    """Rates by hand, falling linearly to 0 at the end, where the shorter run had arrived."""
+    seen = []
+    original = contrastive.ContrastiveTrainer.compute_loss
+
+    def spy(self, *args, **kwargs):
+        group = self.optimizer.param_groups[0]
+        seen.append((group["lr"], group["betas"], group["eps"]))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(contrastive.ContrastiveTrainer, "compute_loss", spy)
+    saved = {"save_strategy": "steps", "save_steps": 2}
+    train(recipe(trainer={"max_steps": 4, **saved}), export=False)
+    assert [rate for rate, _, _ in seen] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    seen.clear()
+    train(recipe(trainer={"max_steps": 8, "adam_beta2": 0.5, "adam_epsilon": 1e-4, **saved}), export=False)
+    assert [rate for rate, _, _ in seen] == pytest.approx([5e-3, 3.75e-3, 2.5e-3, 1.25e-3])
+    assert {(betas, eps) for _, betas, eps in seen} == {((0.9, 0.5), 1e-4)}
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=false.*choose another folder"):
+        train(recipe(trainer={"max_steps": 8, "resume_from_checkpoint": False}), export=False)
+
+
+def test_workers_that_stay_do_not_go_with_rough(recipe):
+    with pytest.raises(ValueError, match=r"leave trainer\.dataloader_persistent_workers out"):
+        train(recipe(rough=0.5, trainer={"dataloader_num_workers": 1, "dataloader_persistent_workers": True}))
+
+
+def test_a_run_over_other_weights_is_named_where_another_starts_from_it(recipe, base, tmp_path, caplog):
+    train(recipe(trainer={"max_steps": 1}), export=False)
+    assert "other weights" not in caplog.text
+    folder = shutil.copytree(base, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    still = {"base": str(folder), "init_from": str(tmp_path / "run"), "trainer": {"max_steps": 1}}
+    train(recipe(out=str(tmp_path / "other"), **still), export=False)
+    assert "run was trained on other weights than" in caplog.text
 
 
 def test_a_checkpoint_comes_by_the_clock(recipe, tmp_path, monkeypatch):

@@ -90,12 +90,26 @@ def test_an_interrupted_run_goes_on_and_shards_fill_one_file(base, teacher, monk
     assert (np.abs(found).max(axis=(1, 2)) > 0.1).all()
 
 
+def test_vectors_that_are_lost_are_computed_anew(base, teacher, monkeypatch):
+    """Marks of what is done say nothing without the vectors, which would be zeros."""
+    monkeypatch.setattr(stage, "CHUNK", 4)
+    whole = np.array(teacher_vectors(base, teacher, SENTENCES))
+    file = Path(teacher.folder) / stage.VECTORS
+    for lose in (file.unlink, lambda: file.write_bytes(file.read_bytes()[:100])):
+        lose()
+        with pytest.raises(ValueError, match="lacks 3 of 3 chunks"):
+            teacher_vectors(base, teacher, SENTENCES, compute=False)
+        assert np.array_equal(teacher_vectors(base, teacher, SENTENCES), whole)
+
+
 def test_vectors_of_something_else_are_refused(base, base_of, teacher):
     teacher_vectors(base, teacher, SENTENCES)
     with pytest.raises(ValueError, match="another sentences_sha256"):
         teacher_vectors(base, teacher, SENTENCES[::-1])
     with pytest.raises(ValueError, match="another base_sha256"):
         teacher_vectors(base_of("llama-untied"), teacher, SENTENCES)
+    with pytest.raises(ValueError, match="another layers"):  # equal as numbers; 1.0 is the last layer
+        teacher_vectors(base, replace(teacher, layers=[float(n) for n in teacher.layers]), SENTENCES)
     manifest = json.loads((stage.Path(teacher.folder) / stage.MANIFEST).read_text())
     assert manifest["shape"] == [len(SENTENCES), 2, 32]
     teacher.suffix = "x"
@@ -275,7 +289,7 @@ def test_what_the_same_base_alone_has_taught_is_no_other_model(base, base_of, ch
     assert others(None, base) == [embedder, named]
     recipe.teacher = [asked]
     assert other_models(recipe, resolve_base(base)) == []
-    assert (recipe.supervision_by([]), recipe.supervision_by([named])) == ("self-distilled", "distilled from b")
+    assert (recipe.supervision_of([]), recipe.supervision_of(["b"])) == ("self-distilled", "distilled from b")
 
 
 def test_an_embedder_whose_memory_runs_out_goes_on_in_smaller_batches(base, checkpoint, embedder, monkeypatch, caplog):
@@ -361,6 +375,9 @@ def test_texts_longer_than_the_teacher_reads_are_counted(base, checkpoint, embed
         found = teacher_vectors(base, embedder, texts)
     assert "2 of 6 texts" in caplog.text
     assert np.abs(found[4] - found[5]).max() < 2e-3
+    short.prompts["default"], short.default_prompt_name = "the cat ", "default"
+    model = stage.Embedder(short, replace(embedder, prompts={}))
+    assert model.count_cut(["cat " * 6, "cat " * 7], ["sentences"] * 2) == 1  # with the model's own prompt
 
 
 def test_what_is_no_embedder_is_refused(base, embedder, monkeypatch):

@@ -58,6 +58,8 @@ def test_the_same_seed_draws_the_same_and_parts_share_nothing(folder):
     drawn = [[corpus.texts[bundle[0]] for bundle in corpus.bundles] for corpus in parts]
     assert [len(rows) for rows in drawn] == [11, 11]  # none is lost because another source has it
     assert len({*drawn[0], *drawn[1]}) == 22
+    fewer = draw(Texts([TextSource("lines", count=5), passages(count=5)], part=1), folder)
+    assert set(fewer.texts) & set(first.texts)  # of another mixture: rows come again, as the docs say
     with pytest.raises(ValueError, match="part 9"):
         texts(part=9)
     shares = draw(Texts([TextSource("lines", share=0.5)], count=20), folder)
@@ -99,6 +101,14 @@ def test_passages_are_cut_and_bring_their_titles(folder):
     assert all(text in PASSAGE for text in moved.texts if "Number" not in text and not text[0].isdigit())
     longest = draw(Texts([passages(words=(5, 12))]), folder)
     assert {len(text.split()) for text in longest.texts} == {12}
+
+
+def test_a_value_to_skip_that_no_row_has_is_named(folder, caplog):
+    source = TextSource("asked", "passages", 99, words=(5, 50), column="input", skip={"category": ["a", "no such"]})
+    assert len(draw(Texts([source]), folder).texts) == 10
+    assert [record.getMessage() for record in caplog.records] == [
+        "asked: no row has a value of `skip`: 'no such' in 'category'; is it spelt so?"
+    ]
 
 
 def test_rows_to_skip_are_skipped(folder):

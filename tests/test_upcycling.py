@@ -210,6 +210,12 @@ def test_experts_of_another_base_are_refused(base, tmp_path):
     upcycle(other, experts, out=tmp_path / "out", allow_base_mismatch=True)
 
 
+def test_a_part_of_a_checkpoint_is_refused_since_its_pooling_would_be_lost(base, checkpoint, tmp_path):
+    for part in ("generator/bi_delta.safetensors", "generator"):
+        with pytest.raises(ValueError, match=rf"give the whole: {checkpoint}$"):
+            upcycle(base, checkpoint / part, out=tmp_path / "out")
+
+
 def test_dtype_of_the_checkpoint(base, tmp_path):
     out = upcycle(base, out=tmp_path / "out", dtype=torch.bfloat16)
     model = UBMoE(str(out))

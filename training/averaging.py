@@ -9,29 +9,34 @@ turned to the first (orthogonal Procrustes), which changes no cosine of it.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from training.command import RECIPE_FILE, one_line_errors
+from training.labels import merged
 from ubmoe_st.checkpoint import is_of_others, save_tensors
 from ubmoe_st.experts import LowRank, load_low_rank, save_low_rank
-from ubmoe_st.files import replacing_folder
+from ubmoe_st.files import read_json, replacing_folder, write_json
 from ubmoe_st.upcycling import DELTA_NAME, HEAD_NAME, PROJECTION_NAME
 
 logger = logging.getLogger(__name__)
+
+_LABEL = ("training", "teachers")
+"""Keys of a recipe of experts that say who taught them."""
 
 
 def average(folder: str | Path, other: str | Path, share: float, out: str | Path) -> float:
     """Write the weighted mean of two folders of experts; the rest of the folder is that of the first.
 
-    A warning is logged where they were trained with another pooling or other prompts.
+    What is said of their training is that of both. A warning is logged where they were trained with another pooling or
+    other prompts.
 
     Args:
         folder: From `export_experts`.
@@ -71,16 +76,30 @@ def average(folder: str | Path, other: str | Path, share: float, out: str | Path
     with replacing_folder(out, keep=is_of_others) as temporary:
         # Not the head, which was fitted to the first alone.
         shutil.copytree(folder, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(HEAD_NAME))
+        if (temporary / RECIPE_FILE).is_file() or (other / RECIPE_FILE).is_file():
+            write_json(temporary / RECIPE_FILE, _recipe_of_mean(folder, other, share))
         save_low_rank(mean, temporary / DELTA_NAME, metadata)
         if projection is not None:
             save_tensors(projection, temporary / PROJECTION_NAME)
     return lost
 
 
+def _told(folder: Path) -> dict[str, Any]:
+    file = folder / RECIPE_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def _recipe_of_mean(folder: Path, other: Path, share: float) -> dict[str, Any]:
+    """The recipe of the first folder, with the label of the experts that the mean is of."""
+    first, second = _told(folder), _told(other)
+    label = merged(first, second, " and ") if 0 < share < 1 else (first, second)[round(share)]
+    rest = {key: value for key, value in first.items() if key not in _LABEL}
+    return {**rest, **{key: label[key] for key in _LABEL if key in label}}
+
+
 def _differing(folder: Path, other: Path) -> list[str]:
     """What two folders of experts say of how texts are read, where they say different things."""
-    files = [one / RECIPE_FILE for one in (folder, other)]
-    told = [json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {} for file in files]
+    told = [_told(folder), _told(other)]
     return [name for name in ("pooling", "prompts", "default_prompt_name") if told[0].get(name) != told[1].get(name)]
 
 

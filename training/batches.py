@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from training.variants import roughen
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 16
 """Batches whose texts are sorted by length together."""
@@ -52,6 +55,20 @@ class SharedAmong(DefaultBatchSampler):
 
     def __len__(self) -> int:
         return self.batches
+
+
+_MANY = 0.03
+"""Share of the texts that may come with too few to compare with before it is said."""
+
+
+def _warn_of_lonely(lonely: int, texts: int, tokens: int) -> None:
+    """Say how many texts have too few others in their batch, where they are many."""
+    if lonely > _MANY * texts:
+        logger.warning(
+            "batch_tokens=%d: %d of %d texts (%.0f %%) have hardly another text in their batch and teach little or "
+            "nothing; raise it, or draw shorter texts",
+            tokens, lonely, texts, 100 * lonely / texts,
+        )  # fmt: skip
 
 
 def _processes() -> int:
@@ -116,6 +133,7 @@ class TokenBudget(SharedAmong):
             raise ValueError(
                 f"batch_tokens={tokens} holds one text at a time, which has nothing to compare with; raise it"
             )
+        _warn_of_lonely(sum(end - start == 1 for start, end in pairwise(self.cuts)), len(order), tokens)
         self.whole = len(self.cuts) - 1 if order else 0
         self.filling = f"{len(order)} texts do not fill one batch of {tokens} tokens"
         self.key = "batch_tokens"
@@ -155,11 +173,13 @@ class GroupBudget(SharedAmong):
         self.groups = [list(group) for group in groups]
         self.costs = [sum(lengths[row] for row in group) for group in groups]
         self.tokens = tokens
-        self.whole = len(self._epoch(0))
+        first = self._epoch(0)
+        self.whole = len(first)
         texts = sum(map(len, groups))
         self.filling = f"{texts} texts in groups do not fill one batch of {tokens} tokens"
         self.key = "batch_tokens"
         self.share_among(_processes())
+        _warn_of_lonely(texts - sum(map(len, first)), texts, tokens)
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Batches of an epoch; one of fewer than three texts has nothing to compare and is left out."""

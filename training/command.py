@@ -19,12 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from training.recipe import ContrastiveRecipe
+from training.recipe import ContrastiveRecipe, RouterRecipe
 from ubmoe_st.bases import Base
-from ubmoe_st.files import write_json
+from ubmoe_st.files import read_json, write_json
 
 RECIPE_FILE = "recipe.json"
 BASE_FILE = "base.json"
+BEGUN_FILE = "begun.json"
+"""Of a run: the SHA-256 of its texts, and what a card says of its training."""
 INTERRUPTED = 130
 """Exit code of a command that was stopped by hand, as shells have it."""
 
@@ -50,7 +52,7 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = (), *,
     import yaml
 
     try:
-        values = _yaml(Path(file).read_text(encoding="utf-8"))
+        values = _apart(_yaml(Path(file).read_text(encoding="utf-8")))
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
     except ValueError as error:
@@ -60,7 +62,7 @@ def read_recipe(kind: type[R], file: str | Path, changes: Sequence[str] = (), *,
     for change in changes:
         _change(values, change)
     recipe = _fill(kind, values, str(file))
-    if isinstance(recipe, ContrastiveRecipe) and not finished:
+    if isinstance(recipe, ContrastiveRecipe | RouterRecipe) and not finished:
         try:
             recipe.refuse_idle()
         except ValueError as error:
@@ -118,6 +120,13 @@ def _yaml(text: str) -> Any:
     number = re.compile(r"^[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?$|^[+-]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("+-.0123456789"))
     return yaml.load(text, Loader)
+
+
+def _apart(value: Any) -> Any:
+    """Plain values in which nothing stands twice, as what a YAML alias repeats does: a change is of one place."""
+    if isinstance(value, dict):
+        return {key: _apart(inner) for key, inner in value.items()}
+    return [_apart(inner) for inner in value] if isinstance(value, list) else value
 
 
 _YAML_11 = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp")}
@@ -249,8 +258,12 @@ def arguments_of(kind: type[R], values: dict[str, Any]) -> R:
     known = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key, value in values.items():
         default, hint = (known[key].default, str(known[key].type)) if key in known else (None, "")
-        if isinstance(default, (int, float)) and not isinstance(default, bool) and isinstance(value, str):
-            raise ValueError(f"trainer: {key} must be a number, got {value!r}")
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            whole = hint in ("int", "<class 'int'>")
+            if value is None and "None" in hint:
+                continue
+            if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool):
+                raise ValueError(f"trainer: {key} must be a number,{' a whole one,' * whole} got {value!r}")
         truth = isinstance(default, bool) or ("bool" in hint and "str" not in hint)
         if truth and isinstance(value, str):  # any text would count as true, `no` as well
             raise ValueError(f"trainer: {key} must be true or false, got {value!r}")
@@ -359,6 +372,38 @@ def check_same_base(base: Base, out: Path) -> None:
     write_json(file, {"name": base.name, "origin": base.origin, "sha256": base.sha256}, unique=True)
 
 
+def check_same_texts(sha256: str | None, out: Path, taught: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Refuse to go on with other texts than those the run began with; write which they are where it begins.
+
+    Called after `check_same_base`.
+
+    Args:
+        sha256: Of the texts. None: they are not known beforehand.
+        out: Folder of the run.
+        taught: What a card says of the training; asked where a run begins, since what it starts from may go.
+
+    Returns:
+        What `taught` gave when the run began. None: the run is from before it was kept.
+
+    Raises:
+        ValueError: If the folder holds a run with other texts.
+    """
+    file = out / BEGUN_FILE
+    if not _was_trained(out):
+        label = taught()
+        write_json(file, {"texts_sha256": sha256, "taught": label}, unique=True)
+        return label
+    if not file.is_file():
+        return None
+    before = read_json(file)
+    if None not in (sha256, before["texts_sha256"]) and sha256 != before["texts_sha256"]:
+        raise ValueError(
+            f"{out} holds a run with other texts (sha256 {before['texts_sha256'][:12]}, now {str(sha256)[:12]}): a "
+            "file has changed since; put it back, choose another folder (--set out=...), or delete it"
+        )
+    return before["taught"]
+
+
 def _short(sha256: Mapping[str, str]) -> str:
     return ", ".join(digest[:12] for digest in sorted(sha256.values()))
 
@@ -386,4 +431,19 @@ def _plain_of(recipe: Any) -> dict[str, Any]:
 def _fixed(recipe: dict[str, Any]) -> dict[str, Any]:
     """What of a recipe may not change between two starts of a run."""
     fixed = {key: value for key, value in recipe.items() if key not in _FREE}
+    teachers = recipe.get("teacher") or []
+    # Layer 1 and 1.0, the last one, are equal as numbers.
+    layers = [one.get("layers") for one in (teachers if isinstance(teachers, list) else [teachers])]
+    fixed["teacher.layers"] = json.dumps(layers)
+    if isinstance(texts := fixed.get("texts"), dict):
+        fixed["texts"] = {**texts, "sources": [_without_idle(source) for source in texts.get("sources") or []]}
+        if all(source.get("share") is None for source in fixed["texts"]["sources"]):
+            fixed["texts"]["count"] = None
     return fixed | {f"trainer.{key}": recipe.get("trainer", {}).get(key) for key in ORDER_KEYS}
+
+
+def _without_idle(source: dict[str, Any]) -> dict[str, Any]:
+    """A source of texts without the keys that `TextSource.refuse_idle` refuses: a run that goes on may drop them."""
+    idle = [] if source.get("kind") in ("corruptions", "contrasts") else ["corruptions"]
+    idle += [] if source.get("titled") or source.get("title_apart") else ["title"]
+    return {key: value for key, value in source.items() if key not in idle}

@@ -43,12 +43,14 @@ from training.command import (
     arguments_of,
     check_same_base,
     check_same_recipe,
+    check_same_texts,
     one_line_errors,
     read_recipe,
     recipe_of_command,
 )
-from training.data import DOLLY_DEV, data_folder, dolly_dev, read_rows, stream_rows, sts_pairs
+from training.data import DOLLY_DEV, data_folder, dolly_dev, read_rows, stream_rows, sts_pairs, texts_sha256
 from training.groups import group_numbers, kept_groups
+from training.labels import taught
 from training.losses import build_loss
 from training.recipe import ContrastiveRecipe
 from training.resume import (
@@ -75,11 +77,10 @@ from training.student import (
     uncompiled,
 )
 from training.targets import targets
-from training.teacher import other_models
 from training.texts import Corpus, read_corpus
 from ubmoe_st import upcycle
 from ubmoe_st.bases import Base, resolve_base
-from ubmoe_st.files import write_json
+from ubmoe_st.files import sha256_of, write_json
 from ubmoe_st.upcycling import export_experts
 
 logger = logging.getLogger(__name__)
@@ -182,7 +183,16 @@ class Run:
 
 
 def training_arguments(recipe: ContrastiveRecipe) -> SentenceTransformerTrainingArguments:
-    """The recipe's `trainer` section over our defaults."""
+    """The recipe's `trainer` section over our defaults.
+
+    Raises:
+        ValueError: If the collator of `rough` would never hear of a new epoch.
+    """
+    if recipe.rough and recipe.trainer.get("dataloader_persistent_workers"):
+        raise ValueError(
+            "rough reads other texts as fragments each epoch, and workers that stay do not hear of epochs; leave "
+            "trainer.dataloader_persistent_workers out"
+        )
     values: dict[str, Any] = {
         "output_dir": str(Path(recipe.out) / "checkpoints"),
         "report_to": "none",
@@ -283,7 +293,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         export: Write experts and checkpoint afterwards, where FFNs alone were trained.
 
     Raises:
-        ValueError: If the folder holds a run of another recipe, or over other weights.
+        ValueError: If the folder holds a run of another recipe, over other weights or with other texts.
     """
     out = Path(recipe.out)
     args = training_arguments(recipe)
@@ -295,6 +305,9 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     last = checkpoint_to_resume(args)
     begun = keep_steps(args, last, streamed=recipe.shuffle_buffer is not None)
     corpus, found, groups = _read(recipe, base, args)
+    dataset = build_dataset(recipe, corpus, args.seed)
+    kinds = corpus.kinds if corpus is not None else ()
+    label = check_same_texts(_texts_sha256(recipe, corpus, dataset), out, lambda: taught(recipe, base, kinds))
     set_seed(args.seed)
     model = build_model(recipe, base, device=str(args.device), head_size=found[0].shape[1] if found else None)
     if recipe.components and corpus is not None:
@@ -310,14 +323,14 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer = ContrastiveTrainer(
         model=model,
         args=args,
-        train_dataset=build_dataset(recipe, corpus, args.seed),
+        train_dataset=dataset,
         loss=build_loss(
             recipe,
             model,
             found,
             group_numbers(groups, len(found[0])) if groups else None,
             torch.tensor(corpus.passages()) if corpus is not None else None,
-            corpus.kinds if corpus is not None else (),
+            kinds,
         ),
         evaluator=evaluators or None,
         data_collator=collator,
@@ -337,7 +350,8 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     run = Run(model, trainer)
     if trainer.is_world_process_zero():
         with uncompiled():
-            _finish(recipe, run, base, corpus, export=export)
+            label = label if label is not None else taught(recipe, base, kinds)
+            _finish(recipe, run, base, corpus, label, export=export)
     return run
 
 
@@ -358,7 +372,19 @@ def _read(
     return corpus, found, groups
 
 
-def _finish(recipe: ContrastiveRecipe, run: Run, base: Base, corpus: Corpus | None, *, export: bool) -> None:
+def _texts_sha256(recipe: ContrastiveRecipe, corpus: Corpus | None, dataset: Any) -> str | None:
+    """SHA-256 of what is trained on; None of a stream that is no local file."""
+    if corpus is not None:
+        return texts_sha256([*corpus.texts, *corpus.kinds])
+    if recipe.shuffle_buffer is not None:
+        file = Path(recipe.pairs or "")
+        return sha256_of(file) if file.is_file() else None
+    return texts_sha256(text for column in dataset.column_names for text in dataset[column])
+
+
+def _finish(
+    recipe: ContrastiveRecipe, run: Run, base: Base, corpus: Corpus | None, label: dict[str, Any], *, export: bool
+) -> None:
     """What a finished training leaves behind: its parameters and summary, and the experts and checkpoint of FFNs."""
     out = Path(recipe.out)
     check_finite(run.model)
@@ -372,7 +398,7 @@ def _finish(recipe: ContrastiveRecipe, run: Run, base: Base, corpus: Corpus | No
     if export and recipe.train != "ffn":
         logger.info("train=%s changes what the generator shares: no checkpoint is assembled", recipe.train)
     elif export:
-        run.experts = export_run(recipe, run.model, base)
+        run.experts = export_run(recipe, run.model, base, label)
         shutil.copyfile(out / SUMMARY_FILE, run.experts / SUMMARY_FILE)
         run.checkpoint = upcycle(
             recipe.base,
@@ -442,10 +468,16 @@ def load_run(folder: str | Path) -> tuple[ContrastiveRecipe, SentenceTransformer
     return recipe, model.eval()
 
 
-def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base) -> Path:
+def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base, label: dict[str, Any]) -> Path:
     """Write the trained experts as a folder that `upcycle` takes.
 
     Low-rank: `export_experts`. Dense: a causal model folder in which the FFNs alone differ from the base.
+
+    Args:
+        recipe: Of the run.
+        model: As it was trained.
+        base: The base model.
+        label: From `taught`.
     """
     out = Path(recipe.out) / EXPERTS_FOLDER
     module = encoder_of(model)
@@ -461,11 +493,12 @@ def export_run(recipe: ContrastiveRecipe, model: SentenceTransformer, base: Base
             recipe={
                 "pooling": {"mode": recipe.pooling, "include_prompt": recipe.pool_prompt},
                 "max_seq_length": recipe.encode_max_seq_length,
-                **taught(recipe, base),
+                **label,
                 **prompts,
             },
         )
     causal_model(module, base).save_pretrained(out)
+    write_json(out / RECIPE_FILE, label)
     return out
 
 
@@ -485,17 +518,6 @@ def released_projection(recipe: ContrastiveRecipe, model: SentenceTransformer) -
     state = trained.linear.state_dict()
     released.linear.load_state_dict({key: tensor[:kept] for key, tensor in state.items()})
     return released
-
-
-def taught(recipe: ContrastiveRecipe, base: Base) -> dict[str, Any]:
-    """What a card says of the training: its kind, and of other models that taught name, share, and training."""
-    others = other_models(recipe, base)
-    whole = sum(teacher.weight for teacher in recipe.teachers)
-    found = [
-        {"name": teacher.label, "share": round(teacher.weight / whole, 3), "trained_on": teacher.trained_on}
-        for teacher in others
-    ]
-    return {"training": recipe.supervision_by(others), **({"teachers": found} if found else {})}
 
 
 def _write_summary(recipe: ContrastiveRecipe, trainer: ContrastiveTrainer, file: Path) -> None:

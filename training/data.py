@@ -121,12 +121,41 @@ def read_sentences(mixture: Mixture, folder: Path | None = None) -> list[str]:
         file = Path(name)
         if not file.is_file():
             file = (folder or data_folder()) / "train" / f"sentences-{name}.txt.gz"
-        lines = [line for line in read_lines(file) if fewest <= len(line.split()) <= most]
+        lines = [line for line in _text_lines(file) if fewest <= len(line.split()) <= most]
         drawn += rng.sample(lines, min(len(lines), int(mixture.count * share)))
     rng.shuffle(drawn)
     if not drawn:
         raise ValueError(f"no sentence of {fewest} to {most} words in {', '.join(mixture.files)}")
     return drawn[: mixture.use]
+
+
+_NO_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx")
+"""Endings of files whose lines are no texts."""
+
+
+def refuse_table(file: Path) -> None:
+    """Refuse a file whose lines are no texts.
+
+    Raises:
+        ValueError: If it is one, by its name.
+    """
+    if Path(file.name.removesuffix(".gz")).suffix.lower() in _NO_TEXT:
+        raise ValueError(
+            f"{file}: expected a text file with a text a line, or .jsonl with rows, got another form; convert it, "
+            "e.g. with `pandas.DataFrame.to_json(orient='records', lines=True)`"
+        )
+
+
+def _text_lines(file: Path) -> Iterator[str]:
+    """Texts of a text file, one a line, or of the column `text` of a `.jsonl` file."""
+    refuse_table(file)
+    if ".jsonl" not in file.name:
+        yield from read_lines(file)
+        return
+    for number, row in numbered_rows(file):
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{file}, line {number}: expected a text in `text`, got {', '.join(row)}")
+        yield row["text"].strip()
 
 
 def texts_sha256(texts: Iterable[str]) -> str:
@@ -163,7 +192,7 @@ def iter_rows(source: str, columns: Sequence[str], *, stream: bool = False) -> I
         stream: Read a dataset of the Hub as it comes, instead of downloading it first.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, or holds no text.
     """
     if Path(source).is_file():
         rows: Iterable[Mapping[str, Any]] = read_jsonl(Path(source))
@@ -175,6 +204,10 @@ def iter_rows(source: str, columns: Sequence[str], *, stream: bool = False) -> I
     for number, row in enumerate(rows):
         if any(column not in row for column in columns):
             raise ValueError(f"{source}: row {number} has {sorted(row)}, expected the columns {list(columns)}")
+        if odd := next((column for column in columns if not isinstance(row[column], str)), None):
+            raise ValueError(
+                f"{source}: expected a text in {odd!r} of row {number}, got {repr(row[odd])[:60]}; take the row out"
+            )
         yield {column: row[column] for column in columns}
 
 

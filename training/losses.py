@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 
 from training.recipe import ContrastiveRecipe, DistillationWeights, SimilarityWeights
 from training.student import HEAD, encoder_of, forward_in_parts, released_layer
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationLoss(nn.Module):
@@ -248,6 +251,12 @@ def build_loss(
     if recipe.matryoshka_dims and max(recipe.matryoshka_dims) > width:
         raise ValueError(f"matryoshka_dims: {max(recipe.matryoshka_dims)} is more than the {width} dimensions trained")
     if recipe.loss == "similarity":
+        if recipe.matryoshka_dims and width not in recipe.matryoshka_dims:
+            logger.warning(
+                "matryoshka_dims %s leaves the dimensions beyond untrained; add the whole vector: %s",
+                recipe.matryoshka_dims,
+                [width, *recipe.matryoshka_dims],
+            )
         shares = torch.tensor([[t.weight_of(kind) for kind in kinds or ["sentences"]] for t in recipe.teachers])
         return SimilarityLoss(model, targets, shares, recipe.similarity, groups, recipe.matryoshka_dims, passages)
     loss: nn.Module

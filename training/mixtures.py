@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from training.limits import at_least, shares
 
@@ -30,7 +31,27 @@ class Mixture:
         at_least(self, 1, "count", "use")
 
 
-Kind = Literal["sentences", "fragments", "queries", "titles", "passages", "corruptions", "contrasts"]
+TextKind = Literal["sentences", "fragments", "queries", "titles", "passages"]
+"""What a text can be."""
+Kind = Literal[TextKind, "corruptions", "contrasts"]
+"""What a source can be: of these two, the texts are sentences and fragments."""
+
+
+def refuse_no_kinds(where: str, names: Iterable[str], *others: str) -> None:
+    """Refuse names in the place of a kind of text that no text has.
+
+    Args:
+        where: Key with the names.
+        names: By kind.
+        *others: Names that go as well.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    kinds = (*get_args(TextKind), *others)
+    if other := next((name for name in names if name not in kinds), None):
+        hint = "; the texts of such a source are sentences and fragments" if other in get_args(Kind) else ""
+        raise ValueError(f"{where}: expected kinds of text ({', '.join(kinds)}), got {other!r}{hint}")
 
 
 @dataclass
@@ -47,9 +68,9 @@ class TextSource:
 
     kind: Kind = "sentences"
     """`fragments`: without final punctuation, in small letters or with a small first letter. `corruptions`: each
-    sentence comes in one group with graded corruptions of it. `contrasts`: each question comes with other questions
-    about the same, each judgement with its opposite; texts that are neither are passed over. A teacher may have a
-    prompt for each kind."""
+    sentence comes in one group with graded corruptions of it, which are fragments. `contrasts`: each question comes
+    with other questions about the same, each judgement with its opposite, all of them sentences; texts that are neither
+    are passed over. A teacher may have a prompt for each other kind."""
 
     count: int | None = None
     """Texts to draw; a source that holds fewer gives what it has."""
@@ -79,7 +100,8 @@ class TextSource:
     """Share of the passages of which one sentence is a text of its own too, of the passage's group."""
 
     lengths: list[int] | None = None
-    """Passages are cut to one of these numbers of words, by seed. None: to the most of `words`."""
+    """Passages are cut to one of these numbers of words, by seed. None: to the most of `words`, which no number may
+    be beyond."""
 
     anywhere: float = 0.0
     """Share of the passages that begin at any of their words."""
@@ -112,10 +134,30 @@ class TextSource:
         if self.join and self.kind == "passages":
             raise ValueError(f"{self.file}: join is for texts that belong to passages, not for passages")
 
+    def refuse_idle(self) -> None:
+        """Refuse what does nothing, where a recipe is read.
+
+        Raises:
+            ValueError: If there is such a key.
+        """
+        most = max(self.lengths or [0])
+        if most > self.words[1]:
+            raise ValueError(
+                f"{self.file}: no passage is longer than the most of words, {self.words[1]}, got lengths up to {most}; "
+                f"set words: [{self.words[0]}, {most}]"
+            )
+        if self.corruptions != 3 and self.kind not in ("corruptions", "contrasts"):
+            raise ValueError(
+                f"{self.file}: corruptions does nothing with kind: {self.kind}, it is for kind: corruptions and "
+                "contrasts; leave it out"
+            )
+        if self.title is not None and not (self.titled or self.title_apart):
+            raise ValueError(f"{self.file}: title does nothing without `titled` or `title_apart`; set one of them")
+
 
 @dataclass
 class Texts:
-    """A mixture of texts of several kinds; the same ones for the same seed and part."""
+    """A mixture of texts of several kinds; the same ones for the same sources, seed and part."""
 
     sources: list[TextSource]
     count: int | None = None
@@ -125,7 +167,9 @@ class Texts:
     """Of everything that is drawn."""
 
     part: int = 0
-    """What earlier parts of the same seed drew is passed over: phases of a long run share no text."""
+    """What earlier parts of the same seed drew is passed over: rows of parts of the same mixture (sources with their
+    `count`, `words` and `skip`, in this order) are all others. Of another mixture they may come again, and so may short
+    texts that several rows have, as titles."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "count")
@@ -134,6 +178,23 @@ class Texts:
             raise ValueError("texts: `share` of a source needs `count` of the mixture")
         if not self.sources:
             raise ValueError("texts: a mixture needs at least one source")
+
+    def refuse_idle(self) -> None:
+        """Refuse what does nothing, where a recipe is read.
+
+        Raises:
+            ValueError: If there is such a key.
+        """
+        for source in self.sources:
+            source.refuse_idle()
+        if self.count is not None and all(source.share is None for source in self.sources):
+            raise ValueError("texts: count does nothing without a `share` of a source; leave it out")
+        joining = next((source for source in self.sources if source.join), None)
+        if joining is not None and all(source.kind != "passages" for source in self.sources):
+            raise ValueError(
+                f"{joining.file}: join does nothing without a source of kind: passages, and its texts would be left "
+                "out; leave it out"
+            )
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from training.limits import above, at_least, shares
-from training.mixtures import Groups, Kind, Mixture, Texts
+from training.mixtures import Groups, Kind, Mixture, Texts, refuse_no_kinds
 from training.teacher_settings import EmbedderTeacher, Teacher
 from ubmoe_st.configuration import ROUTER_KINDS, RouterKind
 
@@ -46,6 +46,10 @@ def _refuse_elsewhere(trainer: dict[str, Any]) -> None:
 
 SELF_DISTILLED = "self-distilled"
 """How tables and cards call experts that their own base alone has taught."""
+UNSUPERVISED = "unsupervised"
+"""Those that nobody has taught."""
+SUPERVISED = "supervised"
+"""Those of labelled pairs."""
 
 
 # --- stage 1 ----------------------------------------------------------------------------------------------------
@@ -358,6 +362,17 @@ class ContrastiveRecipe:
         """
         for key in self.idle:
             raise ValueError(f"{key} does nothing {self._unused[key]}; leave it out")
+        refuse_no_kinds("prompts", self.prompts)
+        for section in (self.texts, *self.teachers):
+            if section is not None:
+                section.refuse_idle()
+        if len(self.teachers) == 1 and (self.teachers[0].weight != 1 or self.teachers[0].weights):
+            raise ValueError("teacher: weight and weights do nothing with a single teacher; leave them out")
+        if self.loss == "similarity" and not (self.similarity.kl or self.similarity.contrastive):
+            if self.similarity.temperature != SimilarityWeights().temperature:
+                raise ValueError("similarity.temperature does nothing without kl and contrastive; leave it out")
+        if self.texts is not None and self.groups is None and any(source.join for source in self.texts.sources):
+            raise ValueError("join of a source does nothing without `groups`; set them, or leave it out")
         for key, names in _OTHER_BATCHES.items():
             unread = next((name for name in names if name in self.trainer), None)
             if getattr(self, key) is not None and unread is not None:
@@ -394,20 +409,19 @@ class ContrastiveRecipe:
     @property
     def supervision(self) -> str:
         """How tables and cards call this kind of training, each embedder being another model."""
-        return self.supervision_by([teacher for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)])
+        return self.supervision_of([teacher.label for teacher in self.teachers if isinstance(teacher, EmbedderTeacher)])
 
-    def supervision_by(self, others: Sequence[EmbedderTeacher]) -> str:
-        """How tables and cards call it.
+    def supervision_of(self, others: Sequence[str]) -> str:
+        """How tables and cards call it, without the phases before.
 
         Args:
-            others: Those of its embedders that are other models, see `training.teacher.other_models`.
+            others: Names of those of its embedders that are other models, see `training.teacher.other_models`.
         """
         if self.pairs is not None:
-            return "supervised"
+            return SUPERVISED
         if not self.teachers:
-            return "unsupervised"
-        names = [teacher.label for teacher in others]
-        return "distilled from " + " and ".join(names) if names else SELF_DISTILLED
+            return UNSUPERVISED
+        return "distilled from " + " and ".join(others) if others else SELF_DISTILLED
 
     @property
     def has_noise(self) -> bool:
@@ -478,3 +492,12 @@ class RouterRecipe:
                     "plain_format needs {question} and, behind it, {answer}, once each, got "
                     f"{self.plain_format!r}; e.g. 'Question: {{question}}\\nAnswer: {{answer}}'"
                 )
+
+    def refuse_idle(self) -> None:
+        """Refuse a key that was set for nothing.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        if self.balance == 0 and self.balance_target != RouterRecipe.balance_target:
+            raise ValueError("balance_target does nothing without balance, its weight; set that, or leave it out")

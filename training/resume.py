@@ -33,6 +33,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
     Raises:
         FileNotFoundError: If the checkpoint that was named is none.
+        ValueError: If none is wanted where there are some.
     """
     named = args.resume_from_checkpoint
     if isinstance(named, str):
@@ -42,6 +43,11 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     found = [path for path in Path(str(args.output_dir)).glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(found, key=lambda path: -int(path.name[11:])):
         if _is_complete(path):
+            if named is False:
+                raise ValueError(
+                    f"trainer.resume_from_checkpoint=false: {path} would stand among those of a new run; choose "
+                    "another folder (--set out=...), or delete it"
+                )
             return str(path)
         logger.warning("%s was not written to its end; it is passed over", path)
     return None
@@ -146,17 +152,22 @@ class TrainedOnly:
         return loader
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The stock one; rates and weight decay are those of the recipe as it is now, at the place of the schedule."""
+        """The stock one; what the recipe says of the optimizer is as it is now, and rates are those of its schedule."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
-        now = [(group["initial_lr"], group["weight_decay"]) for group in groups if "initial_lr" in group]
+        now = [_settings(getattr(self.optimizer, "optimizer", self.optimizer), group) for group in groups]
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None or len(now) != len(groups):
+        if checkpoint is None or not all("initial_lr" in group for group in now):
             return
-        for group, (rate, decay) in zip(self.optimizer.param_groups, now):
-            group["lr"] *= rate / group["initial_lr"] if group["initial_lr"] else 1.0
-            group["initial_lr"], group["weight_decay"] = rate, decay
         scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-        scheduler.base_lrs = [rate for rate, _ in now]
+        shares = [schedule(scheduler.last_epoch) for schedule in getattr(scheduler, "lr_lambdas", [])]
+        for number, (group, settings) in enumerate(zip(self.optimizer.param_groups, now)):
+            rate = settings["initial_lr"]
+            # A longer run is at another place of its schedule than the end, where the rate may have been 0.
+            group["lr"] = (
+                rate * shares[number] if shares else group["lr"] * (rate / (group["initial_lr"] or rate or 1.0))
+            )
+            group.update(settings)
+        scheduler.base_lrs = [group["initial_lr"] for group in now]
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -164,6 +175,17 @@ class TrainedOnly:
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+_HOW_IT_COMPUTES = ("params", "lr", "foreach", "fused", "capturable", "differentiable")
+"""Keys of a group of an optimizer of torch that are no settings of a recipe."""
+
+
+def _settings(optimizer: Any, group: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says of a group; other optimizers than torch's keep what they have learned there as well."""
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return {key: value for key, value in group.items() if key not in _HOW_IT_COMPUTES}
+    return {key: group[key] for key in ("initial_lr", "weight_decay", "betas", "eps") if key in group}
 
 
 def trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ class RouterTrainer(TrainedOnly, Trainer):
         self.recipe = recipe
         self.model_accepts_loss_kwargs = False
         self.weights: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._tokens = 0
         for module in self.model.modules():
             if isinstance(module, TokenRouter):
                 module.register_forward_hook(lambda router, _, weight: self.weights.append(weight))
@@ -158,6 +161,7 @@ class RouterTrainer(TrainedOnly, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Next-token loss on the answers, plus `kl` and `balance` where they have a weight."""
+        real = inputs["attention_mask"].bool()
         self.weights.clear()
         read = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         logits = model(**read).logits[:, :-1]
@@ -171,10 +175,22 @@ class RouterTrainer(TrainedOnly, Trainer):
             divergence = F.kl_div(chosen.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
             loss = loss + self.recipe.kl * divergence
         if self.recipe.balance:
-            real = inputs["attention_mask"].bool()
             shares = torch.stack([weight[..., 0][real].mean() for weight in self.weights])
             loss = loss + self.recipe.balance * (shares - self.recipe.balance_target).square().mean()
+        if not model.training:
+            sums = [weight[..., 0][real].double().sum().cpu() for weight in self.weights]
+            self._sums = [a + b for a, b in zip(self._sums, sums)] if self._sums else sums
+            self._tokens += int(real.sum())
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock one; the weights of the `bi` experts are counted by the way."""
+        self._sums, self._tokens = [], 0
+        return super().evaluate(*args, **kwargs)
+
+    def bi_weights(self) -> list[float] | None:
+        """By layer, the mean weight of the `bi` expert over the tokens of the last evaluation. None: there was none."""
+        return [float(total) / self._tokens for total in self._sums] if self._tokens else None
 
 
 def train(recipe: RouterRecipe) -> Path:
@@ -219,8 +235,8 @@ def train(recipe: RouterRecipe) -> Path:
     pairs = read_instructions(recipe.instructions)
     random.Random(recipe.seed).shuffle(pairs)
     count = None if recipe.count is None else recipe.count + recipe.held_out
-    found = (encode_answer(model.tokenizer, *pair, recipe.max_tokens, recipe.plain_format) for pair in pairs[:count])
-    rows = [row for row in found if row is not None]
+    found = (encode_answer(model.tokenizer, *pair, recipe.max_tokens, recipe.plain_format) for pair in pairs)
+    rows = list(islice((row for row in found if row is not None), count))
     if len(rows) <= recipe.held_out:
         raise ValueError(f"{len(rows)} answers do not go beyond the {recipe.held_out} held out; lower held_out")
     trainer = RouterTrainer(
@@ -238,13 +254,14 @@ def train(recipe: RouterRecipe) -> Path:
     trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - start
     after = trainer.evaluate() if recipe.held_out else {}
+    weights = trainer.bi_weights() if recipe.held_out else None
     state = router_state(lm)
     save_routers(Routers(state, recipe.kind, mixed), out / ROUTERS_FILE)
     summary = {
         "recipe": asdict(recipe),
         "seconds": round(seconds, 1),
         "held_out_loss": {"routers_at_start": before.get("eval_loss"), "trained": after.get("eval_loss")},
-        "bi_weight_by_layer": [round(float(weight.mean()), 4) for weight in trainer.weights],
+        "bi_weight_by_layer": weights and [round(weight, 4) for weight in weights],
         "log": trainer.state.log_history,
     }
     write_json(out / SUMMARY_FILE, summary, indent=1)

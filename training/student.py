@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from training.command import RECIPE_FILE
+from training.command import BASE_FILE, RECIPE_FILE
 from training.recipe import ContrastiveRecipe, Trained
 from training.resume import TRAINED_FILE, load_trained
 from training.teacher_settings import PromptedTeacher
@@ -203,7 +203,8 @@ def start_from(model: SentenceTransformer, folder: Path) -> list[Dense]:
     """
     layers = {f"{n}.linear.": module for n, module in enumerate(model) if isinstance(module, Dense)}
     if (folder / TRAINED_FILE).is_file() or not (folder / DELTA_NAME).is_file():
-        before = _recipe_of_run(folder)
+        before = _file_of_run(folder, RECIPE_FILE)
+        _warn_of_other_base(encoder_of(model), _file_of_run(folder, BASE_FILE).get("sha256"), folder)
         loaded = load_trained(model, folder, optional=r"\d+\.linear\.", renamed=_by_role(layers, before))
         if before.get("rank") is not None:
             _keep_products(encoder_of(model), before)
@@ -218,9 +219,15 @@ def start_from(model: SentenceTransformer, folder: Path) -> list[Dense]:
     return [module for module in layers.values() if module is not kept]
 
 
-def _recipe_of_run(folder: Path) -> dict[str, Any]:
-    """The recipe of a finished run, or of the run that a checkpoint is of. Empty where there is none."""
-    for file in (folder / RECIPE_FILE, folder.parent.parent / RECIPE_FILE):
+def _warn_of_other_base(module: UBMoETransformer, trained_on: Any, what: Path) -> None:
+    """Say where parameters were trained on other weights than they are put on; nothing where it is not known."""
+    if module.base is not None and trained_on and not module.base.has_weights(trained_on):
+        logger.warning("%s was trained on other weights than %s: it may not fit them", what, module.base.name)
+
+
+def _file_of_run(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a finished run, or of the run that a checkpoint is of. Empty where there is none."""
+    for file in (folder / name, folder.parent.parent / name):
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))
     return {}
@@ -284,9 +291,7 @@ def _load_experts(module: UBMoETransformer, file: Path) -> None:
     from peft.tuners.lora import LoraLayer
 
     low_rank, metadata = load_low_rank(file)
-    trained_on: Any = metadata.get("base_sha256")
-    if module.base is not None and trained_on and not module.base.has_weights(trained_on):
-        logger.warning("%s was trained on other weights than %s: it may not fit them", file, module.base.name)
+    _warn_of_other_base(module, metadata.get("base_sha256"), file)
     adapted: dict[str, Any] = {n: layer for n, layer in module.model.named_modules() if isinstance(layer, LoraLayer)}
     if set(adapted) != set(low_rank):
         odd = sorted(set(adapted) ^ set(low_rank))[:1] or ["nothing"]

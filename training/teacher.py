@@ -205,6 +205,13 @@ class Embedder:
         """The prompt of a kind of text; None: the model's own default."""
         return self.teacher.prompts.get(kind, self.teacher.prompts.get("default"))
 
+    def _put_before(self, kind: str) -> str:
+        """The text of the prompt, the model's own default one included."""
+        prompt = self.prompt(kind)
+        if prompt is None:
+            prompt = (self.model.prompts or {}).get(self.model.default_prompt_name or "")
+        return prompt or ""
+
     def count_cut(self, texts: Sequence[str], kinds: Sequence[str]) -> int:
         """How many texts, with their prompts, are longer than the model reads."""
         most, tokenizer = self.model.max_seq_length, self.model.tokenizer
@@ -213,7 +220,7 @@ class Embedder:
         cut = 0
         for start in range(0, len(texts), CHUNK):
             block = range(start, min(start + CHUNK, len(texts)))
-            ids = tokenizer([(self.prompt(kinds[n]) or "") + texts[n] for n in block], verbose=False)["input_ids"]
+            ids = tokenizer([self._put_before(kinds[n]) + texts[n] for n in block], verbose=False)["input_ids"]
             cut += sum(len(row) > most for row in ids)
         return cut
 
@@ -261,6 +268,11 @@ def teacher_vectors(
     asked = _asked(base, teacher, texts, kinds)
     stored = _stored(folder, asked, key)
     done: Any = _open(folder / DONE, np.uint8, (chunks,)) if stored else np.zeros(chunks, np.uint8)
+    if stored and done.any() and not _holds(folder / VECTORS, stored):
+        logger.warning("%s is not whole: all teacher vectors are computed anew", folder / VECTORS)
+        done = np.zeros(chunks, np.uint8)
+        if compute:
+            (folder / DONE).unlink()
     missing = [chunk for chunk in range(chunks) if not done[chunk] and chunk % shard[1] == shard[0]]
     if missing and not compute:
         raise ValueError(
@@ -395,7 +407,10 @@ def _stored(folder: Path, asked: dict[str, Any], key: str) -> tuple[int, ...] | 
     shape = tuple(old.pop("shape"))
     if "settings_sha256" not in old:  # of a folder from before this key
         asked = {name: value for name, value in asked.items() if name != "settings_sha256"}
-    other = next((name for name in (*asked, *old) if old.get(name) != asked.get(name)), None)
+    # Numbers as JSON writes them: layer 1 is not 1.0, the last one.
+    layers = [json.dumps(one.get("layers")) for one in (old, asked)]
+    other = "layers" if layers[0] != layers[1] else None
+    other = next((name for name in (*asked, *old) if old.get(name) != asked.get(name)), other)
     if other is not None:
         raise ValueError(
             f"{folder} holds teacher vectors of another {other}; choose another folder "
@@ -410,6 +425,11 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, manifest, unique=True)  # shards may write the same
+
+
+def _holds(file: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file of vectors has its size, which it gets before its first chunk counts as done."""
+    return file.is_file() and file.stat().st_size >= int(np.prod(shape)) * np.dtype(np.float16).itemsize
 
 
 def _open(file: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from training.limits import above, at_least
-from training.mixtures import Kind
+from training.mixtures import Kind, refuse_no_kinds
 
 
 class _Weighed:
@@ -23,6 +23,15 @@ class _Weighed:
     def left_out(self) -> set[str]:
         """Kinds of text that it is not asked about."""
         return {kind for kind, weight in self.weights.items() if weight == 0}
+
+    def refuse_idle(self) -> None:
+        """Refuse what does nothing, where a recipe is read.
+
+        Raises:
+            ValueError: If `weights`, or `prompts` of an embedder, name a kind that no text has.
+        """
+        refuse_no_kinds("teacher: weights", self.weights)
+        refuse_no_kinds("teacher: prompts", getattr(self, "prompts", {}), "default")
 
     def _check_weights(self) -> None:
         kinds = get_args(Kind)

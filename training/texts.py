@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from training.data import data_folder, read_jsonl, read_lines, read_sentences
+from training.data import data_folder, read_jsonl, read_lines, read_sentences, refuse_table
 from training.mixtures import Texts, TextSource
 from training.recipe import ContrastiveRecipe
 from training.variants import content_words, contrasts, corrupt, has_contrast, roughen
@@ -74,7 +74,7 @@ def read_corpus(recipe: ContrastiveRecipe) -> Corpus | None:
 
 
 def draw(mixture: Texts, folder: Path | None = None) -> Corpus:
-    """Draw a mixture; no text twice, but for corruptions.
+    """Draw a mixture; no row twice. Titles, corruptions and sentences of passages may come twice.
 
     Args:
         mixture: What to draw.
@@ -123,7 +123,8 @@ def _unseen(rows: Iterator[Mapping[str, Any]], column: str, seen: set[str]) -> I
 
 def _rows(source: TextSource, folder: Path | None) -> Iterator[Mapping[str, Any]]:
     """Rows of a source without those to skip; a line of a text file is a row with one column."""
-    checked, skipped = False, 0
+    checked = False
+    unmet = {(column, value) for column, values in source.skip.items() for value in values}
     for row in _all_rows(source, folder):
         if not checked:
             wanted = [source.column, source.title, source.query, *source.skip]
@@ -131,12 +132,13 @@ def _rows(source: TextSource, folder: Path | None) -> Iterator[Mapping[str, Any]
             if absent is not None:
                 raise ValueError(f"{source.file}: expected a column {absent!r}, got {', '.join(map(str, row))}")
             checked = True
-        if any(_as_text(row.get(column)) in values for column, values in source.skip.items()):
-            skipped += 1
+        met = {(column, _as_text(row.get(column))) for column in source.skip}
+        if any(value in source.skip[column] for column, value in met):
+            unmet -= met
         else:
             yield row
-    if source.skip and not skipped:
-        logger.warning("%s: no row has a value of `skip` (%s); all of them can be drawn", source.file, source.skip)
+    for column, value in sorted(unmet):
+        logger.warning("%s: no row has a value of `skip`: %r in %r; is it spelt so?", source.file, value, column)
 
 
 def _as_text(value: Any) -> str:
@@ -148,6 +150,7 @@ def _all_rows(source: TextSource, folder: Path | None) -> Iterable[Mapping[str, 
     if source.file.startswith(HUB):
         return _hub_rows(source)
     file = _find(source, folder)
+    refuse_table(file)
     if ".jsonl" in file.name:
         return read_jsonl(file)
     return ({source.column: line} for line in read_lines(file) if line)

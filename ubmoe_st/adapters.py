@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from ubmoe_st import checkpoint
 from ubmoe_st.bases import Base
+from ubmoe_st.cards import CUSTOMARY_FOLDERS
 from ubmoe_st.experts import LowRank, is_ffn_key, low_rank_mismatch
 from ubmoe_st.files import read_json, sha256_of
 from ubmoe_st.shards import read_header
@@ -225,11 +226,17 @@ def _check_base(base: Base, recorded: str | None, path: Path, allow_mismatch: bo
         found = {sha256_of(file) for file in folder.glob("*.safetensors")}
         if found in (set(base.sha256.values()), {sha256_of(file) for file in base.path.glob("*.safetensors")}):
             return None
-    elif base.origin == "hub" and re.fullmatch(r"[\w.-]+/[\w.-]+", recorded):
-        known = folder.name.lower() != Path(base.name).name.lower()
+    same_name = folder.name.lower() == Path(base.name).name.lower()
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", recorded) is not None and folder.parent.name not in CUSTOMARY_FOLDERS
+    known = known or (hub_id and base.origin == "hub" and not same_name)
     message = f"the adapter {path} says that it was trained on {recorded}, not on {base.name}"
     if known:
         raise ValueError(f"{message}; give that base, or pass allow_base_mismatch=True and measure what it does")
+    if not (same_name or hub_id):  # its own experts would be lost with it
+        raise ValueError(
+            f"{message}, and nothing is there now; if it is a checkpoint, put it there or correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG}; if it is that base, pass allow_base_mismatch=True"
+        )
     warnings.warn(f"{message}; the two are taken for the same", stacklevel=4)
     return None
 

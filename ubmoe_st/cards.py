@@ -10,7 +10,7 @@ from ubmoe_st.checkpoint import GENERATOR_FOLDER
 from ubmoe_st.configuration import UBMoEConfig
 
 CARD = "README.md"
-_FOLDERS = ("models", "checkpoints", "runs", "out", "outputs")
+CUSTOMARY_FOLDERS = ("models", "checkpoints", "runs", "out", "outputs")
 """Where checkpoints lie, by custom."""
 
 _MODEL_CARD = """---
@@ -137,7 +137,7 @@ def card_on_the_hub(text: str, name: str, repo_id: str) -> str:
         repo_id: `owner/name`.
     """
     # Of two parts, `models/name` is where the checkpoint lies, and `someone/name` the id of another model.
-    first = "|".join([*_FOLDERS, *map(re.escape, repo_id.split("/")[:-1])])
+    first = "|".join([*CUSTOMARY_FOLDERS, *map(re.escape, repo_id.split("/")[:-1])])
     path = rf'"(?:(?:\.{{1,2}}|{first})/(?:[\w.-]+/)*|(?:[\w.-]+/){{2,}})?{re.escape(name)}'
     text = re.sub(rf'{path}/{GENERATOR_FOLDER}"', f'"{repo_id}", subfolder="{GENERATOR_FOLDER}"', text)
     return re.sub(rf'{path}"', f'"{repo_id}"', text)

@@ -19,6 +19,18 @@ ROUTER_KINDS: tuple[str, ...] = get_args(RouterKind)
 LAYOUT_VERSION = 1
 
 
+_FURTHER = ", then trained further"
+
+
+def trained_further(label: str | None) -> str | None:
+    """How experts are called after a training that left no word of itself.
+
+    Args:
+        label: How they were called before. None: nobody knows, then or now.
+    """
+    return label if label is None or label.endswith(_FURTHER) else label + _FURTHER
+
+
 @dataclass
 class UBMoEConfig:
     """The `ubmoe` section of `generator/config.json`.

@@ -553,7 +553,7 @@ def _behind(model: SentenceTransformer) -> tuple[list[Any], dict[str, float]]:
 
 def _claims(config: UBMoEConfig | None) -> tuple[Any, ...] | None:
     """What a card says of a checkpoint, beside its scores."""
-    return (config.base_model, config.expert_rank, config.routing) if config else None
+    return (config.base_model, config.expert_rank, config.routing, config.training) if config else None
 
 
 def _is_card_of(folder: Path, config: UBMoEConfig | None) -> bool:

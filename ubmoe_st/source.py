@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from ubmoe_st.checkpoint import (
     read_config,
     weight_files,
 )
+from ubmoe_st.configuration import UBMoEConfig, trained_further
 from ubmoe_st.experts import is_ffn_key, load_low_rank
 from ubmoe_st.generator import uni_keys
 
@@ -159,6 +161,19 @@ class Source:
                 return name
         return None
 
+    def relabelled(self, config: UBMoEConfig, encoder: Mapping[str, Tensor]) -> UBMoEConfig:
+        """The config to write, which says so where the `bi` experts of the checkpoint were trained further.
+
+        Args:
+            config: Of the module. A label that is not the checkpoint's was set by somebody who knows, and stays.
+            encoder: The encoder's tensors by backbone name.
+        """
+        files = self._open()
+        if files is None or config.training is None or config.training != files.training:
+            return config
+        changed = self.changed({key: tensor for key, tensor in encoder.items() if is_ffn_key(key)}, bi=True)
+        return config if changed is None else replace(config, training=trained_further(config.training))
+
     def _open(self) -> _Files | None:
         if self._files is None and (self.folder or self.base):
             self.check_unchanged()
@@ -202,6 +217,7 @@ class _Files:
     low_rank: LowRank | None = None
     routers: dict[str, Tensor] | None = None
     generation_config: GenerationConfig | None = None
+    training: str | None = None
     alignment = 0
 
     def originals(self, bi: bool) -> Any:
@@ -213,6 +229,7 @@ class _SmallFiles(_Files):
     def __init__(self, source: Source) -> None:
         if source.folder is not None:
             config = read_config(source.folder)
+            self.training = config.training
             if config.expert_rank is not None:
                 self.low_rank = load_low_rank(source.folder / DELTA_FILE)[0]
             if config.router is not None:
@@ -231,6 +248,7 @@ class _CheckpointFiles(_Files):
         self._uni = _mapped(folder, UNI_FILE)
         self.uni = _tensors(_mapped(folder, UNI_FILE))
         config = read_config(folder)
+        self.training = config.training
         if config.expert_rank is not None:
             self.low_rank = load_low_rank(folder / DELTA_FILE)[0]
         if config.router is not None:

@@ -570,14 +570,15 @@ class UBMoETransformer(Transformer):
         low_rank = self._current_low_rank(encoder, uni)
         if self.is_low_memory:
             encoder |= self.source.bi(low_rank, uni, self.model.dtype)
+        config = self.ubmoe_config.honest(self.base.sha256 if self.base else {}, self._changed(encoder, uni))
         checkpoint.write(
             Path(output_path),
-            self.ubmoe_config.honest(self.base.sha256 if self.base else {}, self._changed(encoder, uni)),
+            self.source.relabelled(config, encoder),
             self.model,
             encoder=encoder,
             uni=uni,
             low_rank=low_rank,
-            routers=self._load_routers() if self.ubmoe_config.router else None,
+            routers=self._load_routers() if config.router else None,
             generation_config=self.generation_config,
             alignment=self.source.alignment(),
         )

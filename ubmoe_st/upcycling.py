@@ -20,7 +20,7 @@ from ubmoe_st import checkpoint
 from ubmoe_st.adapters import adapter_experts, is_adapter, read_adapter
 from ubmoe_st.bases import Base, resolve_base
 from ubmoe_st.classification import ClassificationHead, read_head, save_head
-from ubmoe_st.configuration import RouterKind, check_count, encoder_limit
+from ubmoe_st.configuration import RouterKind, check_count, encoder_limit, trained_further
 from ubmoe_st.experts import Routers, expert_norms, is_ffn_key, load_low_rank, load_routers, same_norms, save_low_rank
 from ubmoe_st.files import read_json, replacing_folder, sha256_of
 from ubmoe_st.generator import uni_keys
@@ -187,12 +187,18 @@ def _can_stream_experts(path: Path) -> bool:
 def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatch: bool) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"bi experts {path} do not exist; expected a folder or a .safetensors file")
+    inside = path.parent if path.is_file() else path
+    if inside.name == checkpoint.GENERATOR_FOLDER and checkpoint.is_checkpoint(inside.parent):
+        raise ValueError(
+            f"{path} is a part of a checkpoint, without its pooling, prompts and head; give the whole: {inside.parent}"
+        )
     if is_adapter(path):
         found = read_adapter(module, base, path, allow_mismatch=allow_mismatch)
         module.set_dense_experts(found.ffn, found.low_rank)
         before = {} if found.trained_on is None else _recipe_of(found.trained_on)
-        # A head was fitted to the experts of before.
-        return {**before, **_saved_around(path), "classification": None}
+        # A head was fitted to the experts of before, and nobody knows who taught the adapter.
+        label = trained_further(before.get("training"))
+        return {**before, **_saved_around(path), "classification": None, "training": label}
     file = path if path.is_file() else path / DELTA_NAME
     whole = checkpoint.is_checkpoint(path)
     if whole and checkpoint.check_checkpoint(path).expert_rank is not None:
@@ -213,7 +219,8 @@ def _set_experts(module: UBMoETransformer, base: Base, path: Path, allow_mismatc
         streamed = isinstance(module, StreamedTransformer)
         read = dense_experts(base, path, module.model) if streamed else _read_dense(base, path, module)
         module.set_dense_experts(read)
-        return {}
+        told = path / "recipe.json"  # of a run of `training`
+        return {"training": read_json(told).get("training")} if told.is_file() else {}
     raise ValueError(
         f"{path} holds no bi experts: expected {DELTA_NAME}, a PEFT adapter (adapter_config.json) or a model folder "
         "(config.json)"
