@@ -130,6 +130,14 @@ def test_generate_runs_the_experts_that_the_checkpoint_names(checkpoint, tmp_pat
     assert model.generate("the cat", max_new_tokens=6, routing="bi") != model.generate("the cat", max_new_tokens=6)
 
 
+def test_a_seed_where_nothing_is_drawn_is_refused(checkpoint):
+    arguments = ("generate", checkpoint, "the cat", "--max-new-tokens", 6, "--seed", 5)
+    for named in ((), ("--temperature", 0)):
+        assert "nothing is drawn; add --temperature" in run(*arguments, *named, code=1).stderr
+    drawn = [run(*arguments, "--temperature", 3, "--json").stdout for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
 def test_chat_until_an_empty_line(checkpoint):
     result = run("generate", checkpoint, "--max-new-tokens", 3, input="the cat\n\n")
     expected = UBMoE(str(checkpoint)).generate([{"role": "user", "content": "the cat"}], max_new_tokens=3)

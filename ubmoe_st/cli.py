@@ -204,6 +204,9 @@ def generate(
     if seed is not None:
         import torch
 
+        drawn = bool(temperature) if temperature is not None else model.generator.generation_config.do_sample
+        if not drawn:
+            raise ValueError("--seed: the likeliest token is taken and nothing is drawn; add --temperature, e.g. 0.8")
         torch.manual_seed(seed)
     if prompt is None:
         converse(model, options)
