@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.encoders import HashEncoder
+from helpers.models import make_base, make_checkpoint
+from sentence_transformers import SentenceTransformer
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex
 
@@ -21,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny random bidirectional BERT with a word tokenizer, saved and loaded as a stock checkpoint."""
-    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -88,7 +89,6 @@ def test_the_index_remembers_its_model(model, tmp_path):
 
 def test_the_same_weights_in_half_precision_pass_and_others_do_not(model, tmp_path):
     import torch
-    from sentence_transformers import SentenceTransformer
 
     EmbeddingIndex.build(model, rows(10), tmp_path / "i")
     folder = EmbeddingIndex.open(tmp_path / "i").info["model"]["folder"]
@@ -199,7 +199,6 @@ def test_a_changed_model_answers_nobody_while_it_is_looked_at(model, tmp_path):
 
 def test_one_changed_weight_or_prompt_stops_a_resumed_build(model, tmp_path):
     import torch
-    from sentence_transformers import SentenceTransformer
 
     from ubmoe_st.index.embedder import weights_fingerprint
 
@@ -425,3 +424,53 @@ def test_chunks_that_cannot_be_read_whole_are_refused(tmp_path):
     index = EmbeddingIndex.build(ReadsLittle(), rows + long_title, tmp_path / "s", chunk_tokens=10, on_bad_row="skip")
     assert index.info["sources"][0]["bad_rows"] == 1
     EmbeddingIndex.build(ReadsLittle(), long_title, tmp_path / "w", chunk_tokens=10, with_title=False)
+
+
+def with_limit(folder, limit):
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.max_seq_length = limit
+    return model
+
+
+def test_an_index_reads_texts_as_far_as_its_build_did(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    text = " ".join(["the cat sits on a mat and a dog runs in"] * 5)
+    EmbeddingIndex.build(with_limit(folder, 16), [{"id": "old", "text": text}], tmp_path / "i")
+    index = EmbeddingIndex.open(tmp_path / "i")
+    assert index.add([{"id": "new", "text": text}]) == 1
+    assert [source["entries_cut"] for source in index.info["sources"]] == [1, 1]
+    old, new = index.vectors(["old", "new"])
+    np.testing.assert_allclose(old, new, atol=1e-6)
+    full = with_limit(folder, 128).encode_document([text], normalize_embeddings=True)[0]
+    assert new @ full < 0.99, "else nothing was cut"
+    with pytest.warns(UserWarning, match="1 of 1 queries are longer than the 16 tokens"):
+        assert index.search(text, 1)[0][0, 0] > 0.9999
+
+    longer = EmbeddingIndex.open(tmp_path / "i", model=with_limit(folder, 128))
+    with pytest.raises(ValueError, match="reads 128 tokens, the index was built with 16: set its max_seq_length to 16"):
+        longer.add([{"id": "third", "text": text}])
+    assert "third" not in longer
+
+
+def test_a_limit_that_is_set_later_counts(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    model = with_limit(folder, 128)
+    index = EmbeddingIndex.build(model, [{"id": "a", "text": "the cat"}], tmp_path / "i")
+    model.max_seq_length = 16
+    with pytest.warns(UserWarning, match="1 of 1 queries are longer than the 16 tokens"):
+        index.search("the cat " * 20, 1)
+    with pytest.raises(ValueError, match="reads 16 tokens, the index was built with 128: set its max_seq_length"):
+        index.add([{"id": "b", "text": "the cat " * 20}])
+    model.max_seq_length = 128
+    assert index.add([{"id": "b", "text": "the cat " * 20}]) == 1
+
+
+def test_a_model_that_is_kept_reads_as_the_index_that_was_built_anew(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    rows = [{"id": "a", "text": "the cat " * 20}]
+    EmbeddingIndex.build(with_limit(folder, 32), rows, tmp_path / "i")
+    index = EmbeddingIndex.open(tmp_path / "i")
+    assert index.model.max_seq_length == 32
+    EmbeddingIndex.build(with_limit(folder, 24), rows, tmp_path / "i", overwrite=True)
+    assert index.refresh()
+    assert index.model.max_seq_length == 24

@@ -59,7 +59,8 @@ def add(
     As `EmbeddingIndex.add`; `fields` are those of `id`, `text` and `title`, where they are not those of the build.
 
     Raises:
-        ValueError: If the model is not, or no longer, the one that the newest version was built with.
+        ValueError: If the model is not, or no longer, the one that the newest version was built with, or its
+            `max_seq_length` is another.
     """
     with contextlib.ExitStack() as stack:
         workplace = stack.enter_context(Workplace(folder))
@@ -79,6 +80,7 @@ def add(
         if (entries := run.entries_if_repeated(manifest)) is not None:
             workplace.clear()
             return base, entries
+        embedder.check_limit(manifest.model.max_tokens, longer_too=True)
         check_probes(embedder.probes_now(), base.probes)
         run.begin(restart=False)
         run.run()

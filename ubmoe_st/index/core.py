@@ -72,6 +72,8 @@ class EmbeddingIndex:
                     snapshot.folder,
                 )
                 embedder = None
+        if embedder is not None:
+            embedder.take_limit(snapshot.manifest.model.max_tokens)
         with self._lock:
             self._searcher = searcher
             # What another thread has loaded meanwhile is the model of the version before.
@@ -290,16 +292,14 @@ class EmbeddingIndex:
         """Take `model` for text queries, after checking that it is the one the index was built with.
 
         The same weights in another dtype or in low-memory form pass: probe texts embedded at build time must come out
-        at a cosine of at least 0.998.
+        at a cosine of at least 0.998. A model given by its folder or Hub id reads as many tokens as that of the build.
 
         Raises:
-            ValueError: If it is another model, or has another dimension.
+            ValueError: If it is another model, has another dimension, or reads fewer tokens than that of the build.
         """
         stored = self._snapshot.manifest.model
-        embedder = Embedder(model, truncate_dim=stored.truncate_dim)
-        limit, mine = stored.max_tokens, embedder.max_tokens
-        if limit is not None and mine is not None and mine < limit:
-            raise ValueError(f"the model reads {mine} tokens, the index was built with {limit}: set its max_seq_length")
+        embedder = Embedder(model, truncate_dim=stored.truncate_dim, max_tokens=stored.max_tokens)
+        embedder.check_limit(stored.max_tokens)
         check_probes(embedder.probes(), self._snapshot.probes)
         self._embedder = embedder
 
@@ -423,16 +423,6 @@ class EmbeddingIndex:
     def _search_rows(self, searcher: Searcher, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
         return search_rows(searcher, lambda: self.embedder, self.query_vectors, *arguments)
 
-    @staticmethod
-    def _rows(snapshot: Snapshot, ids: Identities, namespace: Namespace | None) -> list[int]:
-        rows = []
-        for identity in id_texts(ids):
-            found = snapshot.rows_of(identity, namespace)
-            if not found:
-                raise KeyError(f"no entry has the id {identity!r}")
-            rows.extend(found)
-        return rows
-
     def entries(self, ids: Identities, *, namespace: Namespace | None = None) -> list[Entry]:
         """The entries with these ids, in their order; the id of a document gives all its chunks.
 
@@ -445,7 +435,7 @@ class EmbeddingIndex:
             ValueError: If an id is that of a document and of a chunk, and `namespace` is None.
         """
         snapshot = self._snapshot
-        return [snapshot.entry_at(row) for row in self._rows(snapshot, ids, namespace)]
+        return [snapshot.entry_at(row) for row in snapshot.rows_named(id_texts(ids), namespace)]
 
     def texts(self, ids: Identities, *, namespace: Namespace | None = None) -> list[str]:
         """The texts of `entries(ids)`."""
@@ -454,7 +444,7 @@ class EmbeddingIndex:
     def vectors(self, ids: Identities, *, namespace: Namespace | None = None) -> np.ndarray:
         """The stored vectors of `entries(ids)`, float32, (N, D)."""
         snapshot = self._snapshot
-        return snapshot.vectors_at(self._rows(snapshot, ids, namespace))
+        return snapshot.vectors_at(snapshot.rows_named(id_texts(ids), namespace))
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the `files` of this version, as sentences; empty when all is well."""
@@ -494,6 +484,7 @@ class EmbeddingIndex:
         Raises:
             CorpusError: As in `build`.
             RuntimeError: If another writer is at work.
+            ValueError: If the model is another one, or reads more or fewer tokens than that of the build.
         """
         snapshot, entries = changes.add(
             self.path,

@@ -153,7 +153,9 @@ class Searcher:
         if not k or not len(vectors):
             return np.zeros((len(vectors), k), np.float32), np.zeros((len(vectors), k), np.int64)
         found = TopK(vectors, k, SLACK[snapshot.manifest.dtype])
-        shards = [] if exact or (allowed is not None and count <= self.settings.few_rows) else self.shards
+        # Rows that are dead make no search exact by themselves: what `tune` has measured holds before and after them.
+        filtered = allowed is not None and allowed is not snapshot.alive
+        shards = [] if exact or (filtered and count <= self.settings.few_rows) else self.shards
         if not shards:
             exact_search(snapshot.blocks(0, self.settings.block_bytes), allowed, found)
         else:
