@@ -516,3 +516,29 @@ def test_texts_without_a_word_have_a_bm25_part_that_finds_nothing(encoder, tmp_p
     index.delete("a")
     index.compact()
     assert index.search_entries("x", 1, mode="bm25") == [[]]
+
+
+@pytest.mark.parametrize("kind", ["binary", "ivf-flat"])
+def test_tuning_measures_the_index_also_where_a_row_is_dead(kind, encoder, tmp_path, queries):
+    index = EmbeddingIndex.build(encoder, corpus(), tmp_path / "i", kind=kind)
+    index.delete(["r5"])
+    keep = np.arange(ROWS) != 5
+    _, names = truth(encoder, queries, 10, keep)
+    report = index.tune(0.9, queries=queries)
+    assert min(trial.recall for trial in report.trials) < 0.97, "exact search was measured in the place of the index"
+    assert report.reached
+    assert recall(index.search(queries, 10)[1], names) == pytest.approx(report.chosen.recall)
+
+
+def test_an_index_with_most_rows_dead_finds_the_live_ones(encoder, tmp_path, queries):
+    index = EmbeddingIndex.build(encoder, corpus(), tmp_path / "i", kind="ivf-flat")
+    index.delete([f"r{n}" for n in range(ROWS - 300)])
+    _, names = truth(encoder, queries, 10, np.arange(ROWS) >= ROWS - 300)
+    assert recall(index.search(queries, 10, parameters={"nprobe": 1, "rerank": 1})[1], names) == 1.0
+
+
+def test_a_few_rows_can_be_tuned(encoder, tmp_path):
+    index = EmbeddingIndex.build(encoder, corpus(5), tmp_path / "i", kind="faiss:SQ8")
+    report = index.tune(0.9, k=2)
+    assert report.reached
+    assert [trial.parameters for trial in report.trials] == [{"rerank": 1}]

@@ -467,4 +467,4 @@ def parameter_grid(index: Any, rows: int) -> list[dict[str, int]]:
         return [{"nprobe": probe, "rerank": rerank} for probe in probes for rerank in reranks]
     if isinstance(inner, faiss.IndexHNSW):
         return [{"efSearch": 2**power, "rerank": rerank} for power in range(4, 11) for rerank in reranks[:5]]
-    return [{"rerank": rerank} for rerank in [*reranks, 256, 512] if rerank * 10 <= rows]
+    return [{"rerank": rerank} for rerank in [*reranks, 256, 512] if rerank == 1 or rerank * 10 <= rows]

@@ -39,7 +39,7 @@ class SearchSettings:
     """What bounds the work of a search without changing what it finds."""
 
     few_rows: int = 20_000
-    """When a filter leaves no more rows than this, they are all compared."""
+    """When a filter, or the death of most rows, leaves no more rows than this, they are all compared."""
     block_bytes: int = BLOCK_BYTES
     """Stored vectors compared at a time, in bytes of float32."""
 
@@ -132,6 +132,7 @@ class Searcher:
         allowed: np.ndarray | None,
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        few_rows: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and rows of the nearest allowed rows, best first.
 
@@ -141,6 +142,7 @@ class Searcher:
             allowed: From `allowed`.
             exact: Compare with every allowed row, whatever the kind.
             parameters: Search parameters instead of the stored ones; those that are not named stay as stored.
+            few_rows: As in `SearchSettings`, for this search.
 
         Returns:
             Scores, float32, (Q, K), and rows, (Q, K).
@@ -153,9 +155,10 @@ class Searcher:
         if not k or not len(vectors):
             return np.zeros((len(vectors), k), np.float32), np.zeros((len(vectors), k), np.int64)
         found = TopK(vectors, k, SLACK[snapshot.manifest.dtype])
-        # Rows that are dead make no search exact by themselves: what `tune` has measured holds before and after them.
-        filtered = allowed is not None and allowed is not snapshot.alive
-        shards = [] if exact or (filtered and count <= self.settings.few_rows) else self.shards
+        few = self.settings.few_rows if few_rows is None else few_rows
+        # Some dead rows are no filter; among many the index finds the live ones no better than behind one.
+        filtered = allowed is not None and (allowed is not snapshot.alive or 2 * count < snapshot.stored_rows)
+        shards = [] if exact or (filtered and count <= few) else self.shards
         if not shards:
             exact_search(snapshot.blocks(0, self.settings.block_bytes), allowed, found)
         else:
