@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -474,3 +475,44 @@ def test_a_model_that_is_kept_reads_as_the_index_that_was_built_anew(tmp_path):
     EmbeddingIndex.build(with_limit(folder, 24), rows, tmp_path / "i", overwrite=True)
     assert index.refresh()
     assert index.model.max_seq_length == 24
+
+
+def test_queries_are_counted_with_their_own_prompt(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    prompts = {"query": "the cat " * 30, "document": ""}
+    model = SentenceTransformer(str(folder), device="cpu", prompts=prompts)
+    model.max_seq_length = 96
+    index = EmbeddingIndex.build(model, [{"id": "a", "text": "the cat"}], tmp_path / "i")
+    words = ["dog", "mat", "red", "old"] * 20
+    with pytest.warns(UserWarning, match="1 of 1 queries .* 96 tokens the model reads, 60 of them the prompt"):
+        cut = index.query_vectors(" ".join(words))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(cut, index.query_vectors(" ".join(words[:36])), atol=1e-5)
+    model.prompts = {"query": "", "document": "the cat " * 30}
+    asked = EmbeddingIndex.build(model, [{"id": "a", "text": "the cat"}], tmp_path / "j")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked.search(" ".join(words), 1)
+
+
+def test_a_cut_that_the_model_makes_is_remembered(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    rows = [{"id": n, "text": f"the cat {'old ' * n}"} for n in range(5)]
+    model = SentenceTransformer(str(folder), device="cpu", truncate_dim=16)
+    built = EmbeddingIndex.build(model, rows, tmp_path / "i")
+    assert (built.dimension, built.info["model"]["truncate_dim"]) == (16, 16)
+    scores, ids = EmbeddingIndex.open(tmp_path / "i", truncate_dim=16).search("the cat", 2)
+    assert ids == built.search("the cat", 2)[1]
+    whole = SentenceTransformer(str(folder), device="cpu").encode([row["text"] for row in rows])[:, :16]
+    query = whole[0] / np.linalg.norm(whole[0])
+    cosines = np.sort(whole @ query / np.linalg.norm(whole, axis=1))[::-1]
+    np.testing.assert_allclose(scores[0], cosines[:2], atol=1e-5)
+    # An index of before it was remembered: the same build finds it whole, and it takes the model that cuts.
+    info = json.loads((tmp_path / "i" / "index_info.json").read_text())
+    info["model"]["truncate_dim"] = info["sources"][0]["config"]["truncate_dim"] = None
+    (tmp_path / "i" / "index_info.json").write_text(json.dumps(info))
+    assert EmbeddingIndex.build(model, rows, tmp_path / "i").version == built.version
+    old = EmbeddingIndex.open(tmp_path / "i", model=model)
+    assert old.add([{"id": "new", "text": "a dog"}]) == 1
+    assert old.search("the cat", 2)[1] == ids

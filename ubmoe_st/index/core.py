@@ -151,7 +151,7 @@ class EmbeddingIndex:
             faiss_file: Whether a flat index, which is searched in the stored vectors, has a faiss file, too, for other
                 programs. None: up to 50,000 rows.
             dtype: Type of the stored vectors, float32 or float16.
-            truncate_dim: Keep only the first dimensions (Matryoshka).
+            truncate_dim: Keep only the first dimensions (Matryoshka). None: `model.truncate_dim`, if any.
             batch_tokens: Tokens per batch, padding included. None: 4,096, or fewer if the budget is small.
             window_tokens: Tokens between two commits: what a kill can cost. None: 65,536.
             segment_rows: Rows per segment folder.
@@ -198,7 +198,7 @@ class EmbeddingIndex:
 
         def ray_engine() -> RayEngine:
             sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model
-            return RayEngine(sent, truncate_dim, workers, worker_resources)
+            return RayEngine(sent, embedder.truncate_dim, workers, worker_resources)
 
         snapshot = build_index(
             Path(out).absolute(),

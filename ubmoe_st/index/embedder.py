@@ -115,7 +115,8 @@ class Embedder:
         model: A `SentenceTransformer`, anything with its `encode` (and, where present, `encode_document`,
             `encode_query`, `tokenizer`, `max_seq_length`, `prompts`), or a folder or Hub id to load.
         identity: The folder or Hub id to remember; None asks the model.
-        truncate_dim: Keep only the first dimensions (Matryoshka); the rest is cut before normalising.
+        truncate_dim: Keep only the first dimensions (Matryoshka); the rest is cut before normalising. None: those that
+            the model keeps.
         max_tokens: What a model that is loaded here reads at most. None: what it says itself.
 
     Raises:
@@ -140,6 +141,8 @@ class Embedder:
         if truncate_dim is not None:
             check_count("truncate_dim", truncate_dim, wanted="a whole number or None")
             truncate_dim = operator.index(truncate_dim)
+        elif isinstance(own := getattr(model, "truncate_dim", None), int):
+            truncate_dim = own  # remembered, so that the model cuts as much when it is loaded again
         self.model = model
         self.identity = identity or identity_of(model)
         self.truncate_dim = truncate_dim
@@ -188,13 +191,17 @@ class Embedder:
 
     def warn_of_cut(self, texts: Sequence[str]) -> None:
         """Warn of queries of which the model reads only the beginning."""
-        limit = self.max_tokens
+        if (limit := self.max_tokens) is None:
+            return
+        counter = self._counter_with(self.query_prompt())
+        room = limit if counter.limit is None else counter.limit
         # A token has a byte at least, a rare character several tokens: short texts are not counted.
-        long = [] if limit is None else [text for text in texts if utf8_bytes(text) > limit]
-        if cut := sum(size > limit for size in self.counter().sizes(long)) if long and limit else 0:
+        long = [text for text in texts if utf8_bytes(text) + counter.special_tokens > room]
+        if cut := sum(size > room for size in counter.sizes(long)) if long else 0:
+            prompt = f", {counter.prompt_tokens} of them the prompt," if counter.prompt_tokens else ""
             warnings.warn(
-                f"{cut} of {len(texts)} queries are longer than the {limit} tokens the model reads and are compared by "
-                "their beginning",
+                f"{cut} of {len(texts)} queries are longer than the {limit} tokens the model reads{prompt} and are "
+                "compared by their beginning",
                 stacklevel=3,
             )
 
@@ -260,8 +267,14 @@ class Embedder:
 
     def document_prompt(self) -> str:
         """What the model puts before a document, found as sentence-transformers does it."""
+        return self._prompt(DOCUMENT_PROMPTS if hasattr(self.model, "encode_document") else ())
+
+    def query_prompt(self) -> str:
+        """The same before a query."""
+        return self._prompt(("query",) if hasattr(self.model, "encode_query") else ())
+
+    def _prompt(self, names: tuple[str, ...]) -> str:
         prompts = self.prompts()
-        names = DOCUMENT_PROMPTS if hasattr(self.model, "encode_document") else ()
         for name in (*names, getattr(self.model, "default_prompt_name", None)):
             if name in prompts:
                 return prompts[name] or ""

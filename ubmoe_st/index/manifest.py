@@ -224,13 +224,21 @@ class RunConfig:
     def differences(self, other: RunConfig) -> list[str]:
         """`name: was X, is Y` for all that is otherwise in `other`, in alphabetical order."""
         mine, theirs = vars(self), vars(other)
+        alike = ("truncate_dim",) if self._kept() == other._kept() else ()
         return [
-            f"{name}: was {mine[name]!r}, is {theirs[name]!r}" for name in sorted(mine) if mine[name] != theirs[name]
+            f"{name}: was {mine[name]!r}, is {theirs[name]!r}"
+            for name in sorted(mine)
+            if mine[name] != theirs[name] and name not in alike
         ]
+
+    def _kept(self) -> int | None:
+        """Dimensions that are kept: a cut that the model makes by itself was not on record in the first indexes."""
+        return self.truncate_dim or self.dimension
 
     def same_input(self, other: RunConfig) -> bool:
         """Whether a corpus went in as `other` would take it in, whatever was there before."""
-        return replace(self, base_version=None) == replace(other, base_version=None)
+        mine, theirs = (replace(one, base_version=None, truncate_dim=one._kept()) for one in (self, other))
+        return mine == theirs
 
 
 @dataclass
