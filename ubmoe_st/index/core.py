@@ -383,7 +383,8 @@ class EmbeddingIndex:
                 that share a word with the query; its shorter results end in NaN scores and empty ids.
             weight: Share of the cosines, 0 to 1, in a sum of both scores, for `hybrid`. None: reciprocal rank fusion.
             exact: Compare with every entry, whatever the kind of index.
-            parameters: nprobe, efSearch, rerank instead of the stored ones; those not named stay as stored.
+            parameters: nprobe (IVF), efSearch (HNSW), rerank instead of the stored ones; those not named stay as
+                stored. One that the index does not have is refused; a flat one is exact with any.
             rerank: `likelihood` or `yes_no`: the first results come in the order of `model.rank`, which reads query and
                 text together. `maxsim`: in the order of MaxSim over token vectors, which the encoder computes of the
                 candidates at query time. A number: `likelihood` of so many. Scores stay cosines. None: no new order.

@@ -16,7 +16,7 @@ from .embedder import plain_texts
 from .exact import SLACK, TopK, exact_search, pair_scores
 from .filters import Filter, FilterEngine
 from .hybrid import KeywordSearch, fuse, fuse_weighted
-from .kinds import can_select, candidates, read_index
+from .kinds import can_select, candidates, parameters_of, read_index
 from .manifest import FileRecord, Manifest
 from .store import BLOCK_BYTES, Snapshot
 
@@ -117,6 +117,12 @@ class Searcher:
         )
         return []
 
+    def fitting(self, parameters: dict[str, int] | None) -> dict[str, int]:
+        """Those search parameters that the index of this version has; all for a flat one, which is exact with any."""
+        shards = self.shards if parameters else []
+        names = parameters_of(shards[0][1]) if shards else PARAMETERS
+        return {name: value for name, value in (parameters or {}).items() if name in names}
+
     def allowed(self, spec: Filter | None) -> np.ndarray | None:
         """Rows that may be found, bool (N,); None when all are."""
         alive = self.snapshot.alive
@@ -149,6 +155,11 @@ class Searcher:
         """
         check_k(k)
         check_parameters(parameters)
+        if parameters and (strange := sorted(parameters.keys() - self.fitting(parameters).keys())):
+            raise ValueError(
+                f"a search of kind {self.snapshot.manifest.index.kind} has no {strange[0]}, expected "
+                f"{' or '.join(parameters_of(self.shards[0][1]))}: leave it out"
+            )
         snapshot = self.snapshot
         count = snapshot.stored_rows if allowed is None else int(np.count_nonzero(allowed))
         k = min(k, count)
