@@ -168,13 +168,16 @@ def delete(
     path: IndexFolder,
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids; a document's takes all its chunks.")],
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Pass over ids that are not there.")] = False,
+    namespace: Annotated[
+        Literal["document", "chunk"] | None, typer.Option(help="Whose ids they are; by default what there is.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Take entries out of an index by their ids. Nothing finds them any more; `ubmoe compact` gives the disk back."""
     from ubmoe_st.index import EmbeddingIndex
 
     opened = EmbeddingIndex.open(path)
-    gone = opened.delete(ids, missing_ok=missing_ok)
+    gone = opened.delete(ids, missing_ok=missing_ok, namespace=namespace)
     _report_change(opened, {"deleted": gone}, f"{gone:,} entries deleted", as_json)
 
 
