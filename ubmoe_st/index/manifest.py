@@ -30,7 +30,7 @@ DISCARD = "discard_unfinished() or `ubmoe discard`"
 Record = dict[str, Any]
 """Size and SHA-256 of a file: {"bytes", "sha256"}."""
 T = TypeVar("T")
-OPTIONAL = ("folder", "relative_folder", "first_row", "rows", "entries_cut", "cut", "rules", "others")
+OPTIONAL = ("folder", "relative_folder", "first_row", "rows", "entries_cut", "cut", "rules", "others", "words")
 """Fields that are not written where there is nothing to say."""
 
 KEPT_SOURCES = 16
@@ -122,6 +122,8 @@ class FolderRecord:
     folder: str
     rows: int
     files: dict[str, Record]
+    words: int | None = None
+    """Of a BM25 part: the rule by which texts became words; None for the first one."""
 
     def __post_init__(self) -> None:
         _check_records(self.files)
