@@ -627,3 +627,11 @@ def test_a_bm25_part_of_before_is_searched_by_its_own_words(tmp_path, monkeypatc
         assert [one for one in index.search(query, 9, mode="bm25")[1][0] if one] == [name]
     index.build_bm25()
     assert set(index.search("caf\u00e9", 2, mode="bm25")[1][0]) == {"nfc", "nfd"}
+
+
+def test_a_query_is_folded_where_all_texts_are_plain(tmp_path):
+    pytest.importorskip("bm25s")
+    index = EmbeddingIndex.build(HashEncoder(8), [{"id": "a", "text": "strasse"}, {"id": "b", "text": "x y"}], tmp_path)
+    index.build_bm25()
+    assert "words" not in index.info["bm25"]
+    assert index.search("Stra\u00dfe", 1, mode="bm25")[1] == [["a"]]

@@ -481,7 +481,7 @@ def plain_array(value: Any) -> Any:
     if not isinstance(value, (np.generic, np.ndarray)) or value.dtype.kind != "M":
         return value.tolist()
     if value.ndim:
-        return [plain_array(one) for one in value]
+        return [plain_array(one) for one in np.asarray(value)]
     plain = value.tolist()
     if not isinstance(plain, int):
         return plain

@@ -23,7 +23,8 @@ from .workplace import Workplace
 
 WORDS = 1
 """Rule by which texts become words now: letters that are written in several ways in Unicode are one, without case.
-A BM25 part without a number took texts as they are, in lower case; it is searched in the same way."""
+A BM25 part without a number took texts as they are, in lower case, and is searched in the same way, or has ASCII words
+alone, which are the same by both."""
 RRF_CONSTANT = 60
 """k of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): a list adds 1 / (k + rank)."""
 
@@ -129,7 +130,7 @@ def write_bm25(snapshot: Snapshot, workplace: Workplace, version: int) -> Folder
     with replacing_by_name(snapshot.folder / name) as folder:
         engine.save(str(folder), show_progress=False)
         files = {path.name: record_of(path) for path in sorted(folder.iterdir())}
-    return FolderRecord(name, snapshot.stored_rows, files, WORDS)
+    return FolderRecord(name, snapshot.stored_rows, files, None if all(map(str.isascii, texts)) else WORDS)
 
 
 class KeywordSearch:
@@ -142,6 +143,7 @@ class KeywordSearch:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._engine: Any = None
+        self._words: int | None = None
         self._told = False
         self._lock = ForkSafeLock()
 
@@ -157,7 +159,9 @@ class KeywordSearch:
         bm25s = import_bm25s()
         with self._lock:
             if self._engine is None:
-                self._engine = self._opened(bm25s, self._snapshot.folder / record.folder)
+                engine = self._opened(bm25s, self._snapshot.folder / record.folder)
+                self._words = WORDS if all(map(str.isascii, engine.vocab_dict)) else record.words
+                self._engine = engine
         covered = record.rows
         if covered < self._snapshot.stored_rows and not self._told:
             self._told = True
@@ -167,7 +171,7 @@ class KeywordSearch:
                 stacklevel=2,
             )
         weight = None if allowed is None else allowed[:covered].astype(np.float32)
-        tokens = tokenize(queries, words=record.words, return_ids=False)
+        tokens = tokenize(queries, words=self._words, return_ids=False)
         found = []
         for words in tokens:
             scores = self._scores(words, covered)

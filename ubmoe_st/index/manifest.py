@@ -123,7 +123,7 @@ class FolderRecord:
     rows: int
     files: dict[str, Record]
     words: int | None = None
-    """Of a BM25 part: the rule by which texts became words; None for the first one."""
+    """Of a BM25 part: the rule by which texts became words; None for the first one, and for ASCII texts."""
 
     def __post_init__(self) -> None:
         _check_records(self.files)
