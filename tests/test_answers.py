@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import io
+import warnings
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from transformers import GenerationConfig
 
-from ubmoe_st.answers import ENTRY_CHARACTERS, VECTORS_SHARE, answer, answer_prompt, find, hit_table, search_options
+from ubmoe_st.answers import (
+    ANSWER_TOKENS,
+    ENTRY_CHARACTERS,
+    VECTORS_SHARE,
+    answer,
+    answer_prompt,
+    find,
+    hit_table,
+    search_options,
+)
 
 
 def hit(identity: str, text: str, title: str | None = None) -> SimpleNamespace:
@@ -65,6 +75,34 @@ def test_more_than_the_model_holds_is_no_prompt():
         assert model.asked[-1][1]["max_new_tokens"] == expected
     answer(model, "where?", HITS, generation_config=GenerationConfig(max_new_tokens=5))
     assert "max_new_tokens" not in model.asked[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted", "told"), [(60, {}, True), (60, {"max_new_tokens": 3}, False), (400, {}, False)]
+)
+def test_little_room_for_an_answer_is_said(held, wanted, told):
+    model = Recorder()
+    model.tokenizer = SimpleNamespace(
+        chat_template="", apply_chat_template=lambda prompt, **options: prompt[0]["content"], is_fast=True
+    )
+    config = SimpleNamespace(max_position_embeddings=held)
+    model.generator = SimpleNamespace(config=config, generation_config=GenerationConfig())
+    model.token_ids = str.split
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer(model, "where?", HITS, **wanted)
+    prompt, options = model.asked[0]
+    left = held - len(prompt[0]["content"].split())
+    assert options["max_new_tokens"] == wanted.get("max_new_tokens", min(left, options["max_new_tokens"]))
+    said = [str(one.message) for one in caught]
+    assert said == (
+        [
+            f"the question and 2 entries leave {left} tokens for the answer, which may be cut short (expected at least "
+            f"{ANSWER_TOKENS}): ask shorter, or of fewer entries with a smaller k"
+        ]
+        if told
+        else []
+    )
 
 
 def test_find_passes_on_what_it_is_asked():

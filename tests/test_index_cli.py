@@ -187,3 +187,24 @@ def test_an_unfinished_addition_is_thrown_away_from_the_command_line(tmp_path):
     assert "thrown away: 1 entries" in run("discard", folder).stdout
     assert "no unfinished addition" in run("discard", folder).stdout
     assert json.loads(run("delete", folder, "a", "--json").stdout)["rows"] == 0
+
+
+def test_a_chunk_or_a_document_is_deleted_from_the_command_line(checkpoint, tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"id": name, "text": "the cat"}) + "\n" for name in ("page", "page#0")))
+    run("index", corpus, "--model", checkpoint, "--out", tmp_path / "i", "--chunk-tokens", 8)
+    refused = " ".join(run("delete", tmp_path / "i", "page#0", code=1).output.split())
+    assert "--namespace document" in refused
+    run("delete", tmp_path / "i", "page#0", "--namespace", "document")
+    assert list(EmbeddingIndex.open(tmp_path / "i")) == ["page#0"]
+
+
+def test_texts_are_read_on_the_command_line_as_far_as_by_the_build(checkpoint, tmp_path):
+    model = UBMoE(str(checkpoint), device="cpu")
+    model.max_seq_length = 16
+    text = "the cat sits " * 20
+    EmbeddingIndex.build(model, [{"id": "old", "text": text}], tmp_path / "i", model_id=str(checkpoint))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "new", "text": text}) + "\n")
+    run("add", tmp_path / "i", tmp_path / "c.jsonl")
+    vectors = EmbeddingIndex.open(tmp_path / "i").vectors(["old", "new"])
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-5)

@@ -94,3 +94,9 @@ def test_open_files_do_not_grow_with_the_segments(encoder, tmp_path):
     assert len(index.info["segments"]) > 30
     assert index.texts(index.search("text 3", 5)[1][0])
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_one_path_is_no_group(tmp_path):
+    for one in (str(tmp_path), tmp_path):
+        with pytest.raises(TypeError, match=r"a group is of several folders, got one, .*give a list"):
+            IndexGroup.open(one)

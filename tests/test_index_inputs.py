@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import enum
 import gzip
+import json
 import logging
-from datetime import time
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from uuid import UUID
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.encoders import HashEncoder
 
@@ -278,3 +282,81 @@ def test_a_path_with_spaces_and_a_link_is_a_path(tmp_path, encoder):
     assert index.refresh()
     assert index.search("x", 1)[1] == [["new"]]
     assert Path(linked.path).is_symlink()
+
+
+def test_a_quote_in_a_tsv_loses_no_row_without_a_word(tmp_path):
+    lines = ["id\ttext", '1\t"Gone with the wind', "2\tsecond", '3\tthird says: the end"', '4\t"two', 'lines"', "5\tx"]
+    (tmp_path / "a.tsv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(CorpusError, match=r"a\.tsv line 2: .*opens a quote that ends in a later line"):
+        EmbeddingIndex.build(HashEncoder(16), tmp_path / "a.tsv", tmp_path / "i")
+    index = EmbeddingIndex.build(HashEncoder(16), tmp_path / "a.tsv", tmp_path / "i", on_bad_row="skip")
+    assert index.texts(list(index)) == ["second", 'third says: the end"', "two\nlines", "x"]
+    assert index.info["sources"][0]["bad_rows"] == 1
+    (tmp_path / "b.tsv").write_text('text\n"one\ntwo\nthree"\nfour\n')
+    index = EmbeddingIndex.build(HashEncoder(16), tmp_path / "b.tsv", tmp_path / "b", id_field=None, on_bad_row="skip")
+    assert index.texts(list(index)) == ["two", 'three"', "four"]
+
+
+def test_a_large_row_of_a_csv_is_a_bad_row(tmp_path):
+    large = "x" * 3_000_000
+    rows = ["id,text", "1,ok", f"2,{large}", "3,fine", f'4,"{large}', "a,b", 'end"', "5,x", '6,"y', f'{large}"', "7,z"]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    options = {"on_bad_row": "skip", "max_row_bytes": 1000}
+    index = EmbeddingIndex.build(HashEncoder(16), tmp_path / "a.csv", tmp_path / "i", **options)
+    assert list(index) == ["1", "3", "5", "7"]
+    said = (tmp_path / "i" / index.info["sources"][0]["bad_rows_file"]).read_text().splitlines()
+    assert said[0].startswith("a.csv line 3: line 3 has more than max_row_bytes=1,000 bytes (3,000,003)")
+    assert said[1].startswith("a.csv line 5: line 5 has more than")
+    assert "the row ends in line 7" in said[1]
+    assert said[2].startswith("a.csv line 9: line 10 has more than")
+    (tmp_path / "b.csv").write_text(f'id,text\n1,ok\n2,"{large}\n3,fine\n')
+    with pytest.raises(CorpusError, match=r"b\.csv line 3: .*a quote that is open there does not end"):
+        EmbeddingIndex.build(HashEncoder(16), tmp_path / "b.csv", tmp_path / "b", **options)
+    (tmp_path / "c.csv").write_text(f"id,text,{large}\n1,ok,x\n")
+    with pytest.raises(CorpusError, match=r"c\.csv line 1 has 3,000,009 bytes, more than max_row_bytes=1,000"):
+        EmbeddingIndex.build(HashEncoder(16), tmp_path / "c.csv", tmp_path / "c", **options)
+
+
+def test_a_parquet_with_columns_of_one_name_is_refused(tmp_path):
+    table = pa.table([pa.array(["a"]), pa.array(["first"]), pa.array(["second"])], names=["id", "text", "text"])
+    pq.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(CorpusError, match=r"d\.parquet has columns of the same name"):
+        EmbeddingIndex.build(HashEncoder(16), tmp_path / "d.parquet", tmp_path / "i")
+
+
+def test_times_of_numpy_are_dates_whatever_their_unit(tmp_path):
+    values = [np.datetime64("2020-01-02", unit) for unit in ("D", "s", "ms", "us", "ns")]
+    values += [np.datetime64("2020-01-02T00:00:00.123456789"), np.array(["2020-01-02", "NaT"], "datetime64[ns]")]
+    values += [np.datetime64("NaT", "ns")]
+    rows = [{"id": n, "text": f"t {n}", "when": value} for n, value in enumerate(values)]
+    index = EmbeddingIndex.build(HashEncoder(16), rows, tmp_path / "i")
+    stored = [json.loads(entry.metadata or "{}").get("when") for entry in index.entries(range(len(rows)))]
+    midnight = "2020-01-02T00:00:00"
+    assert stored == ["2020-01-02", *[midnight] * 4, f"{midnight}.123456789", [midnight, None], None]
+    for wanted in (date(2020, 1, 2), np.datetime64("2020-01-02")):
+        found = index.search("q", 10, filter={"when": wanted})[1][0]
+        assert {"0", "1", "2", "3", "4", "6"} <= set(found)
+    assert set(index.search("q", 10, filter={"when": np.datetime64("2020-01-02", "ns")})[1][0]) >= {"1", "4"}
+
+
+def test_a_wanted_decimal_is_compared_as_numbers_are_stored(tmp_path):
+    values = [Decimal(9007199254740993), Decimal(9007199254740992), Decimal("0.1"), 0.1, "0.1"]
+    rows = [{"id": n, "text": f"t {n}", "value": value} for n, value in enumerate(values)]
+    index = EmbeddingIndex.build(HashEncoder(16), rows, tmp_path / "i")
+
+    def found(wanted):
+        return sorted(index.search("q", 10, filter={"value": wanted})[1][0])
+
+    assert found(Decimal(9007199254740993)) == ["0"]
+    assert found(Decimal("0.1")) == ["2", "3", "4"]
+    assert found({">": Decimal(9007199254740992)}) == ["0"]
+
+
+def test_a_field_that_no_row_has_is_named(tmp_path, caplog):
+    rows = [{"id": 1, "text": "x", "headline": "T", "year": 2000}, {"id": 2, "text": "y", "lang": "en"}]
+    EmbeddingIndex.build(HashEncoder(16), rows, tmp_path / "i", metadata_fields=["yaer", "lang"], title_field="headlin")
+    assert caplog.text.count("no row has the field 'headlin', 'yaer'") == 1
+    caplog.clear()
+    EmbeddingIndex.build(HashEncoder(16), rows, tmp_path / "j", metadata_fields=["year"], title_field="headline")
+    EmbeddingIndex.build(HashEncoder(16), rows, tmp_path / "k")
+    assert "no row has" not in caplog.text

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers.encoders import HashEncoder
 
-from ubmoe_st.index import EmbeddingIndex
+from ubmoe_st.index import EmbeddingIndex, IndexGroup
 from ubmoe_st.index.budget import MemoryBudget, parse_size, token_bytes
 from ubmoe_st.index.embedder import Embedder
 from ubmoe_st.index.hybrid import tokenize
@@ -516,3 +516,76 @@ def test_texts_without_a_word_have_a_bm25_part_that_finds_nothing(encoder, tmp_p
     index.delete("a")
     index.compact()
     assert index.search_entries("x", 1, mode="bm25") == [[]]
+
+
+@pytest.mark.parametrize("kind", ["binary", "ivf-flat"])
+def test_tuning_measures_the_index_also_where_a_row_is_dead(kind, encoder, tmp_path, queries):
+    index = EmbeddingIndex.build(encoder, corpus(), tmp_path / "i", kind=kind)
+    index.delete(["r5"])
+    keep = np.arange(ROWS) != 5
+    _, names = truth(encoder, queries, 10, keep)
+    report = index.tune(0.9, queries=queries)
+    assert min(trial.recall for trial in report.trials) < 0.97, "exact search was measured in the place of the index"
+    assert report.reached
+    assert recall(index.search(queries, 10)[1], names) == pytest.approx(report.chosen.recall)
+
+
+def test_an_index_with_most_rows_dead_finds_the_live_ones(encoder, tmp_path, queries):
+    index = EmbeddingIndex.build(encoder, corpus(), tmp_path / "i", kind="ivf-flat")
+    index.delete([f"r{n}" for n in range(ROWS - 300)])
+    _, names = truth(encoder, queries, 10, np.arange(ROWS) >= ROWS - 300)
+    assert recall(index.search(queries, 10, parameters={"nprobe": 1, "rerank": 1})[1], names) == 1.0
+
+
+def test_a_few_rows_can_be_tuned(encoder, tmp_path):
+    index = EmbeddingIndex.build(encoder, corpus(5), tmp_path / "i", kind="faiss:SQ8")
+    report = index.tune(0.9, k=2)
+    assert report.reached
+    assert [trial.parameters for trial in report.trials] == [{"rerank": 1}]
+
+
+@pytest.mark.parametrize("factory", ["IVF32,SQ8,RFlat", "OPQ8,IVF32,PQ8x4fs,RFlat", "PCA16,IVF32,Flat,Refine(SQ8)"])
+def test_the_cells_of_an_index_behind_others_are_searched_and_tuned(factory, tmp_path, queries):
+    encoder = HashEncoder(DIMENSION)  # without neighbourhoods, so that one cell is not enough
+    index = EmbeddingIndex.build(encoder, corpus(1500), tmp_path / "i", kind=f"faiss:{factory}")
+    matrix = np.stack([encoder.vector(f"row {n}") for n in range(1500)])
+    names = [[f"r{row}" for row in line] for line in np.argsort(-queries @ matrix.T, axis=1)[:, :10]]
+
+    def reached(**parameters):
+        return recall(index.search(queries, 10, parameters=parameters)[1], names)
+
+    assert reached(nprobe=1, rerank=16) < 0.6 < reached(nprobe=16, rerank=64)
+    assert reached(nprobe=32, rerank=128) > 0.99
+    report = index.tune(0.9, queries=queries)
+    assert report.reached
+    assert report.chosen.parameters["nprobe"] > 1
+    assert recall(index.search(queries, 10)[1], names) == pytest.approx(report.chosen.recall)
+
+
+def test_a_graph_behind_another_index_is_searched_as_far_as_wanted(encoder, tmp_path, queries):
+    index = EmbeddingIndex.build(encoder, corpus(), tmp_path / "i", kind="faiss:HNSW4,SQ8,RFlat")
+    _, names = truth(encoder, queries, 10)
+    near, far = (
+        recall(index.search(queries, 10, parameters={"efSearch": n, "rerank": 1})[1], names) for n in (10, 512)
+    )
+    assert near < far
+    assert {name for trial in index.tune(0.9, queries=queries, save=False).trials for name in trial.parameters} == {
+        "efSearch",
+        "rerank",
+    }
+
+
+def test_a_search_parameter_that_an_index_does_not_have_is_refused(flat, encoder, tmp_path, queries):
+    graph = EmbeddingIndex.build(encoder, corpus(1500), tmp_path / "hnsw", kind="hnsw")
+    cells = EmbeddingIndex.build(encoder, corpus(1500, 1500), tmp_path / "ivf", kind="ivf-flat")
+    with pytest.raises(ValueError, match="kind hnsw has no nprobe, expected efSearch or rerank"):
+        graph.search(queries, 3, parameters={"nprobe": 4})
+    with pytest.raises(ValueError, match="kind ivf-flat has no efSearch, expected nprobe or rerank"):
+        cells.search(queries, 3, exact=True, parameters={"efSearch": 4, "rerank": 2})
+    both = IndexGroup([graph, cells])
+    _, names = truth(encoder, queries, 3)
+    few, all_cells = (both.search(queries, 3, parameters={"nprobe": n, "rerank": 8})[1] for n in (1, 256))
+    assert recall(few, names) < recall(all_cells, names)
+    with pytest.raises(ValueError, match="no index of the group has nprobe"):
+        IndexGroup([graph]).search(queries, 3, parameters={"nprobe": 4})
+    assert flat.search(queries, 3, parameters={"nprobe": 4})[1] == names

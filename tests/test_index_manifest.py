@@ -15,10 +15,11 @@ from helpers.encoders import HashEncoder
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from ubmoe_st import files
 from ubmoe_st.files import write_json
 from ubmoe_st.index import EmbeddingIndex
 from ubmoe_st.index.budget import MemoryBudget
-from ubmoe_st.index.manifest import Journal, Manifest, owns
+from ubmoe_st.index.manifest import KEPT_SOURCES, Journal, Manifest, owns
 
 CUT = {"window_tokens": 60, "batch_tokens": 20, "segment_rows": 25}
 DATA = Path(__file__).parent / "data"
@@ -421,3 +422,51 @@ def test_parts_that_lead_out_of_an_index_are_refused(tmp_path, part):
 
     with pytest.raises(ValueError, match="entries.arrow" if part == "keys" else file.name):
         read()
+
+
+def test_records_of_many_additions_become_one_when_the_index_is_compacted(tmp_path):
+    encoder = HashEncoder(8)
+    index = EmbeddingIndex.build(encoder, ["text 0"], tmp_path / "i", id_field=None)
+    for n in range(1, KEPT_SOURCES + 5):
+        index.add([f"text {n}", "" if n in (1, 3, KEPT_SOURCES + 4) else f"other {n}"], on_bad_row="skip")
+    before = index.info["sources"]
+    ids = list(index)
+    index.compact()
+    after = index.info["sources"]
+    assert (len(before), len(after)) == (KEPT_SOURCES + 5, KEPT_SOURCES)
+    assert after[1:] == before[6:]
+    assert after[0]["others"] == 5
+    for name in ("corpus_rows", "entries", "tokens", "bad_rows", "duplicates_left_out"):
+        assert sum(source[name] for source in after) == sum(source[name] for source in before), name
+    reports = (tmp_path / "i" / after[0]["bad_rows_file"]).read_text().splitlines()
+    assert len(reports) == 2
+    assert all("empty 'text'" in line for line in reports)
+    assert len(list((tmp_path / "i").glob("bad_rows*"))) == 2
+    assert list(index) == ids
+    index = EmbeddingIndex.open(tmp_path / "i", model=encoder)
+    assert index.add(["last"]) == 1
+    assert list(index)[-1] == str(2 * (KEPT_SOURCES + 5) - 1), "numbers of rows do not go on"
+    index.compact()
+    again = index.info["sources"]
+    assert (len(again), again[0]["others"]) == (KEPT_SOURCES, 6)
+    assert index.verify() == []
+
+
+def test_an_index_whose_manifest_could_not_be_read_again_takes_nothing_more(tmp_path, monkeypatch):
+    index = EmbeddingIndex.build(HashEncoder(8), ROWS, tmp_path / "i")
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 20_000)
+    number = 0
+    while (tmp_path / "i" / "index_info.json").stat().st_size <= 18_000:
+        number += 1
+        index.upsert([{"id": "d1", "text": f"version {number}"}])
+    with pytest.raises(ValueError, match=r"index_info.json has .* call compact\(\)"):
+        index.upsert([{"id": "d1", "text": "one more"}])
+    assert EmbeddingIndex.open(tmp_path / "i").texts("d1") == [f"version {number}"]
+    assert not (tmp_path / "i" / "build").exists()
+    index.compact()
+    assert index.upsert([{"id": "d1", "text": "after"}]) == 1
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 2_000)
+    with pytest.raises(ValueError, match="could not be read again, expected at most 2,000: it was not written"):
+        write_json(tmp_path / "i" / "index_info.json", {"x": "y" * 3000})
+    monkeypatch.undo()
+    assert EmbeddingIndex.open(tmp_path / "i").texts("d1") == ["after"]

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.encoders import HashEncoder
+from helpers.models import make_base, make_checkpoint
+from sentence_transformers import SentenceTransformer
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex
 
@@ -21,7 +24,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A tiny random bidirectional BERT with a word tokenizer, saved and loaded as a stock checkpoint."""
-    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -88,7 +90,6 @@ def test_the_index_remembers_its_model(model, tmp_path):
 
 def test_the_same_weights_in_half_precision_pass_and_others_do_not(model, tmp_path):
     import torch
-    from sentence_transformers import SentenceTransformer
 
     EmbeddingIndex.build(model, rows(10), tmp_path / "i")
     folder = EmbeddingIndex.open(tmp_path / "i").info["model"]["folder"]
@@ -199,7 +200,6 @@ def test_a_changed_model_answers_nobody_while_it_is_looked_at(model, tmp_path):
 
 def test_one_changed_weight_or_prompt_stops_a_resumed_build(model, tmp_path):
     import torch
-    from sentence_transformers import SentenceTransformer
 
     from ubmoe_st.index.embedder import weights_fingerprint
 
@@ -425,3 +425,94 @@ def test_chunks_that_cannot_be_read_whole_are_refused(tmp_path):
     index = EmbeddingIndex.build(ReadsLittle(), rows + long_title, tmp_path / "s", chunk_tokens=10, on_bad_row="skip")
     assert index.info["sources"][0]["bad_rows"] == 1
     EmbeddingIndex.build(ReadsLittle(), long_title, tmp_path / "w", chunk_tokens=10, with_title=False)
+
+
+def with_limit(folder, limit):
+    model = SentenceTransformer(str(folder), device="cpu")
+    model.max_seq_length = limit
+    return model
+
+
+def test_an_index_reads_texts_as_far_as_its_build_did(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    text = " ".join(["the cat sits on a mat and a dog runs in"] * 5)
+    EmbeddingIndex.build(with_limit(folder, 16), [{"id": "old", "text": text}], tmp_path / "i")
+    index = EmbeddingIndex.open(tmp_path / "i")
+    assert index.add([{"id": "new", "text": text}]) == 1
+    assert [source["entries_cut"] for source in index.info["sources"]] == [1, 1]
+    old, new = index.vectors(["old", "new"])
+    np.testing.assert_allclose(old, new, atol=1e-6)
+    full = with_limit(folder, 128).encode_document([text], normalize_embeddings=True)[0]
+    assert new @ full < 0.99, "else nothing was cut"
+    with pytest.warns(UserWarning, match="1 of 1 queries are longer than the 16 tokens"):
+        assert index.search(text, 1)[0][0, 0] > 0.9999
+
+    longer = EmbeddingIndex.open(tmp_path / "i", model=with_limit(folder, 128))
+    with pytest.raises(ValueError, match="reads 128 tokens, the index was built with 16: set its max_seq_length to 16"):
+        longer.add([{"id": "third", "text": text}])
+    assert "third" not in longer
+
+
+def test_a_limit_that_is_set_later_counts(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    model = with_limit(folder, 128)
+    index = EmbeddingIndex.build(model, [{"id": "a", "text": "the cat"}], tmp_path / "i")
+    model.max_seq_length = 16
+    with pytest.warns(UserWarning, match="1 of 1 queries are longer than the 16 tokens"):
+        index.search("the cat " * 20, 1)
+    with pytest.raises(ValueError, match="reads 16 tokens, the index was built with 128: set its max_seq_length"):
+        index.add([{"id": "b", "text": "the cat " * 20}])
+    model.max_seq_length = 128
+    assert index.add([{"id": "b", "text": "the cat " * 20}]) == 1
+
+
+def test_a_model_that_is_kept_reads_as_the_index_that_was_built_anew(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    rows = [{"id": "a", "text": "the cat " * 20}]
+    EmbeddingIndex.build(with_limit(folder, 32), rows, tmp_path / "i")
+    index = EmbeddingIndex.open(tmp_path / "i")
+    assert index.model.max_seq_length == 32
+    EmbeddingIndex.build(with_limit(folder, 24), rows, tmp_path / "i", overwrite=True)
+    assert index.refresh()
+    assert index.model.max_seq_length == 24
+
+
+def test_queries_are_counted_with_their_own_prompt(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    prompts = {"query": "the cat " * 30, "document": ""}
+    model = SentenceTransformer(str(folder), device="cpu", prompts=prompts)
+    model.max_seq_length = 96
+    index = EmbeddingIndex.build(model, [{"id": "a", "text": "the cat"}], tmp_path / "i")
+    words = ["dog", "mat", "red", "old"] * 20
+    with pytest.warns(UserWarning, match="1 of 1 queries .* 96 tokens the model reads, 60 of them the prompt"):
+        cut = index.query_vectors(" ".join(words))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(cut, index.query_vectors(" ".join(words[:36])), atol=1e-5)
+    model.prompts = {"query": "", "document": "the cat " * 30}
+    asked = EmbeddingIndex.build(model, [{"id": "a", "text": "the cat"}], tmp_path / "j")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked.search(" ".join(words), 1)
+
+
+def test_a_cut_that_the_model_makes_is_remembered(tmp_path):
+    folder = make_checkpoint(make_base(tmp_path / "base"), tmp_path / "ubmoe")
+    rows = [{"id": n, "text": f"the cat {'old ' * n}"} for n in range(5)]
+    model = SentenceTransformer(str(folder), device="cpu", truncate_dim=16)
+    built = EmbeddingIndex.build(model, rows, tmp_path / "i")
+    assert (built.dimension, built.info["model"]["truncate_dim"]) == (16, 16)
+    scores, ids = EmbeddingIndex.open(tmp_path / "i", truncate_dim=16).search("the cat", 2)
+    assert ids == built.search("the cat", 2)[1]
+    whole = SentenceTransformer(str(folder), device="cpu").encode([row["text"] for row in rows])[:, :16]
+    query = whole[0] / np.linalg.norm(whole[0])
+    cosines = np.sort(whole @ query / np.linalg.norm(whole, axis=1))[::-1]
+    np.testing.assert_allclose(scores[0], cosines[:2], atol=1e-5)
+    # An index of before it was remembered: the same build finds it whole, and it takes the model that cuts.
+    info = json.loads((tmp_path / "i" / "index_info.json").read_text())
+    info["model"]["truncate_dim"] = info["sources"][0]["config"]["truncate_dim"] = None
+    (tmp_path / "i" / "index_info.json").write_text(json.dumps(info))
+    assert EmbeddingIndex.build(model, rows, tmp_path / "i").version == built.version
+    old = EmbeddingIndex.open(tmp_path / "i", model=model)
+    assert old.add([{"id": "new", "text": "a dog"}]) == 1
+    assert old.search("the cat", 2)[1] == ids

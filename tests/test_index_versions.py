@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ubmoe_st.index import CorpusError, EmbeddingIndex, IndexGroup, exact
+from ubmoe_st.index.build import Build
 from ubmoe_st.index.manifest import Journal
 
 
@@ -270,3 +272,21 @@ def test_queries_of_many_tokens_a_character_are_counted(tmp_path):
     index = EmbeddingIndex.build(with_tokenizer(raw, 100), rows(5), tmp_path / "i")
     with pytest.warns(UserWarning, match="1 of 2 queries are longer than the 100 tokens"):
         index.search(["\u0e01" * 40, "a" * 100], k=1)
+
+
+def test_replacing_rows_takes_few_bytes_for_each(tmp_path, monkeypatch):
+    count, found = 4000, Build._dead_rows
+    peaks = []
+
+    def watched(self, snapshot):
+        tracemalloc.start()
+        dead = found(self, snapshot)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        np.testing.assert_array_equal(dead, np.arange(count))
+        return dead
+
+    index = EmbeddingIndex.build(HashEncoder(4), rows(count), tmp_path / "i")
+    monkeypatch.setattr(Build, "_dead_rows", watched)
+    assert index.upsert(rows(count)) == count
+    assert peaks[0] < 80 * count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ ENTRY_CHARACTERS = 2000
 """How much of an entry is put into the prompt, where the context holds it: a chunk of 200 tokens has half of that."""
 _FEWEST_CHARACTERS = 250
 ANSWER_TOKENS = 160
-"""Room that is kept for an answer, as long as the entries can be read shorter."""
+"""Room that is kept for an answer, as long as the entries can be read shorter; of less a warning tells."""
 SHOWN_CHARACTERS = 160
 """How much of an entry is shown in a table."""
 VECTORS_SHARE = 0.7
@@ -60,6 +61,9 @@ def answer(
 ) -> str | Iterator[str]:
     """An answer generated from entries, which it is asked to cite by their numbers.
 
+    Where the context is small, less of each entry is read; where that does not leave `ANSWER_TOKENS`, or what
+    `max_new_tokens` asks for, the answer gets the tokens that are left, and a warning tells how many.
+
     Args:
         model: Both views.
         question: What to answer.
@@ -82,7 +86,14 @@ def answer(
     room = _room_for_answer(model, prompt, len(hits))
     if room is not None and not {"max_length", "generation_config"} & options.keys():
         limit = options.get("max_new_tokens")
-        options["max_new_tokens"] = min(_own_limit(model) if limit is None else limit, room)
+        limit = _own_limit(model) if limit is None else limit
+        if room < (wanted := min(limit, ANSWER_TOKENS)):
+            warnings.warn(
+                f"the question and {len(hits)} entries leave {room} tokens for the answer, which may be cut short "
+                f"(expected at least {wanted}): ask shorter, or of fewer entries with a smaller k",
+                stacklevel=2,
+            )
+        options["max_new_tokens"] = min(limit, room)
     text: Any = model.generate(prompt, stream=stream, **options)
     return text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -405,10 +406,15 @@ def check_types(kind: type, values: Mapping[str, Any]) -> None:
     Raises:
         TypeError: If one is of another type; names the field.
     """
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
             raise TypeError(f"{name}: expected {hints[name]}, got {str(value)[:80]!r}")
+
+
+@functools.cache  # asked for again and again, of one class for each record of a file
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -431,6 +437,16 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def write_json(path: Path, content: Any, *, indent: int = 2, unique: bool = False) -> None:
-    """Replace `path` with `content` as indented JSON, atomically; `unique` as for `replacing`."""
+    """Replace `path` with `content` as indented JSON, atomically; `unique` as for `replacing`.
+
+    Raises:
+        ValueError: If that is more than `read_json` reads; nothing is replaced then.
+    """
+    text = (json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode()
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(
+            f"{path} would have {len(text):,} bytes and could not be read again, expected at most "
+            f"{MAX_JSON_BYTES:,}: it was not written, and what was there stays"
+        )
     with replacing(path, unique=unique) as file:
-        file.write((json.dumps(content, indent=indent, ensure_ascii=False) + "\n").encode())
+        file.write(text)

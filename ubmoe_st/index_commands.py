@@ -145,7 +145,7 @@ def add(
     from ubmoe_st.index import EmbeddingIndex
 
     opened = EmbeddingIndex.open(path)
-    opened.use_model(load_model(model or opened.find_model()))
+    opened.use_model(_model_of(opened, model))
     new = opened.add(
         corpus,
         on_duplicate=on_duplicate,
@@ -168,13 +168,16 @@ def delete(
     path: IndexFolder,
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids; a document's takes all its chunks.")],
     missing_ok: Annotated[bool, typer.Option("--missing-ok", help="Pass over ids that are not there.")] = False,
+    namespace: Annotated[
+        Literal["document", "chunk"] | None, typer.Option(help="Whose ids they are; by default what there is.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Take entries out of an index by their ids. Nothing finds them any more; `ubmoe compact` gives the disk back."""
     from ubmoe_st.index import EmbeddingIndex
 
     opened = EmbeddingIndex.open(path)
-    gone = opened.delete(ids, missing_ok=missing_ok)
+    gone = opened.delete(ids, missing_ok=missing_ok, namespace=namespace)
     _report_change(opened, {"deleted": gone}, f"{gone:,} entries deleted", as_json)
 
 
@@ -320,8 +323,16 @@ def _open_index(paths: Sequence[Path], model: str | None) -> Any:
 
     first = EmbeddingIndex.open(paths[0])
     together: Any = first if len(paths) == 1 else IndexGroup([first, *map(EmbeddingIndex.open, paths[1:])])
-    together.use_model(load_model(model or first.find_model()))
+    together.use_model(_model_of(first, model))
     return together
+
+
+def _model_of(index: Any, moved: str | None) -> Any:
+    """The model of an index, which reads as many tokens of a text as when the index was built."""
+    model = load_model(moved or index.find_model())
+    if (limit := index.info["model"]["max_tokens"]) is not None:
+        model.max_seq_length = limit
+    return model
 
 
 def _reranking(rerank: str | None, candidates: int | None) -> dict[str, Any]:

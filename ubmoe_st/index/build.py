@@ -500,10 +500,8 @@ class Build:
         """
         logged = np.fromfile(self._work / "dead.bin", "<i8", count=self.journal.dead_bytes // 8)
         lost = set((-1 - logged[logged < 0]).tolist())
-        pairs: Any = []
-        if self.journal.replaced_bytes:  # there is no such file in a run that an earlier version began
-            pairs = np.fromfile(self._work / "replaced.bin", "<i8", count=self.journal.replaced_bytes // 8)
-            pairs = pairs.reshape(-1, 2).tolist()
+        count = (self.journal.replaced_bytes or 0) // 8  # there is no such file in a run that an earlier version began
+        pairs = np.fromfile(self._work / "replaced.bin", "<i8", count=count) if count else np.zeros(0, np.int64)
         kept: dict[int, int] = {}  # documents that stay, by those that would have replaced them and have no vector
 
         def document(first: int) -> range:
@@ -513,7 +511,7 @@ class Build:
             yield from lost
             for old in logged[logged >= 0].tolist():  # an earlier version replaced documents here
                 yield from document(old)
-            for old, new in pairs:
+            for old, new in (pair.tolist() for pair in pairs.reshape(-1, 2)):  # not all as Python numbers at once
                 if new in lost and lost.issuperset(document(new)):
                     kept[new] = kept.get(old, old)
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from ..files import replacing
 from .budget import MemoryBudget
 from .build import Build
 from .corpus import Corpus, CorpusFields
 from .embedder import Embedder, check_probes
 from .hybrid import write_bm25
 from .kinds import Request, write_faiss
-from .manifest import DISCARD, FaissRecord, Manifest, SourceRecord
+from .manifest import DISCARD, FaissRecord, Manifest, SourceRecord, folded
 from .progress import ProgressCallback, show
 from .store import Namespace, Snapshot, publish, rows_union, write_dead, write_segment
 from .tuning import TuningReport
@@ -59,7 +61,8 @@ def add(
     As `EmbeddingIndex.add`; `fields` are those of `id`, `text` and `title`, where they are not those of the build.
 
     Raises:
-        ValueError: If the model is not, or no longer, the one that the newest version was built with.
+        ValueError: If the model is not, or no longer, the one that the newest version was built with, or its
+            `max_seq_length` is another.
     """
     with contextlib.ExitStack() as stack:
         workplace = stack.enter_context(Workplace(folder))
@@ -79,7 +82,10 @@ def add(
         if (entries := run.entries_if_repeated(manifest)) is not None:
             workplace.clear()
             return base, entries
+        embedder.check_limit(manifest.model.max_tokens, longer_too=True)
         check_probes(embedder.probes_now(), base.probes)
+        if not workplace.begun():  # what has been embedded is not to be lost
+            Manifest.check_room(folder)
         run.begin(restart=False)
         run.run()
         added = run.publish_addition(base)
@@ -126,6 +132,8 @@ def compact(folder: Path, budget: MemoryBudget) -> Snapshot:
             raise ValueError("every row is deleted: there is nothing to compact")
         manifest = base.manifest.next_version()
         manifest.segments, manifest.dead, manifest.edited = [], None, True
+        manifest.sources, reports = folded(manifest.sources)
+        manifest.sources[0].bad_rows_file = _joined(workplace, reports, manifest) or manifest.sources[0].bad_rows_file
         step = manifest.segment_rows
         for start in range(0, len(live), step):
             rows = live[start : start + step]
@@ -147,6 +155,19 @@ def compact(folder: Path, budget: MemoryBudget) -> Snapshot:
         if manifest.bm25 is not None:
             manifest.bm25 = write_bm25(compacted, workplace, manifest.version)
         return publish(workplace, manifest)
+
+
+def _joined(workplace: Workplace, reports: list[str], manifest: Manifest) -> str | None:
+    """Reports of bad rows as one file of a version; the name of it, or of the only one, or None."""
+    there = [name for name in dict.fromkeys(reports) if (workplace.folder / name).is_file()]
+    if len(there) < 2:
+        return there[0] if there else None
+    joined = workplace.next_name("bad_rows", manifest.version)
+    with replacing(workplace.folder / joined) as file:
+        for name in there:
+            with (workplace.folder / name).open("rb") as report:
+                shutil.copyfileobj(report, file)
+    return joined
 
 
 def reindex(folder: Path, request: Request) -> Snapshot:

@@ -72,6 +72,8 @@ class EmbeddingIndex:
                     snapshot.folder,
                 )
                 embedder = None
+        if embedder is not None:
+            embedder.take_limit(snapshot.manifest.model.max_tokens)
         with self._lock:
             self._searcher = searcher
             # What another thread has loaded meanwhile is the model of the version before.
@@ -149,7 +151,7 @@ class EmbeddingIndex:
             faiss_file: Whether a flat index, which is searched in the stored vectors, has a faiss file, too, for other
                 programs. None: up to 50,000 rows.
             dtype: Type of the stored vectors, float32 or float16.
-            truncate_dim: Keep only the first dimensions (Matryoshka).
+            truncate_dim: Keep only the first dimensions (Matryoshka). None: `model.truncate_dim`, if any.
             batch_tokens: Tokens per batch, padding included. None: 4,096, or fewer if the budget is small.
             window_tokens: Tokens between two commits: what a kill can cost. None: 65,536.
             segment_rows: Rows per segment folder.
@@ -196,7 +198,7 @@ class EmbeddingIndex:
 
         def ray_engine() -> RayEngine:
             sent = os.fspath(model) if isinstance(model, (str, os.PathLike)) else embedder.model
-            return RayEngine(sent, truncate_dim, workers, worker_resources)
+            return RayEngine(sent, embedder.truncate_dim, workers, worker_resources)
 
         snapshot = build_index(
             Path(out).absolute(),
@@ -290,16 +292,14 @@ class EmbeddingIndex:
         """Take `model` for text queries, after checking that it is the one the index was built with.
 
         The same weights in another dtype or in low-memory form pass: probe texts embedded at build time must come out
-        at a cosine of at least 0.998.
+        at a cosine of at least 0.998. A model given by its folder or Hub id reads as many tokens as that of the build.
 
         Raises:
-            ValueError: If it is another model, or has another dimension.
+            ValueError: If it is another model, has another dimension, or reads fewer tokens than that of the build.
         """
         stored = self._snapshot.manifest.model
-        embedder = Embedder(model, truncate_dim=stored.truncate_dim)
-        limit, mine = stored.max_tokens, embedder.max_tokens
-        if limit is not None and mine is not None and mine < limit:
-            raise ValueError(f"the model reads {mine} tokens, the index was built with {limit}: set its max_seq_length")
+        embedder = Embedder(model, truncate_dim=stored.truncate_dim, max_tokens=stored.max_tokens)
+        embedder.check_limit(stored.max_tokens)
         check_probes(embedder.probes(), self._snapshot.probes)
         self._embedder = embedder
 
@@ -383,7 +383,8 @@ class EmbeddingIndex:
                 that share a word with the query; its shorter results end in NaN scores and empty ids.
             weight: Share of the cosines, 0 to 1, in a sum of both scores, for `hybrid`. None: reciprocal rank fusion.
             exact: Compare with every entry, whatever the kind of index.
-            parameters: nprobe, efSearch, rerank instead of the stored ones; those not named stay as stored.
+            parameters: nprobe (IVF), efSearch (HNSW), rerank instead of the stored ones; those not named stay as
+                stored. One that the index does not have is refused; a flat one is exact with any.
             rerank: `likelihood` or `yes_no`: the first results come in the order of `model.rank`, which reads query and
                 text together. `maxsim`: in the order of MaxSim over token vectors, which the encoder computes of the
                 candidates at query time. A number: `likelihood` of so many. Scores stay cosines. None: no new order.
@@ -423,16 +424,6 @@ class EmbeddingIndex:
     def _search_rows(self, searcher: Searcher, *arguments: Any) -> tuple[np.ndarray, np.ndarray]:
         return search_rows(searcher, lambda: self.embedder, self.query_vectors, *arguments)
 
-    @staticmethod
-    def _rows(snapshot: Snapshot, ids: Identities, namespace: Namespace | None) -> list[int]:
-        rows = []
-        for identity in id_texts(ids):
-            found = snapshot.rows_of(identity, namespace)
-            if not found:
-                raise KeyError(f"no entry has the id {identity!r}")
-            rows.extend(found)
-        return rows
-
     def entries(self, ids: Identities, *, namespace: Namespace | None = None) -> list[Entry]:
         """The entries with these ids, in their order; the id of a document gives all its chunks.
 
@@ -445,7 +436,7 @@ class EmbeddingIndex:
             ValueError: If an id is that of a document and of a chunk, and `namespace` is None.
         """
         snapshot = self._snapshot
-        return [snapshot.entry_at(row) for row in self._rows(snapshot, ids, namespace)]
+        return [snapshot.entry_at(row) for row in snapshot.rows_named(id_texts(ids), namespace)]
 
     def texts(self, ids: Identities, *, namespace: Namespace | None = None) -> list[str]:
         """The texts of `entries(ids)`."""
@@ -454,7 +445,7 @@ class EmbeddingIndex:
     def vectors(self, ids: Identities, *, namespace: Namespace | None = None) -> np.ndarray:
         """The stored vectors of `entries(ids)`, float32, (N, D)."""
         snapshot = self._snapshot
-        return snapshot.vectors_at(self._rows(snapshot, ids, namespace))
+        return snapshot.vectors_at(snapshot.rows_named(id_texts(ids), namespace))
 
     def verify(self) -> list[str]:
         """Everything that is wrong with the `files` of this version, as sentences; empty when all is well."""
@@ -494,6 +485,7 @@ class EmbeddingIndex:
         Raises:
             CorpusError: As in `build`.
             RuntimeError: If another writer is at work.
+            ValueError: If the model is another one, or reads more or fewer tokens than that of the build.
         """
         snapshot, entries = changes.add(
             self.path,

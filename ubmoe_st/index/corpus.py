@@ -15,13 +15,17 @@ import logging
 import numbers
 import os
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import UUID
+
+import numpy as np
+
+from .lines import LargeLine, Lines
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet")
@@ -116,6 +120,7 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self._read = 0
+        self._told = False
         self._total: int | None = None
         self._counted: Any = None
         if isinstance(self.source, os.PathLike):
@@ -154,8 +159,16 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document | BadRow]:
         self._read, self._counted = 0, None
+        unseen = set(self.fields.metadata or ()) | ({self.fields.title} - {None, CorpusFields.title})
+        number: int | None = None
         for number, (place, row) in enumerate(self._rows(), self.first_number):
+            if unseen and isinstance(row, Mapping):
+                unseen.difference_update(row)
             yield row if isinstance(row, BadRow) else self._document(place, row, number)
+        if unseen and number is not None and not self._told:
+            self._told = True
+            names = ", ".join(sorted(map(repr, unseen)))
+            logger.warning("%s: no row has the field %s, which was asked for as title or metadata", self.name, names)
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         """Pairs of a place and a mapping, a string or a `BadRow`."""
@@ -297,21 +310,15 @@ class Corpus:
         csv.field_size_limit(max(csv.field_size_limit(), self.fields.max_row_bytes))
         limit = self.fields.max_row_bytes
 
-        def physical_lines() -> Iterator[str]:
-            number = 0
-            while line := stream.readline(limit + 1):
-                number += 1
-                if len(line) > limit:
-                    raise CorpusError(
-                        f"{name} line {number} has more than max_row_bytes={limit:,} bytes, or the file has no line "
-                        "breaks; raise the limit, or write the file as jsonl"
-                    )
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape")
-
-        lines = _Lines(physical_lines())
+        lines = Lines(stream, limit)
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         try:
             header = next(reader, None)
+        except LargeLine as error:
+            raise CorpusError(
+                f"{name} line 1 has {error.size:,} bytes, more than max_row_bytes={limit:,}, or the file has no line "
+                "breaks; raise the limit, or write the file as jsonl"
+            ) from None
         except csv.Error as error:
             raise CorpusError(f"{name} line 1: the header is not a {name.rsplit('.', 1)[-1]} row ({error})") from error
         if header is None:
@@ -328,11 +335,29 @@ class Corpus:
                 values = next(reader)
             except StopIteration:
                 return
+            except LargeLine as error:
+                number, end = lines.pass_over(error)
+                said = f"line {number} has more than max_row_bytes={limit:,} bytes ({error.size:,})"
+                if end is None:
+                    raise CorpusError(
+                        f"{place}: {said}, and a quote that is open there does not end: close it, or write the file "
+                        "as jsonl"
+                    ) from None
+                so_far = f"; the row ends in line {end}" if end > number else ""
+                yield place, BadRow(place, f"{said}{so_far}: split it, or raise the limit")
+                continue
             except csv.Error as error:
                 lines.only_first()
                 yield place, BadRow(place, f"is not a {name.rsplit('.', 1)[-1]} row ({error})")
                 continue
             if not values:
+                continue
+            if delimiter == "\t" and any("\n" in one and ("\t" in one or len(header) == 1) for one in values):
+                lines.only_first()
+                reason = (
+                    "it opens a quote that ends in a later line, and a row of a .tsv is one line: write it as jsonl"
+                )
+                yield place, BadRow(place, f"is not a {name.rsplit('.', 1)[-1]} row ({reason})")
                 continue
             if len(values) != len(header):
                 yield place, BadRow(place, f"has {len(values)} columns where the header has {len(header)}")
@@ -351,6 +376,8 @@ class Corpus:
             raise CorpusError(f"{name} is not a readable parquet file ({error})") from error
         if self.fields.text not in columns:
             raise CorpusError(f"{name} has no column {self.fields.text!r}, only {columns}: name the text column")
+        if len(set(columns)) != len(columns):
+            raise CorpusError(f"{name} has columns of the same name, {columns}: rename them")
         number = 0
         size = sum(parquet.metadata.row_group(n).total_byte_size for n in range(parquet.num_row_groups))
         rows = max(1, min(256, PARQUET_BYTES * parquet.metadata.num_rows // max(1, size)))
@@ -429,34 +456,6 @@ class Corpus:
         return Document(place, identity, text, title or None, metadata)
 
 
-class _Lines:
-    """Lines of which those of a record that is none, but for its first one, can be read once more."""
-
-    def __init__(self, lines: Iterator[str]) -> None:
-        self._lines, self._again = lines, deque[str]()
-        self._record: list[str] = []
-        self._read = 0
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._lines)
-        self._record.append(line)
-        return line
-
-    def begin(self) -> int:
-        """A record begins; how many lines are before it."""
-        self._read += len(self._record)
-        self._record.clear()
-        return self._read
-
-    def only_first(self) -> None:
-        """An open quote has swallowed the lines behind the first one of the record: they are lines of their own."""
-        self._again.extendleft(reversed(self._record[1:]))
-        del self._record[1:]
-
-
 def _json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, ensure_ascii=False, allow_nan=False, default=_plain)
 
@@ -466,11 +465,31 @@ def _known(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _known(item) for key, item in value.items()}
     if hasattr(value, "tolist"):  # of numpy
-        value = value.tolist()
+        value = plain_array(value)
     if isinstance(value, (list, tuple)):
         return [_known(item) for item in value]
     number = isinstance(value, (float, Decimal)) or hasattr(value, "isoformat")  # pandas has dates that are none
     return None if number and value != value else value
+
+
+def plain_array(value: Any) -> Any:
+    """What numpy, pandas and torch hold as plain values: times as dates, or as ISO text where Python has none so fine.
+
+    Args:
+        value: Has a `tolist`.
+    """
+    if not isinstance(value, (np.generic, np.ndarray)) or value.dtype.kind != "M":
+        return value.tolist()
+    if value.ndim:
+        return [plain_array(one) for one in np.asarray(value)]
+    plain = value.tolist()
+    if not isinstance(plain, int):
+        return plain
+    if np.isnat(value):
+        return None
+    rounded = value.astype("datetime64[us]")  # nanoseconds, as pandas has them, would come out as a number
+    found = rounded.tolist()
+    return found if rounded.astype(value.dtype) == value and not isinstance(found, int) else str(value)
 
 
 def _plain(value: Any) -> Any:

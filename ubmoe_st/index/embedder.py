@@ -115,13 +115,22 @@ class Embedder:
         model: A `SentenceTransformer`, anything with its `encode` (and, where present, `encode_document`,
             `encode_query`, `tokenizer`, `max_seq_length`, `prompts`), or a folder or Hub id to load.
         identity: The folder or Hub id to remember; None asks the model.
-        truncate_dim: Keep only the first dimensions (Matryoshka); the rest is cut before normalising.
+        truncate_dim: Keep only the first dimensions (Matryoshka); the rest is cut before normalising. None: those that
+            the model keeps.
+        max_tokens: What a model that is loaded here reads at most. None: what it says itself.
 
     Raises:
         TypeError: If `model` has no `encode`.
     """
 
-    def __init__(self, model: Any, identity: str | None = None, truncate_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        identity: str | None = None,
+        truncate_dim: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        self._own = isinstance(model, (str, os.PathLike))
         if isinstance(model, (str, os.PathLike)):
             identity = identity or os.fspath(model)
             model = load_model(os.fspath(model))
@@ -132,15 +141,43 @@ class Embedder:
         if truncate_dim is not None:
             check_count("truncate_dim", truncate_dim, wanted="a whole number or None")
             truncate_dim = operator.index(truncate_dim)
+        elif isinstance(own := getattr(model, "truncate_dim", None), int):
+            truncate_dim = own  # remembered, so that the model cuts as much when it is loaded again
         self.model = model
         self.identity = identity or identity_of(model)
         self.truncate_dim = truncate_dim
-        limit = getattr(model, "max_seq_length", None)
-        self.max_tokens = limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
+        self.take_limit(max_tokens)
         self._probed: tuple[np.ndarray, Any] | None = None
-        self._counter: TokenCounter | None = None
+        self._counters: dict[tuple[int | None, str], TokenCounter] = {}
         self._token_encoder: Any = None
         self._unpooled_encoder: Any = None
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens that the model reads of a text, as it is set now; None where there is no limit, or none is known."""
+        limit = getattr(self.model, "max_seq_length", None)
+        return limit if isinstance(limit, int) and 0 < limit < UNLIMITED_TOKENS else None
+
+    def take_limit(self, max_tokens: int | None) -> None:
+        """Let a model that was loaded here read as much as that of an index did; one that was given stays as it is."""
+        if self._own and max_tokens is not None and self.max_tokens != max_tokens:
+            self.model.max_seq_length = max_tokens
+
+    def check_limit(self, stored: int | None, *, longer_too: bool = False) -> None:
+        """Refuse a model that reads less of a text than the model of an index did.
+
+        Args:
+            stored: Tokens that the model of the index read; None: not known.
+            longer_too: Refuse one that reads more, too: what it adds would differ from what is there.
+
+        Raises:
+            ValueError: Saying what to set.
+        """
+        mine = self.max_tokens
+        if mine is not None and stored is not None and (mine < stored or (longer_too and mine > stored)):
+            raise ValueError(
+                f"the model reads {mine} tokens, the index was built with {stored}: set its max_seq_length to {stored}"
+            )
 
     def documents(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of documents, float32, (N, D). A row without direction or with NaN is NaN all over."""
@@ -154,13 +191,17 @@ class Embedder:
 
     def warn_of_cut(self, texts: Sequence[str]) -> None:
         """Warn of queries of which the model reads only the beginning."""
-        limit = self.max_tokens
+        if (limit := self.max_tokens) is None:
+            return
+        counter = self._counter_with(self.query_prompt())
+        room = limit if counter.limit is None else counter.limit
         # A token has a byte at least, a rare character several tokens: short texts are not counted.
-        long = [] if limit is None else [text for text in texts if utf8_bytes(text) > limit]
-        if cut := sum(size > limit for size in self.counter().sizes(long)) if long and limit else 0:
+        long = [text for text in texts if utf8_bytes(text) + counter.special_tokens > room]
+        if cut := sum(size > room for size in counter.sizes(long)) if long else 0:
+            prompt = f", {counter.prompt_tokens} of them the prompt," if counter.prompt_tokens else ""
             warnings.warn(
-                f"{cut} of {len(texts)} queries are longer than the {limit} tokens the model reads and are compared by "
-                "their beginning",
+                f"{cut} of {len(texts)} queries are longer than the {limit} tokens the model reads{prompt} and are "
+                "compared by their beginning",
                 stacklevel=3,
             )
 
@@ -226,8 +267,14 @@ class Embedder:
 
     def document_prompt(self) -> str:
         """What the model puts before a document, found as sentence-transformers does it."""
+        return self._prompt(DOCUMENT_PROMPTS if hasattr(self.model, "encode_document") else ())
+
+    def query_prompt(self) -> str:
+        """The same before a query."""
+        return self._prompt(("query",) if hasattr(self.model, "encode_query") else ())
+
+    def _prompt(self, names: tuple[str, ...]) -> str:
         prompts = self.prompts()
-        names = DOCUMENT_PROMPTS if hasattr(self.model, "encode_document") else ()
         for name in (*names, getattr(self.model, "default_prompt_name", None)):
             if name in prompts:
                 return prompts[name] or ""
@@ -238,10 +285,16 @@ class Embedder:
         return dict(getattr(self.model, "prompts", None) or {})
 
     def counter(self) -> TokenCounter:
-        """Counts what the model reads of documents; threads may share it."""
-        if self._counter is None:
-            self._counter = TokenCounter(self.copy_tokenizer(), self.max_tokens, self.document_prompt())
-        return self._counter
+        """Counts what the model reads of documents, as it is set now; threads may share it."""
+        return self._counter_with(self.document_prompt())
+
+    def _counter_with(self, prompt: str) -> TokenCounter:
+        key = self.max_tokens, prompt
+        counter = self._counters.get(key)
+        if counter is None:
+            counter = TokenCounter(self.copy_tokenizer(), *key)
+            self._counters = {**self._counters, key: counter}
+        return counter
 
     def token_encoder(self) -> Any:
         """The token vectors of the model, as a stock `MultiVectorEncoder`.

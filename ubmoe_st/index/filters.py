@@ -15,7 +15,7 @@ from uuid import UUID
 import numpy as np
 
 from ..forking import ForkSafeLock
-from .corpus import id_text
+from .corpus import id_text, plain_array
 from .store import Snapshot
 
 logger = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ def _alike(value: Any, wanted: Any) -> tuple[Any, Any] | None:
             value = int(value) if value.strip().lstrip("+-").isdigit() else float(value)
         except ValueError:
             return None
-    if isinstance(wanted, Decimal):
-        wanted = float(wanted)
+    if isinstance(wanted, Decimal) and isinstance(value, float):
+        wanted = float(wanted)  # as one with decimal places is stored; a whole number compares exactly
     return None if isinstance(value, str) != isinstance(wanted, str) else (value, wanted)
 
 
@@ -118,7 +118,7 @@ def _as_wanted(field: str, value: Any, depth: int = 0) -> Any:
     if depth > DEEPEST:
         raise ValueError(f"filter on {field!r}: more than {DEEPEST} lists in lists")
     if hasattr(value, "tolist"):  # of numpy, pandas and torch
-        value = value.tolist()
+        value = plain_array(value)
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, (UUID, time)):

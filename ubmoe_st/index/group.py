@@ -12,7 +12,7 @@ from .core import EmbeddingIndex
 from .embedder import check_probes
 from .filters import Filter
 from .rerank import Method, Reranking
-from .search import Hit, Searcher, check_k
+from .search import Hit, Searcher, check_k, check_parameters
 
 
 class IndexGroup:
@@ -46,10 +46,15 @@ class IndexGroup:
         """Open several index folders.
 
         Args:
-            paths: The folders.
+            paths: The folders, as a list.
             model: The model for text queries, as in `EmbeddingIndex.open`. None loads the one the first remembers.
             verify: Check every file first.
+
+        Raises:
+            TypeError: If it is one path.
         """
+        if isinstance(paths, (str, bytes, os.PathLike)):
+            raise TypeError(f"a group is of several folders, got one, {os.fspath(paths)!r}: give a list")
         group = cls([EmbeddingIndex.open(path, verify=verify) for path in paths])
         if model is not None:
             group.use_model(model)
@@ -176,7 +181,11 @@ class IndexGroup:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores, numbers of the indexes and rows in them, (Q, K) each."""
         vectors = self.indexes[0].query_vectors(queries)
-        parts = [one.search(vectors, k, one.allowed(spec), exact, parameters) for one in searchers]
+        check_parameters(parameters)
+        own = [one.fitting(parameters) for one in searchers]
+        if strange := sorted((parameters or {}).keys() - set().union(*own)):
+            raise ValueError(f"no index of the group has {strange[0]}: leave it out")
+        parts = [one.search(vectors, k, one.allowed(spec), exact, mine) for one, mine in zip(searchers, own)]
         scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*parts))
         members = np.repeat(np.arange(len(parts)), [part.shape[1] for part, _ in parts])
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]

@@ -21,6 +21,10 @@ from .manifest import FolderRecord
 from .store import Snapshot
 from .workplace import Workplace
 
+WORDS = 1
+"""Rule by which texts become words now: letters that are written in several ways in Unicode are one, without case.
+A BM25 part without a number took texts as they are, in lower case, and is searched in the same way, or has ASCII words
+alone, which are the same by both."""
 RRF_CONSTANT = 60
 """k of reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): a list adds 1 / (k + rank)."""
 
@@ -64,17 +68,26 @@ def _letters() -> re.Pattern[str]:
     return re.compile(f"[^{_marks()}][{_marks()}]*")
 
 
-def tokenize(texts: Iterable[str], **options: Any) -> Any:
+def tokenize(texts: Iterable[str], *, words: int | None = None, **options: Any) -> Any:
     """Words of texts as bm25s has them; a run of a script without spaces becomes its overlapping pairs of letters.
 
     Args:
         texts: N texts.
+        words: See `WORDS`; None is the first rule.
         **options: As for `bm25s.tokenize`.
     """
-    apart = [text if text.isascii() else _RUN.sub(_pairs, text) for text in texts]
+    plain = texts if words is None else map(_folded, texts)
+    apart = [text if text.isascii() else _RUN.sub(_pairs, text) for text in plain]
     return import_bm25s().tokenize(
         apart, token_pattern=_token_pattern(), stopwords=None, show_progress=False, **options
     )
+
+
+def _folded(text: str) -> str:
+    """A text in the one way of writing it, without case: composed, of plain letters, `ss` for a sharp s."""
+    if text.isascii():
+        return text  # which bm25s makes lower case
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
 def _pairs(run: re.Match[str]) -> str:
@@ -107,7 +120,7 @@ def write_bm25(snapshot: Snapshot, workplace: Workplace, version: int) -> Folder
         for batch in segment.entries.batches():
             titles, bodies = batch.column("title").to_pylist(), batch.column("text").to_pylist()
             texts.extend(f"{title}\n{body}" if title else body for title, body in zip(titles, bodies))
-    tokens: Any = tokenize(texts)
+    tokens: Any = tokenize(texts, words=WORDS)
     if not tokens.vocab:
         # No text has a word, of which bm25s cannot make an index: one that no query can hold.
         tokens = [["\0"]] * len(texts)
@@ -117,7 +130,7 @@ def write_bm25(snapshot: Snapshot, workplace: Workplace, version: int) -> Folder
     with replacing_by_name(snapshot.folder / name) as folder:
         engine.save(str(folder), show_progress=False)
         files = {path.name: record_of(path) for path in sorted(folder.iterdir())}
-    return FolderRecord(name, snapshot.stored_rows, files)
+    return FolderRecord(name, snapshot.stored_rows, files, None if all(map(str.isascii, texts)) else WORDS)
 
 
 class KeywordSearch:
@@ -130,6 +143,7 @@ class KeywordSearch:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
         self._engine: Any = None
+        self._words: int | None = None
         self._told = False
         self._lock = ForkSafeLock()
 
@@ -145,7 +159,9 @@ class KeywordSearch:
         bm25s = import_bm25s()
         with self._lock:
             if self._engine is None:
-                self._engine = self._opened(bm25s, self._snapshot.folder / record.folder)
+                engine = self._opened(bm25s, self._snapshot.folder / record.folder)
+                self._words = WORDS if all(map(str.isascii, engine.vocab_dict)) else record.words
+                self._engine = engine
         covered = record.rows
         if covered < self._snapshot.stored_rows and not self._told:
             self._told = True
@@ -155,7 +171,7 @@ class KeywordSearch:
                 stacklevel=2,
             )
         weight = None if allowed is None else allowed[:covered].astype(np.float32)
-        tokens = tokenize(queries, return_ids=False)
+        tokens = tokenize(queries, words=self._words, return_ids=False)
         found = []
         for words in tokens:
             scores = self._scores(words, covered)

@@ -277,11 +277,26 @@ def _behind_transform(index: Any) -> Any:
     return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
 
 
+def _innermost(index: Any) -> Any:
+    """The index that proposes rows, behind transforms of them and a second look at what it proposes."""
+    import faiss
+
+    while True:
+        if isinstance(index, faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        elif isinstance(index, faiss.IndexRefine):
+            index = faiss.downcast_index(index.base_index)
+        else:
+            return index
+
+
 def _code_bytes(index: Any) -> int:
     """Bytes of a row in a faiss index; a graph, which has no code of its own, keeps its rows in another index."""
     import faiss
 
     inner = _behind_transform(index)
+    if isinstance(inner, faiss.IndexRefine):
+        return sum(_code_bytes(faiss.downcast_index(part)) for part in (inner.base_index, inner.refine_index))
     if isinstance(inner, faiss.IndexHNSW):
         graph: Any = inner.hnsw
         return int(faiss.downcast_index(inner.storage).sa_code_size() + 4 * graph.nb_neighbors(0))
@@ -384,10 +399,10 @@ def read_index(path: Path) -> Any:
 
 
 def cells_of(index: Any) -> int:
-    """IVF cells of a faiss index; 0 for another."""
+    """IVF cells of a faiss index; 0 for one without."""
     import faiss
 
-    inner = _behind_transform(index)
+    inner = _innermost(index)
     return int(inner.nlist) if isinstance(inner, faiss.IndexIVF) else 0
 
 
@@ -442,29 +457,43 @@ def search_settings(index: Any, count: int, parameters: dict[str, int], allowed:
     options: dict[str, Any] = {}
     if allowed is not None:
         options["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-    inner, settings = index, None  # type: Any, Any
-    if isinstance(index, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(index.index)
+
+    def settings_of(one: Any) -> Any:
+        if isinstance(one, faiss.IndexPreTransform):
+            inner = settings_of(faiss.downcast_index(one.index))
+            return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
+        if isinstance(one, faiss.IndexRefine):
+            inner = settings_of(faiss.downcast_index(one.base_index))
+            refined = {"k_factor": one.k_factor, "base_index_params": inner}
+            return None if inner is None else faiss.IndexRefineSearchParameters(**refined)
+        if isinstance(one, faiss.IndexIVF):
+            return faiss.SearchParametersIVF(nprobe=min(parameters.get("nprobe", 1), one.nlist), **options)
+        if isinstance(one, faiss.IndexHNSW):
+            return faiss.SearchParametersHNSW(efSearch=max(parameters.get("efSearch", 16), count), **options)
+        return faiss.SearchParameters(**options) if options else None
+
+    return settings_of(index)
+
+
+def parameters_of(index: Any) -> tuple[str, ...]:
+    """Names of the search parameters that a faiss index has."""
+    import faiss
+
+    inner = _innermost(index)
     if isinstance(inner, faiss.IndexIVF):
-        settings = faiss.SearchParametersIVF(nprobe=min(parameters.get("nprobe", 1), inner.nlist), **options)
-    elif isinstance(inner, faiss.IndexHNSW):
-        settings = faiss.SearchParametersHNSW(efSearch=max(parameters.get("efSearch", 16), count), **options)
-    elif options:
-        settings = faiss.SearchParameters(**options)
-    if inner is not index and settings is not None:
-        settings = faiss.SearchParametersPreTransform(index_params=settings)
-    return settings
+        return ("nprobe", "rerank")
+    return ("efSearch", "rerank") if isinstance(inner, faiss.IndexHNSW) else ("rerank",)
 
 
 def parameter_grid(index: Any, rows: int) -> list[dict[str, int]]:
     """Search parameters worth trying, for `tune`."""
     import faiss
 
-    inner = _behind_transform(index)
+    inner = _innermost(index)
     reranks = [1, 2, 4, 8, 16, 32, 64, 128]
     if isinstance(inner, faiss.IndexIVF):
         probes = [2**power for power in range(int(math.log2(inner.nlist)) + 1)]
         return [{"nprobe": probe, "rerank": rerank} for probe in probes for rerank in reranks]
     if isinstance(inner, faiss.IndexHNSW):
         return [{"efSearch": 2**power, "rerank": rerank} for power in range(4, 11) for rerank in reranks[:5]]
-    return [{"rerank": rerank} for rerank in [*reranks, 256, 512] if rerank * 10 <= rows]
+    return [{"rerank": rerank} for rerank in [*reranks, 256, 512] if rerank == 1 or rerank * 10 <= rows]

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .. import files as whole_files
 from ..files import check_types, read_json, write_json
 
 INFO_FILE = "index_info.json"
@@ -29,8 +30,13 @@ DISCARD = "discard_unfinished() or `ubmoe discard`"
 Record = dict[str, Any]
 """Size and SHA-256 of a file: {"bytes", "sha256"}."""
 T = TypeVar("T")
-OPTIONAL = ("folder", "relative_folder", "first_row", "rows", "entries_cut", "cut", "rules")
+OPTIONAL = ("folder", "relative_folder", "first_row", "rows", "entries_cut", "cut", "rules", "others", "words")
 """Fields that are not written where there is nothing to say."""
+
+KEPT_SOURCES = 16
+"""Corpora that have a record of their own after `compact`, the one of all before them included."""
+FULL = 0.9
+"""Share of the bytes that can be read at which a manifest takes no more additions."""
 
 PARTS = {"dead": ".npy", "probes": ".npy", "bad_rows": ".txt", "index": ".faiss", "bm25": ""}
 """Parts that lie beside the manifest, by the beginning of their names, and what the names end with."""
@@ -116,6 +122,8 @@ class FolderRecord:
     folder: str
     rows: int
     files: dict[str, Record]
+    words: int | None = None
+    """Of a BM25 part: the rule by which texts became words; None for the first one, and for ASCII texts."""
 
     def __post_init__(self) -> None:
         _check_records(self.files)
@@ -218,13 +226,21 @@ class RunConfig:
     def differences(self, other: RunConfig) -> list[str]:
         """`name: was X, is Y` for all that is otherwise in `other`, in alphabetical order."""
         mine, theirs = vars(self), vars(other)
+        alike = ("truncate_dim",) if self._kept() == other._kept() else ()
         return [
-            f"{name}: was {mine[name]!r}, is {theirs[name]!r}" for name in sorted(mine) if mine[name] != theirs[name]
+            f"{name}: was {mine[name]!r}, is {theirs[name]!r}"
+            for name in sorted(mine)
+            if mine[name] != theirs[name] and name not in alike
         ]
+
+    def _kept(self) -> int | None:
+        """Dimensions that are kept: a cut that the model makes by itself was not on record in the first indexes."""
+        return self.truncate_dim or self.dimension
 
     def same_input(self, other: RunConfig) -> bool:
         """Whether a corpus went in as `other` would take it in, whatever was there before."""
-        return replace(self, base_version=None) == replace(other, base_version=None)
+        mine, theirs = (replace(one, base_version=None, truncate_dim=one._kept()) for one in (self, other))
+        return mine == theirs
 
 
 @dataclass
@@ -246,6 +262,8 @@ class SourceRecord:
     """Entries of which the model reads only the beginning; None: none."""
     rules: dict[str, str] | None = None
     """`on_duplicate` and `on_bad_row`; None in indexes of before they were kept."""
+    others: int | None = None
+    """Later corpora that `compact` has taken into this record: numbers and `bad_rows_file` are those of all."""
 
     def same_rules(self, rules: dict[str, str]) -> bool:
         """Whether other rules would have given the same entries: they are the same, or had nothing to decide."""
@@ -260,6 +278,27 @@ class SourceRecord:
     def of(cls, values: dict[str, Any]) -> SourceRecord:
         """From the JSON form."""
         return _made(cls, {"version": None, "bad_rows_file": None, **values}, config=_made(RunConfig, values["config"]))
+
+
+def folded(sources: list[SourceRecord]) -> tuple[list[SourceRecord], list[str]]:
+    """Records of corpora of which the oldest become one, where there are more than `KEPT_SOURCES`.
+
+    Returns:
+        The records, and the reports of bad rows that belong to the first one together.
+    """
+    count = len(sources) - KEPT_SOURCES + 1
+    if count < 2:
+        return sources, []
+    old = sources[:count]
+
+    def total(name: str) -> int:
+        return sum(getattr(source, name) or 0 for source in old)
+
+    names = ("corpus_rows", "entries", "tokens", "bad_rows", "duplicates_left_out")
+    numbers: dict[str, Any] = {name: total(name) for name in names}
+    cut, others = total("entries_cut") or None, total("others") + count - 1
+    first = replace(old[0], **numbers, entries_cut=cut, others=others, sha256_of_rows="", rules=None)
+    return [first, *sources[count:]], [source.bad_rows_file for source in old if source.bad_rows_file]
 
 
 @dataclass
@@ -346,6 +385,20 @@ class Manifest:
             bm25=None if bm25 is None else _made(FolderRecord, bm25),
             sources=[SourceRecord.of(source) for source in values["sources"]],
         )
+
+    @staticmethod
+    def check_room(folder: Path) -> None:
+        """Refuse to add to an index whose manifest has grown so much that the next one might not be read again.
+
+        Raises:
+            ValueError: Saying what makes it smaller.
+        """
+        path = folder / INFO_FILE
+        if (size := path.stat().st_size) > FULL * whole_files.MAX_JSON_BYTES:
+            raise ValueError(
+                f"{path} has {size:,} bytes of additions and segments, of the {whole_files.MAX_JSON_BYTES:,} that can "
+                "be read: call compact(), which makes it small, then add again"
+            )
 
     @classmethod
     def exists(cls, folder: Path) -> bool:

@@ -16,7 +16,7 @@ from .embedder import plain_texts
 from .exact import SLACK, TopK, exact_search, pair_scores
 from .filters import Filter, FilterEngine
 from .hybrid import KeywordSearch, fuse, fuse_weighted
-from .kinds import can_select, candidates, read_index
+from .kinds import can_select, candidates, parameters_of, read_index
 from .manifest import FileRecord, Manifest
 from .store import BLOCK_BYTES, Snapshot
 
@@ -39,7 +39,7 @@ class SearchSettings:
     """What bounds the work of a search without changing what it finds."""
 
     few_rows: int = 20_000
-    """When a filter leaves no more rows than this, they are all compared."""
+    """When a filter, or the death of most rows, leaves no more rows than this, they are all compared."""
     block_bytes: int = BLOCK_BYTES
     """Stored vectors compared at a time, in bytes of float32."""
 
@@ -117,6 +117,12 @@ class Searcher:
         )
         return []
 
+    def fitting(self, parameters: dict[str, int] | None) -> dict[str, int]:
+        """Those search parameters that the index of this version has; all for a flat one, which is exact with any."""
+        shards = self.shards if parameters else []
+        names = parameters_of(shards[0][1]) if shards else PARAMETERS
+        return {name: value for name, value in (parameters or {}).items() if name in names}
+
     def allowed(self, spec: Filter | None) -> np.ndarray | None:
         """Rows that may be found, bool (N,); None when all are."""
         alive = self.snapshot.alive
@@ -132,6 +138,7 @@ class Searcher:
         allowed: np.ndarray | None,
         exact: bool = False,
         parameters: dict[str, int] | None = None,
+        few_rows: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Cosines and rows of the nearest allowed rows, best first.
 
@@ -141,19 +148,28 @@ class Searcher:
             allowed: From `allowed`.
             exact: Compare with every allowed row, whatever the kind.
             parameters: Search parameters instead of the stored ones; those that are not named stay as stored.
+            few_rows: As in `SearchSettings`, for this search.
 
         Returns:
             Scores, float32, (Q, K), and rows, (Q, K).
         """
         check_k(k)
         check_parameters(parameters)
+        if parameters and (strange := sorted(parameters.keys() - self.fitting(parameters).keys())):
+            raise ValueError(
+                f"a search of kind {self.snapshot.manifest.index.kind} has no {strange[0]}, expected "
+                f"{' or '.join(parameters_of(self.shards[0][1]))}: leave it out"
+            )
         snapshot = self.snapshot
         count = snapshot.stored_rows if allowed is None else int(np.count_nonzero(allowed))
         k = min(k, count)
         if not k or not len(vectors):
             return np.zeros((len(vectors), k), np.float32), np.zeros((len(vectors), k), np.int64)
         found = TopK(vectors, k, SLACK[snapshot.manifest.dtype])
-        shards = [] if exact or (allowed is not None and count <= self.settings.few_rows) else self.shards
+        few = self.settings.few_rows if few_rows is None else few_rows
+        # Some dead rows are no filter; among many the index finds the live ones no better than behind one.
+        filtered = allowed is not None and (allowed is not snapshot.alive or 2 * count < snapshot.stored_rows)
+        shards = [] if exact or (filtered and count <= few) else self.shards
         if not shards:
             exact_search(snapshot.blocks(0, self.settings.block_bytes), allowed, found)
         else:

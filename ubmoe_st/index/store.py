@@ -448,6 +448,21 @@ class Snapshot:
             )
         return found["document"] or found["chunk"]
 
+    def rows_named(self, ids: Iterable[str], namespace: Namespace | None = None) -> list[int]:
+        """Live rows of some ids, as `rows_of`, in the order of the ids.
+
+        Raises:
+            KeyError: If there is none of an id.
+            ValueError: As `rows_of`.
+        """
+        rows: list[int] = []
+        for identity in ids:
+            found = self.rows_of(identity, namespace)
+            if not found:
+                raise KeyError(f"no entry has the id {identity!r}")
+            rows.extend(found)
+        return rows
+
     def documents(self) -> Iterator[tuple[str, int]]:
         """The id of every document of which something is live, with the row it begins at, live or not.
 

@@ -105,7 +105,8 @@ def tune(
     def run(exact: bool, parameters: dict[str, int] | None) -> tuple[np.ndarray, float]:
         began = time.perf_counter()
         wanted = k if own is None else k + 1
-        _, rows = searcher.search(queries, wanted, snapshot.alive, exact=exact, parameters=parameters)
+        # Through the index, however few rows are alive: the parameters are kept for when they are more.
+        _, rows = searcher.search(queries, wanted, snapshot.alive, exact=exact, parameters=parameters, few_rows=0)
         seconds = time.perf_counter() - began
         if own is not None:
             others = min(k, len(snapshot) - 1)
