@@ -47,6 +47,30 @@ def teacher(tmp_path):
     return make_teacher(tmp_path / "t")
 
 
+def test_a_run_that_stopped_early_has_stopped(recipe, monkeypatch):
+    """At a rate of 0 no evaluation is better than the first: with a patience of 2 the third step is the last one."""
+    steps = []
+    original = contrastive.ContrastiveTrainer.training_step
+
+    def counted(self, *args, **kwargs):
+        steps.append(self.state.global_step + 1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(contrastive.ContrastiveTrainer, "training_step", counted)
+
+    def run(most):
+        saved = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+        train(recipe(early_stopping_patience=2, trainer={"max_steps": most, "learning_rate": 0.0, **saved}))
+        done = steps.copy()
+        steps.clear()
+        return done
+
+    assert run(2) == [1, 2]
+    assert run(2) == []
+    assert run(9) == [3]
+    assert run(9) == []
+
+
 @pytest.mark.parametrize(
     ("loss", "batches"),
     [

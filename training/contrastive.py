@@ -27,7 +27,7 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.modules import Dense
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import set_seed
 
 from training.batches import (
     PROMPT_CHARACTERS,
@@ -57,12 +57,14 @@ from training.resume import (
     TRAINED_FILE,
     SaveByTime,
     SaveWhenEvaluated,
+    StopEarly,
     TrainedOnly,
     check_finite,
     checkpoint_to_resume,
     keep_steps,
     load_trained,
     save_trained,
+    stopped_early,
 )
 from training.student import (
     HEAD,
@@ -303,6 +305,9 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         check_same_recipe(recipe, out)
         check_same_base(base, out)
     last = checkpoint_to_resume(args)
+    if recipe.early_stopping_patience is not None:
+        ended = stopped_early(last, recipe.early_stopping_patience)
+        args.max_steps = args.max_steps if ended is None else ended  # nothing is left to do
     begun = keep_steps(args, last, streamed=recipe.shuffle_buffer is not None)
     corpus, found, groups = _read(recipe, base, args)
     dataset = build_dataset(recipe, corpus, args.seed)
@@ -339,7 +344,7 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
     trainer.drop_last = bool(recipe.trainer.get("dataloader_drop_last", False))
     trainer.add_callback(EpochCallback(trainer))
     if recipe.early_stopping_patience is not None:
-        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
+        trainer.add_callback(StopEarly(recipe.early_stopping_patience))
     if recipe.save_minutes is not None:
         trainer.add_callback(SaveByTime(recipe.save_minutes))
     if args.load_best_model_at_end:

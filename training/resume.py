@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from ubmoe_st.files import replacing_by_name
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINED_FILE = "trained.safetensors"
+_COUNTER = "early_stopping_patience_counter"
 PROCESSES_FILE = "processes.json"
 """Of a checkpoint: how many processes began the run, their `gradient_accumulation_steps`, how many wrote it."""
 
@@ -114,6 +115,7 @@ class TrainedOnly:
     model: Any
     args: Any
     state: Any
+    control: Any
     train_dataset: Any
     optimizer: Any
     lr_scheduler: Any
@@ -169,6 +171,13 @@ class TrainedOnly:
             group.update(settings)
         scheduler.base_lrs = [group["initial_lr"] for group in now]
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # The stock loop asks behind a step whether a run is over: a finished one would be a step longer each time.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint))
@@ -253,6 +262,34 @@ def check_finite(model: nn.Module) -> None:
                 f"the training has diverged: {name} is NaN or infinite, so nothing is released; lower "
                 "trainer.learning_rate, or set trainer.max_grad_norm"
             )
+
+
+class StopEarly(EarlyStoppingCallback):
+    """The stock callback, which goes on counting where a run goes on."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take the count of the checkpoint."""
+        super().on_train_begin(args, state, control)
+        stored: Any = state.stateful_callbacks  # as it was read: states by name
+        self.early_stopping_patience_counter = _without_gain(stored)
+
+
+def stopped_early(last: str | None, patience: int) -> int | None:
+    """The step at which a run stopped because its evaluations were no better any more. None: it did not.
+
+    Args:
+        last: The checkpoint to go on from.
+        patience: So many evaluations without gain.
+    """
+    if last is None:
+        return None
+    state = json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] if _without_gain(state.get("stateful_callbacks")) >= patience else None
+
+
+def _without_gain(callbacks: Mapping[str, Any] | None) -> int:
+    stored = (callbacks or {}).get(StopEarly.__name__) or {}
+    return (stored[0] if isinstance(stored, list) else stored).get("attributes", {}).get(_COUNTER, 0)
 
 
 class SaveWhenEvaluated(TrainerCallback):
