@@ -219,7 +219,8 @@ def chat_text(tokenizer: Any, chat: Chat, options: ChatOptions) -> str:
     if continued is None:
         continued = chat[-1]["role"] == "assistant"
     try:
-        _tell_unread(tokenizer, options.tools, further)
+        if options.tools or further:
+            _tell_unread(tokenizer, options.tools, further)
         return tokenizer.apply_chat_template(
             _with_readable_parts(tokenizer, chat),
             tokenize=False,

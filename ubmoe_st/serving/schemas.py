@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     model_validator,
 )
-from typing_extensions import Self
 
 T = TypeVar("T")
 _UNKNOWN = 4
@@ -162,7 +161,7 @@ class GenerationRequest(Request):
     """What chats and completions have in common."""
 
     max_tokens: Whole | None = Field(None, ge=1)
-    max_completion_tokens: Whole | None = Field(None, ge=1, description="The newer name of max_tokens.")
+    max_completion_tokens: Whole | None = Field(None, ge=1, description="The newer name of max_tokens; goes before it.")
     temperature: Number | None = Field(
         None, ge=0, le=10, description="0: greedy. None: as the base model's config says."
     )
@@ -172,15 +171,6 @@ class GenerationRequest(Request):
     stop: Text | Annotated[Many[Text], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> Self:
-        older, newer = self.max_tokens, self.max_completion_tokens
-        if older is not None and newer is not None and older != newer:
-            raise ValueError(
-                f"max_tokens is {older} and max_completion_tokens, its newer name, {newer}: give one of them"
-            )
-        return self
 
     @property
     def stops(self) -> list[str]:
