@@ -64,7 +64,6 @@ from training.resume import (
     keep_steps,
     load_trained,
     save_trained,
-    stopped_early,
 )
 from training.student import (
     HEAD,
@@ -305,9 +304,6 @@ def train(recipe: ContrastiveRecipe, *, export: bool = True) -> Run:
         check_same_recipe(recipe, out)
         check_same_base(base, out)
     last = checkpoint_to_resume(args)
-    if recipe.early_stopping_patience is not None:
-        ended = stopped_early(last, recipe.early_stopping_patience)
-        args.max_steps = args.max_steps if ended is None else ended  # nothing is left to do
     begun = keep_steps(args, last, streamed=recipe.shuffle_buffer is not None)
     corpus, found, groups = _read(recipe, base, args)
     dataset = build_dataset(recipe, corpus, args.seed)

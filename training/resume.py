@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRAINED_FILE = "trained.safetensors"
-_COUNTER = "early_stopping_patience_counter"
 PROCESSES_FILE = "processes.json"
 """Of a checkpoint: how many processes began the run, their `gradient_accumulation_steps`, how many wrote it."""
 
@@ -174,7 +173,7 @@ class TrainedOnly:
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The stock loop asks behind a step whether a run is over: a finished one would be a step longer each time.
-        if self.state.global_step >= self.state.max_steps:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
@@ -265,31 +264,16 @@ def check_finite(model: nn.Module) -> None:
 
 
 class StopEarly(EarlyStoppingCallback):
-    """The stock callback, which goes on counting where a run goes on."""
+    """The stock callback, which goes on counting where a run goes on; one that had stopped trains no further step."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take the count of the checkpoint."""
         super().on_train_begin(args, state, control)
         stored: Any = state.stateful_callbacks  # as it was read: states by name
-        self.early_stopping_patience_counter = _without_gain(stored)
-
-
-def stopped_early(last: str | None, patience: int) -> int | None:
-    """The step at which a run stopped because its evaluations were no better any more. None: it did not.
-
-    Args:
-        last: The checkpoint to go on from.
-        patience: So many evaluations without gain.
-    """
-    if last is None:
-        return None
-    state = json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] if _without_gain(state.get("stateful_callbacks")) >= patience else None
-
-
-def _without_gain(callbacks: Mapping[str, Any] | None) -> int:
-    stored = (callbacks or {}).get(StopEarly.__name__) or {}
-    return (stored[0] if isinstance(stored, list) else stored).get("attributes", {}).get(_COUNTER, 0)
+        kept = stored.get(type(self).__name__) or {}
+        attributes = (kept[0] if isinstance(kept, list) else kept).get("attributes", {})
+        self.early_stopping_patience_counter = attributes.get("early_stopping_patience_counter", 0)
+        control.should_training_stop = self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class SaveWhenEvaluated(TrainerCallback):

@@ -77,9 +77,8 @@ def _problem(error: RequestValidationError) -> tuple[str | None, str]:
     messages = []
     for one in found:
         place = [str(part) for part in one["loc"][1:] if isinstance(part, int) or _is_field(part)]
-        if place[:1] == [param] or param is None:
-            message = str(one["msg"]).removeprefix("Value error, ")
-            messages.append(f"{'.'.join(place)}: {message}" if place else message)
+        if place[:1] == [param]:
+            messages.append(f"{'.'.join(place)}: {str(one['msg']).removeprefix('Value error, ')}")
     return param, "; ".join(dict.fromkeys(messages[:_PROBLEMS]))
 
 
